@@ -1,0 +1,10 @@
+"""HyCAM's modulation as one op: a reference, a PyTorch backend with a hand-written backward, and fused kernels.
+
+Importing this package needs torch alone.
+"""
+
+from .modulation import explain_backend, hycam_modulation
+from .output import HyCAMOutput
+from .philox import gumbel_noise
+
+__all__ = ["HyCAMOutput", "explain_backend", "gumbel_noise", "hycam_modulation"]

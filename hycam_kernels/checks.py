@@ -1,0 +1,167 @@
+"""Argument checks of `hycam_modulation`: each error names the argument, what was given and what is wanted."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .philox import check_seed
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "torch", "triton")
+
+
+def check_arguments(tensors: dict[str, Tensor | None], **options) -> None:
+    """Raise ValueError or TypeError for arguments outside the op's contract.
+
+    Args:
+        tensors: every float tensor argument by name, None where absent.
+        options: tau, seed, scale, token_mask and backend as given.
+    """
+    for name in ("hidden", "attn_output"):
+        if tensors[name] is None:
+            raise TypeError(f"hycam_modulation: {name} must be a tensor [..., d], got None")
+    _check_types(tensors, options["token_mask"])
+    _check_presence(tensors)
+    _check_shapes(tensors, options["token_mask"])
+    _check_devices(tensors, options["token_mask"], options["seed"])
+    _check_options(tensors, **options)
+
+
+def _check_types(tensors: dict[str, Tensor | None], token_mask: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"hycam_modulation: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"hycam_modulation: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+            )
+    if token_mask is not None and not isinstance(token_mask, Tensor):
+        raise TypeError(
+            f"hycam_modulation: token_mask must be a bool tensor, got {type(token_mask).__name__}"
+        )
+    if token_mask is not None and token_mask.dtype != torch.bool:
+        raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {token_mask.dtype}")
+
+
+def _check_presence(tensors: dict[str, Tensor | None]) -> None:
+    def given(*names: str) -> list[str]:
+        return [name for name in names if tensors[name] is not None]
+
+    low_rank = ("lora_a", "lora_n", "lora_b")
+    if given("expert_weight"):
+        wanted = ("expert_weight", "router_weight")
+        unwanted = given(*low_rank, "lora_a_bias", "lora_n_bias")
+        why = "expert_weight holds full-rank experts in place of lora_a, lora_n and lora_b"
+    elif given(*low_rank, "router_weight"):
+        wanted, unwanted, why = (*low_rank, "router_weight"), [], ""
+    else:
+        wanted = ()
+        unwanted = given("lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bias", "gumbel")
+        why = "there are no experts"
+    missing = [name for name in wanted if tensors[name] is None]
+    if missing:
+        raise ValueError(
+            f"hycam_modulation: experts are given in part: {', '.join(given(*wanted))} without {', '.join(missing)}; "
+            f"give {', '.join(wanted)} together, or none of them"
+        )
+    if unwanted:
+        raise ValueError(f"hycam_modulation: {unwanted[0]} must be None: {why}")
+    if tensors["shared_bias"] is not None and tensors["shared_weight"] is None:
+        raise ValueError("hycam_modulation: shared_bias must be None: there is no shared_weight")
+
+
+def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) -> None:
+    hidden = tensors["hidden"]
+    assert hidden is not None
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        raise ValueError(
+            f"hycam_modulation: hidden must be [..., d] with d >= 1, got shape {tuple(hidden.shape)}"
+        )
+    leading, d = tuple(hidden.shape[:-1]), hidden.shape[-1]
+    router, lora_a = tensors["router_weight"], tensors["lora_a"]
+    num_experts = rank = 0
+    if router is not None:
+        if router.ndim != 2 or router.shape[0] == 0:
+            raise ValueError(
+                f"hycam_modulation: router_weight must be [E, d] with E >= 1, got shape {tuple(router.shape)}"
+            )
+        num_experts = router.shape[0]
+    if lora_a is not None:
+        if lora_a.ndim != 3 or lora_a.shape[1] == 0:
+            raise ValueError(
+                f"hycam_modulation: lora_a must be [E, r, d] with r >= 1, got shape {tuple(lora_a.shape)}"
+            )
+        rank = lora_a.shape[1]
+    wanted = {
+        "attn_output": (*leading, d),
+        "residual": (*leading, d),
+        "gumbel": (*leading, num_experts),
+        "shared_weight": (d, d),
+        "shared_bias": (d,),
+        "lora_a": (num_experts, rank, d),
+        "lora_a_bias": (num_experts, rank),
+        "lora_n": (num_experts, rank, rank),
+        "lora_n_bias": (num_experts, rank),
+        "lora_b": (num_experts, d, rank),
+        "lora_b_bias": (num_experts, d),
+        "router_weight": (num_experts, d),
+        "router_bias": (num_experts,),
+        "expert_weight": (num_experts, d, d),
+    }
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"hycam_modulation: {name} must have shape {shape} for hidden {tuple(hidden.shape)}, "
+                f"{num_experts} experts and rank {rank}, got {tuple(tensor.shape)}"
+            )
+    if token_mask is not None and tuple(token_mask.shape) != leading:
+        raise ValueError(
+            f"hycam_modulation: token_mask must have hidden's leading shape {leading}, got {tuple(token_mask.shape)}"
+        )
+
+
+def _check_devices(
+    tensors: dict[str, Tensor | None], token_mask: Tensor | None, seed: int | Tensor | None
+) -> None:
+    hidden = tensors["hidden"]
+    assert hidden is not None
+    for name, tensor in (tensors | {"token_mask": token_mask}).items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"hycam_modulation: {name} must be on hidden's device {hidden.device}, got {tensor.device}"
+            )
+    # a 0-d CPU tensor can seed a kernel on any device
+    if isinstance(seed, Tensor) and seed.device != hidden.device and seed.device.type != "cpu":
+        raise ValueError(
+            f"hycam_modulation: seed must be on hidden's device {hidden.device} or on the CPU, got {seed.device}"
+        )
+
+
+def _check_options(
+    tensors: dict[str, Tensor | None],
+    *,
+    tau: float,
+    seed: int | Tensor | None,
+    scale: float,
+    token_mask: Tensor | None,
+    backend: str,
+) -> None:
+    if not (0 < tau < math.inf):
+        raise ValueError(f"hycam_modulation: tau must be above 0 and finite, got {tau}")
+    if not math.isfinite(scale):
+        raise ValueError(f"hycam_modulation: scale must be finite, got {scale}")
+    if backend not in BACKENDS:
+        raise ValueError(f"hycam_modulation: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if seed is None:
+        return
+    check_seed(seed, "hycam_modulation")
+    if tensors["gumbel"] is not None:
+        raise ValueError("hycam_modulation: gumbel and seed were both given; noise comes from one of them")
+    if tensors["router_weight"] is None:
+        raise ValueError(
+            "hycam_modulation: seed must be None: there are no experts, so there is no noise to draw"
+        )

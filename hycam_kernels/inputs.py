@@ -1,0 +1,67 @@
+"""The op's arguments in the order of its schema, as every backend receives them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ModulationInputs(NamedTuple):
+    """Arguments of `hycam::modulation`, tokens flattened to T.
+
+    ``compute_dtype`` is the dtype of the matrix products; ``keep`` tells whether S and V are returned for the backward.
+    """
+
+    hidden: Tensor  # [T, d]
+    attn_output: Tensor  # [T, d]
+    shared_weight: Tensor | None  # [d, d]
+    lora_a: Tensor | None  # [E, r, d]
+    lora_n: Tensor | None  # [E, r, r]
+    lora_b: Tensor | None  # [E, d, r]
+    router_weight: Tensor | None  # [E, d]
+    shared_bias: Tensor | None  # [d]
+    lora_a_bias: Tensor | None  # [E, r]
+    lora_n_bias: Tensor | None  # [E, r]
+    lora_b_bias: Tensor | None  # [E, d]
+    router_bias: Tensor | None  # [E]
+    expert_weight: Tensor | None  # [E, d, d]
+    residual: Tensor | None  # [T, d]
+    gumbel: Tensor | None  # [T, E]
+    seed: Tensor | None  # 0-d int64, on any device
+    token_mask: Tensor | None  # [T] bool
+    tau: float
+    hard: bool
+    scale: float
+    compute_dtype: torch.dtype
+    keep: bool
+    backend: str
+
+    @property
+    def num_experts(self) -> int:
+        return 0 if self.router_weight is None else self.router_weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r of the low-rank experts; 0 without them."""
+        return 0 if self.lora_a is None else self.lora_a.shape[1]
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """dtype of logits, softmax and sums: float64 for float64 products, else float32."""
+        return torch.promote_types(self.compute_dtype, torch.float32)
+
+
+# Names of the tensors that can get a gradient: the first fields, in the order in which the backward op returns them.
+DIFFERENTIABLE = ModulationInputs._fields[: ModulationInputs._fields.index("gumbel")]
+
+
+class Saved(NamedTuple):
+    """What the forward keeps for the backward beside its inputs; absent parts have 0 elements.
+
+    ``s`` and ``v`` are in the compute dtype, ``probs`` (the soft p, also under hard routing) and ``logits`` in the sum dtype.
+    """
+
+    s: Tensor  # [T, d]      h W_shared^T + bias, if kept
+    v: Tensor  # [T, E * r]  h (N A)^T + N a + n, if kept
+    probs: Tensor  # [T, E]
+    logits: Tensor  # [T, E]

@@ -1,0 +1,265 @@
+"""`hycam_modulation`: checks, backend choice, and the `torch.library` ops that carry it through autograd and torch.compile."""
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .checks import check_arguments
+from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
+from .output import HyCAMOutput
+from .philox import as_seed_tensor
+
+
+def hycam_modulation(
+    hidden: Tensor,
+    attn_output: Tensor,
+    shared_weight: Tensor | None,
+    lora_a: Tensor | None,
+    lora_n: Tensor | None,
+    lora_b: Tensor | None,
+    router_weight: Tensor | None,
+    *,
+    tau: float = 0.5,
+    gumbel: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    hard: bool = False,
+    token_mask: Tensor | None = None,
+    scale: float = 1.0,
+    shared_bias: Tensor | None = None,
+    lora_a_bias: Tensor | None = None,
+    lora_n_bias: Tensor | None = None,
+    lora_b_bias: Tensor | None = None,
+    router_bias: Tensor | None = None,
+    expert_weight: Tensor | None = None,
+    recompute: bool = False,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> HyCAMOutput:
+    r"""HyCAM's modulation of an attention output (CIKM 2025, equations 2-12).
+
+    .. math::
+        h_{out} = h_{att} + h_{att} \odot \Big(\mathrm{SiLU}(h W_s^T)
+            + \sum_k p_k\,\mathrm{SiLU}\big(h (B_k N_k A_k)^T\big)\Big),\quad
+        p = \mathrm{softmax}\big((h W_r^T + g) / \tau\big)
+
+    Weights are in `nn.Linear` layout, out x in. T tokens in the leading dimensions (any number of them, T = 0 too), d
+    features, E experts, rank r. Row-strided inputs are read in place where the leading dimensions collapse to one stride.
+
+    Args:
+        hidden: [..., d] h, what self-attention received.
+        attn_output: [..., d] h_att, after the output projection.
+        shared_weight: [d, d], or None for no shared CAM.
+        lora_a: [E, r, d], or None for no experts; then lora_n, lora_b and router_weight are None too.
+        lora_n: [E, r, r].
+        lora_b: [E, d, r].
+        router_weight: [E, d].
+        tau: temperature of the Gumbel-softmax, above 0.
+        gumbel: [..., E] explicit noise, a constant for autograd.
+        seed: int or 0-d int64 tensor (on hidden's device or the CPU): noise is ``gumbel_noise(seed, T, E)``. Without gumbel and
+            seed there is no noise.
+        hard: p is one-hot at its largest entry in the output, the load and the balance loss; its gradient is that of the
+            soft p (straight-through).
+        token_mask: [...] bool, the tokens that count in the load and the balance loss; all by default.
+        scale: ``A_k = SiLU(scale * (B_k (N_k (A_k h + a_k) + n_k) + b_k))``.
+        shared_bias: [d].
+        lora_a_bias: [E, r], a.
+        lora_n_bias: [E, r], n.
+        lora_b_bias: [E, d], b; with full-rank experts, their bias.
+        router_bias: [E].
+        expert_weight: [E, d, d] full-rank experts in place of lora_a, lora_n and lora_b.
+        recompute: keep neither S = h W_s^T nor V = h (N A)^T for the backward, and make them again there.
+        residual: [..., d] h_in: ``h_out = h_att + (h_in + h_att) * A_fusion``.
+        backend: "auto", "torch" or "triton"; see `explain_backend`.
+
+    Returns:
+        `HyCAMOutput`.
+
+    dtypes: float64, float32, bfloat16 and float16. Matrix products run in autocast's dtype where autocast is on, else in
+    hidden's; weights of another dtype are cast to it. Logits, softmax, activations and sums are float32 (float64 for float64).
+    h_out has attn_output's dtype, each gradient the dtype of its tensor.
+
+    Raises:
+        TypeError: a non-float tensor, a ``token_mask`` that isn't bool, a ``seed`` of another type.
+        ValueError: a shape, a device mismatch, ``tau`` not above 0, ``gumbel`` together with ``seed``, noise without experts,
+            experts given in part, an unknown backend.
+        RuntimeError: ``backend="triton"`` where it can't run, with the reason; a second-order gradient.
+    """
+    call = _prepare(
+        hidden, attn_output, shared_weight, lora_a, lora_n, lora_b, router_weight,
+        tau=tau, gumbel=gumbel, seed=seed, hard=hard, token_mask=token_mask, scale=scale,
+        shared_bias=shared_bias, lora_a_bias=lora_a_bias, lora_n_bias=lora_n_bias, lora_b_bias=lora_b_bias,
+        router_bias=router_bias, expert_weight=expert_weight, recompute=recompute, residual=residual, backend=backend,
+    )  # fmt: skip
+    if call.backend == "auto":
+        call = call._replace(backend="torch" if _triton_refusal(call) else "triton")
+    elif call.backend == "triton" and (refusal := _triton_refusal(call)):
+        raise RuntimeError(f"hycam_modulation: backend='triton' can't run this call: {refusal}")
+    out, load, router_prob, *_ = torch.ops.hycam.modulation(*call)
+    return HyCAMOutput(out.view(attn_output.shape), load, router_prob, (load * router_prob).sum())
+
+
+def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str:
+    """Which backend ``backend="auto"`` picks for this call of `hycam_modulation`, and why not the others.
+
+    Takes the arguments of `hycam_modulation`, and raises what it would raise.
+    """
+    refusal = _triton_refusal(_prepare(hidden, attn_output, *args, **kwargs))
+    if refusal:
+        return f"torch: the triton backend can't run this call: {refusal}"
+    return "triton: the fused kernels can run this call; the torch backend is their fallback"
+
+
+def _triton_refusal(call: ModulationInputs) -> str | None:
+    """Why the triton backend can't run the call; None where it can."""
+    return "this version has no fused kernels"
+
+
+def _prepare(
+    hidden, attn_output, shared_weight, lora_a, lora_n, lora_b, router_weight, *,
+    tau=0.5, gumbel=None, seed=None, hard=False, token_mask=None, scale=1.0,
+    shared_bias=None, lora_a_bias=None, lora_n_bias=None, lora_b_bias=None, router_bias=None,
+    expert_weight=None, recompute=False, residual=None, backend="auto",
+) -> ModulationInputs:  # fmt: skip
+    """Check the arguments of `hycam_modulation` and flatten the tokens."""
+    tensors = {
+        "hidden": hidden,
+        "attn_output": attn_output,
+        "shared_weight": shared_weight,
+        "lora_a": lora_a,
+        "lora_n": lora_n,
+        "lora_b": lora_b,
+        "router_weight": router_weight,
+        "shared_bias": shared_bias,
+        "lora_a_bias": lora_a_bias,
+        "lora_n_bias": lora_n_bias,
+        "lora_b_bias": lora_b_bias,
+        "router_bias": router_bias,
+        "expert_weight": expert_weight,
+        "residual": residual,
+        "gumbel": gumbel,
+    }
+    check_arguments(tensors, tau=tau, seed=seed, scale=scale, token_mask=token_mask, backend=backend)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    d = hidden.shape[-1]
+    tensors["hidden"] = hidden.reshape(-1, d)
+    tensors["attn_output"] = attn_output.reshape(-1, d)
+    tensors["residual"] = None if residual is None else residual.reshape(-1, d)
+    tensors["gumbel"] = None if gumbel is None else gumbel.detach().reshape(-1, gumbel.shape[-1])
+    return ModulationInputs(
+        **tensors,
+        seed=None if seed is None else as_seed_tensor(seed),
+        token_mask=None if token_mask is None else token_mask.reshape(-1),
+        tau=float(tau),
+        hard=bool(hard),
+        scale=float(scale),
+        compute_dtype=_compute_dtype(hidden),
+        keep=needs_grad and not recompute,
+        backend=backend,
+    )
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    # autocast leaves float64 alone
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+_SCHEMA_TYPES = {"token_mask": "Tensor?", "tau": "float", "hard": "bool", "scale": "float"} | {
+    "compute_dtype": "ScalarType", "keep": "bool", "backend": "str", "hidden": "Tensor", "attn_output": "Tensor",
+}  # fmt: skip
+_INPUT_SCHEMA = ", ".join(f"{_SCHEMA_TYPES.get(name, 'Tensor?')} {name}" for name in ModulationInputs._fields)
+_SAVED_SCHEMA = ", ".join(f"Tensor {name}" for name in Saved._fields)
+_GRAD_SCHEMA = "Tensor? grad_out, Tensor? grad_load, Tensor? grad_router_prob"
+
+_library = torch.library.Library("hycam", "DEF")
+_library.define(f"modulation({_INPUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_SCHEMA}, bool[] needs) -> Tensor[]"
+)
+
+
+def _backend(inputs: ModulationInputs):
+    return torch_backend
+
+
+@torch.library.impl("hycam::modulation", "CompositeExplicitAutograd", lib=_library)
+def _modulation(*args) -> tuple[Tensor, ...]:
+    inputs = ModulationInputs(*args)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        out, load, router_prob, saved = _backend(inputs).forward(inputs)
+    return out, load, router_prob, *saved
+
+
+@torch.library.impl("hycam::modulation_backward", "CompositeExplicitAutograd", lib=_library)
+def _modulation_backward(grad_out, grad_load, grad_router_prob, *args) -> list[Tensor]:
+    inputs, saved, needs = _split_backward_args(args)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        return _backend(inputs).backward(grad_out, grad_load, grad_router_prob, inputs, saved, needs)
+
+
+def _split_backward_args(args: tuple) -> tuple[ModulationInputs, Saved, list[bool]]:
+    at = len(ModulationInputs._fields)
+    return ModulationInputs(*args[:at]), Saved(*args[at:-1]), args[-1]
+
+
+@torch.library.register_fake("hycam::modulation", lib=_library)
+def _modulation_fake(*args) -> tuple[Tensor, ...]:
+    x = ModulationInputs(*args)
+    tokens, d = x.hidden.shape
+    kept = x.compute_dtype
+    s = (tokens, d) if x.keep and x.shared_weight is not None else (0,)
+    v = (tokens, x.num_experts * x.rank) if x.keep and x.lora_a is not None else (0,)
+    return (
+        torch.empty_like(x.attn_output, memory_format=torch.contiguous_format),
+        *(x.hidden.new_empty(x.num_experts, dtype=x.sum_dtype) for _ in range(2)),
+        *(x.hidden.new_empty(shape, dtype=kept) for shape in (s, v)),
+        *(x.hidden.new_empty((tokens, x.num_experts), dtype=x.sum_dtype) for _ in range(2)),
+    )
+
+
+@torch.library.register_fake("hycam::modulation_backward", lib=_library)
+def _modulation_backward_fake(grad_out, grad_load, grad_router_prob, *args) -> list[Tensor]:
+    inputs, _, needs = _split_backward_args(args)
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if needed
+        else inputs.hidden.new_empty(0)
+        for tensor, needed in zip(inputs, needs, strict=False)
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    call = ModulationInputs(*inputs)
+    tensors = [value for value in call if isinstance(value, Tensor)]
+    saved = output[3:]
+    ctx.save_for_backward(*tensors, *saved)
+    ctx.call = call._replace(
+        **{name: None for name, value in call._asdict().items() if isinstance(value, Tensor)}
+    )
+    ctx.tensor_names = [name for name, value in call._asdict().items() if isinstance(value, Tensor)]
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx, grad_out, grad_load, grad_router_prob, *_):
+    tensors = ctx.saved_tensors
+    count = len(ctx.tensor_names)
+    call = ctx.call._replace(**dict(zip(ctx.tensor_names, tensors[:count], strict=True)))
+    needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+    grads = torch.ops.hycam.modulation_backward(
+        grad_out, grad_load, grad_router_prob, *call, *tensors[count:], needs
+    )
+    rest = len(ModulationInputs._fields) - len(DIFFERENTIABLE)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * rest
+
+
+def _no_second_order(ctx, *_):
+    raise RuntimeError("hycam_modulation: second-order gradients are not supported")
+
+
+torch.library.register_autograd(
+    "hycam::modulation", _autograd_backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("hycam::modulation_backward", _no_second_order, lib=_library)

@@ -1,0 +1,98 @@
+"""Gumbel noise by Philox 4x32-10, in pure torch: the same stream as `tl.rand` in the fused kernels.
+
+Philox is counter-based (Salmon et al., SC 2011): the draw for token t and expert k is a function of the seed and the
+counter ``t * E + k`` alone, so noise is never stored and any backend can replay it.
+"""
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL_KEYS = (0x9E3779B9, 0xBB67AE85)
+# triton's factor: the largest float32 for which (2^31 - 1) * factor stays below 1
+_UINT31_TO_UNIT = 4.6566127342e-10
+
+
+def as_seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """The seed as a 0-d int64 tensor; an int is taken modulo 2^64, a tensor passes unchanged."""
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((), seed - (1 << 64) if seed >= 1 << 63 else seed, dtype=torch.int64, device=device)
+
+
+def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product of two unsigned words, without overflowing int64."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b
+    total = low + ((high & 0xFFFF) << 16)
+    return (high >> 16) + (total >> 32), total & _WORD
+
+
+def philox_uniform(seed: Tensor, counter: Tensor) -> Tensor:
+    """Uniforms in [0, 1), float32, bit-equal to ``tl.rand(seed, counter)`` for counters below 2^32.
+
+    Args:
+        seed: 0-d int64.
+        counter: int64, any shape.
+    """
+    c0 = counter & _WORD
+    c1 = c2 = c3 = torch.zeros_like(c0)
+    k0 = seed & _WORD
+    k1 = (seed >> 32) & _WORD
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply_words(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply_words(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = (k0 + _WEYL_KEYS[0]) & _WORD
+        k1 = (k1 + _WEYL_KEYS[1]) & _WORD
+    # the word read as a signed 32-bit integer, its negative half mirrored onto [0, 2^31)
+    folded = torch.where(c0 >= 1 << 31, _WORD - c0, c0)
+    return folded.to(torch.float32) * _UINT31_TO_UNIT
+
+
+def gumbel_noise(
+    seed: int | Tensor, num_tokens: int, num_experts: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Gumbel(0, 1) noise ``-log(-log u)`` as `hycam_modulation` draws it for ``seed``.
+
+    Args:
+        seed: int or 0-d int64 tensor.
+        num_tokens: T; row t belongs to the t-th token of the flattened input.
+        num_experts: E.
+        device: of the result; by default the seed tensor's device, else torch's default.
+
+    Returns:
+        [T, E] float32. The uniforms are bit-equal to those of the kernels, the logarithms equal to float32 rounding.
+
+    Raises:
+        TypeError: ``seed`` is neither an int nor an int64 tensor.
+        ValueError: ``seed`` is a tensor with dimensions, or out of 64 bits; a negative size.
+    """
+    check_seed(seed, "gumbel_noise")
+    if num_tokens < 0 or num_experts < 0:
+        raise ValueError(
+            f"gumbel_noise: num_tokens and num_experts must not be negative, got {num_tokens} and {num_experts}"
+        )
+    seed = as_seed_tensor(seed, torch.device(device) if device is not None else None)
+    if device is not None:
+        seed = seed.to(device)
+    counter = torch.arange(num_tokens * num_experts, dtype=torch.int64, device=seed.device)
+    uniform = philox_uniform(seed, counter).view(num_tokens, num_experts)
+    # 0 is a possible draw; the smallest other draw stands in for it so that the logarithm is finite
+    return -torch.log(-torch.log(uniform.clamp_min(_UINT31_TO_UNIT)))
+
+
+def check_seed(seed: object, caller: str) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{caller}: seed must be an int or a 0-d int64 tensor, got a {seed.dtype} tensor")
+        if seed.ndim != 0:
+            raise ValueError(
+                f"{caller}: seed must be an int or a 0-d int64 tensor, got shape {tuple(seed.shape)}"
+            )
+    elif isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"{caller}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    elif not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"{caller}: seed must fit 64 bits, got {seed}")

@@ -1,0 +1,299 @@
+"""The op in PyTorch with a hand-written backward: what CPU users run, and the fallback wherever the fused kernels can't.
+
+Matrix products run in the compute dtype; element-wise terms, softmax and sums in the sum dtype. N is folded into A in weight
+space, ``M_k = N_k A_k``, so that one product ``V = h M^T`` serves all experts. The forward keeps S and V only; expert
+outputs Z_k = scale * (V_k B_k^T + b_k) are made again in the backward, one expert at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
+from .philox import gumbel_noise
+
+
+def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """h_out [T, d], load [E], router_prob [E] and what the backward needs."""
+    hidden = x.hidden.to(x.compute_dtype)
+    s = _shared_product(x, hidden)
+    v = _folded_product(x, hidden)
+    logits, probs = _route(x, hidden)
+    p = _used_probs(x, probs)
+
+    fusion = x.attn_output.new_zeros((), dtype=x.sum_dtype) if s is None else F.silu(s.to(x.sum_dtype))
+    for k, z in _expert_outputs(x, hidden, v):
+        fusion = fusion + p[:, k : k + 1] * F.silu(z)
+    attn_output = x.attn_output.to(x.sum_dtype)
+    out = attn_output + _stream(x, attn_output) * fusion
+
+    saved = Saved(
+        s if x.keep and s is not None else hidden.new_empty(0),
+        v if x.keep and v is not None else hidden.new_empty(0),
+        probs,
+        logits,
+    )
+    load = _token_mean(x, p)
+    router_prob = _token_mean(x, torch.softmax(logits, dim=-1))
+    return out.to(x.attn_output.dtype), load, router_prob, saved
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_load: Tensor | None,
+    grad_router_prob: Tensor | None,
+    x: ModulationInputs,
+    saved: Saved,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the tensors in `DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where ``needs`` is false."""
+    need = dict(zip(DIFFERENTIABLE, needs, strict=True))
+    grads: dict[str, Tensor] = {}
+    hidden = x.hidden.to(x.compute_dtype)
+    d_logits = None
+    d_hidden = _Sum()
+    d_probs = torch.zeros_like(saved.probs)
+
+    if grad_out is not None:
+        s = saved.s if saved.s.numel() else _shared_product(x, hidden)
+        v = saved.v if saved.v.numel() else _folded_product(x, hidden)
+        p = _used_probs(x, saved.probs)
+        grad_out = grad_out.to(x.sum_dtype)
+        # h_out = h_att + stream * A_fusion
+        d_fusion = grad_out * _stream(x, x.attn_output.to(x.sum_dtype))
+
+        fusion = grad_out.new_zeros(())
+        if s is not None:
+            s = s.to(x.sum_dtype)
+            fusion = F.silu(s)
+            _shared_backward(x, hidden, _silu_backward(d_fusion, s), need, grads, d_hidden)
+            del s
+
+        d_v = None if v is None else torch.empty_like(v)
+        per_expert: dict[str, list[Tensor]] = {"lora_b": [], "lora_b_bias": [], "expert_weight": []}
+        for k, z in _expert_outputs(x, hidden, v):
+            activation = F.silu(z)
+            p_k = p[:, k : k + 1]
+            fusion = fusion + p_k * activation
+            d_probs[:, k] = (d_fusion * activation).sum(-1)
+            d_z = _silu_backward(d_fusion * p_k, z).mul_(x.scale)
+            if need["lora_b_bias"]:
+                per_expert["lora_b_bias"].append(d_z.sum(0))
+            d_z = d_z.to(x.compute_dtype)
+            if v is not None and d_v is not None and x.lora_b is not None:
+                of_k = slice(k * x.rank, (k + 1) * x.rank)
+                d_v[:, of_k] = d_z @ x.lora_b[k].to(x.compute_dtype)
+                if need["lora_b"]:
+                    per_expert["lora_b"].append(d_z.T @ v[:, of_k])
+            elif x.expert_weight is not None:
+                if need["expert_weight"]:
+                    per_expert["expert_weight"].append(d_z.T @ hidden)
+                if need["hidden"]:
+                    d_hidden.add_product(d_z, x.expert_weight[k].to(x.compute_dtype))
+        grads |= {name: torch.stack(parts) for name, parts in per_expert.items() if parts}
+        if d_v is not None:
+            _folded_backward(x, hidden, d_v, need, grads, d_hidden)
+
+        d_stream = grad_out * fusion
+        if need["residual"]:
+            grads["residual"] = d_stream
+        if need["attn_output"]:
+            grads["attn_output"] = grad_out + d_stream
+
+    if x.num_experts:
+        d_logits = _route_backward(x, saved, d_probs, grad_load, grad_router_prob)
+        if need["router_bias"]:
+            grads["router_bias"] = d_logits.sum(0)
+        d_logits = d_logits.to(x.compute_dtype)
+        if need["router_weight"]:
+            grads["router_weight"] = d_logits.T @ hidden
+        if need["hidden"]:
+            assert x.router_weight is not None
+            d_hidden.add_product(d_logits, x.router_weight.to(x.compute_dtype))
+    if need["hidden"] and d_hidden.value is not None:
+        grads["hidden"] = d_hidden.value
+
+    return [_finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+
+
+class _Sum:
+    """A running sum of matrix products."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        self.value = a @ b if self.value is None else self.value.addmm_(a, b)
+
+
+def _finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
+    if not needed or of is None:
+        return torch.empty(0)
+    return torch.zeros_like(of) if grad is None else grad.to(of.dtype)
+
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    """grad * SiLU'(z), SiLU'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))."""
+    return torch.ops.aten.silu_backward(grad, z)
+
+
+def _stream(x: ModulationInputs, attn_output: Tensor) -> Tensor:
+    """What A_fusion multiplies: h_att, or the residual stream h_in + h_att."""
+    return attn_output if x.residual is None else attn_output + x.residual.to(x.sum_dtype)
+
+
+def _shared_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
+    """S = h W_shared^T + bias."""
+    if x.shared_weight is None:
+        return None
+    bias = None if x.shared_bias is None else x.shared_bias.to(x.compute_dtype)
+    return F.linear(hidden, x.shared_weight.to(x.compute_dtype), bias)
+
+
+def _shared_backward(
+    x: ModulationInputs,
+    hidden: Tensor,
+    d_s: Tensor,
+    need: dict[str, bool],
+    grads: dict[str, Tensor],
+    d_hidden: _Sum,
+) -> None:
+    assert x.shared_weight is not None
+    if need["shared_bias"]:
+        grads["shared_bias"] = d_s.sum(0)
+    d_s = d_s.to(x.compute_dtype)
+    if need["shared_weight"]:
+        grads["shared_weight"] = d_s.T @ hidden
+    if need["hidden"]:
+        d_hidden.add_product(d_s, x.shared_weight.to(x.compute_dtype))
+
+
+def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
+    """M [E * r, d] in the compute dtype, M_k = N_k A_k, and its bias N_k a_k + n_k [E * r] or None.
+
+    The product is made in the sum dtype from the weights as they are: it is independent of T, and rounds once.
+    """
+    assert x.lora_a is not None and x.lora_n is not None
+    lora_n = x.lora_n.to(x.sum_dtype)
+    folded = (lora_n @ x.lora_a.to(x.sum_dtype)).flatten(0, 1).to(x.compute_dtype)
+    bias = None
+    if x.lora_a_bias is not None:
+        bias = (lora_n @ x.lora_a_bias.to(x.sum_dtype)[..., None]).flatten()
+    if x.lora_n_bias is not None:
+        lora_n_bias = x.lora_n_bias.to(x.sum_dtype).flatten()
+        bias = lora_n_bias if bias is None else bias + lora_n_bias
+    return folded, None if bias is None else bias.to(x.compute_dtype)
+
+
+def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
+    """V = h M^T + bias, [T, E * r]; None without low-rank experts."""
+    return None if x.lora_a is None else F.linear(hidden, *fold(x))
+
+
+def _folded_backward(
+    x: ModulationInputs,
+    hidden: Tensor,
+    d_v: Tensor,
+    need: dict[str, bool],
+    grads: dict[str, Tensor],
+    d_hidden: _Sum,
+) -> None:
+    if need["hidden"]:
+        d_hidden.add_product(d_v, fold(x)[0])
+    if not any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias")):
+        return
+    d_folded = (d_v.T @ hidden).to(x.sum_dtype)
+    d_bias = d_v.sum(0, dtype=x.sum_dtype)
+    grads |= unfold_grads(x, d_folded, d_bias, need)
+
+
+def unfold_grads(
+    x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Gradients of A, N, a and n from those of M [E * r, d] and of its bias [E * r], in the sum dtype."""
+    assert x.lora_a is not None and x.lora_n is not None
+    grads = {}
+    d_folded = d_folded.view(x.num_experts, x.rank, -1)
+    d_bias = d_bias.view(x.num_experts, x.rank)
+    lora_n_t = x.lora_n.to(x.sum_dtype).mT
+    if need["lora_a"]:
+        grads["lora_a"] = lora_n_t @ d_folded
+    if need["lora_n"]:
+        grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
+        if x.lora_a_bias is not None:
+            grads["lora_n"] += d_bias[:, :, None] * x.lora_a_bias.to(x.sum_dtype)[:, None, :]
+    if need["lora_a_bias"]:
+        grads["lora_a_bias"] = (lora_n_t @ d_bias[..., None]).squeeze(-1)
+    if need["lora_n_bias"]:
+        grads["lora_n_bias"] = d_bias
+    return grads
+
+
+def _expert_outputs(x: ModulationInputs, hidden: Tensor, v: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """(k, Z_k [T, d] in the sum dtype), Z_k = scale * (V_k B_k^T + b_k) or scale * (h W_k^T + b_k)."""
+    for k in range(x.num_experts):
+        bias = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.compute_dtype)
+        if v is not None and x.lora_b is not None:
+            z = F.linear(v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype), bias)
+        else:
+            assert x.expert_weight is not None
+            z = F.linear(hidden, x.expert_weight[k].to(x.compute_dtype), bias)
+        yield k, z.to(x.sum_dtype).mul_(x.scale)
+
+
+def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """logits and p = softmax((logits + g) / tau), [T, E] in the sum dtype."""
+    if x.router_weight is None:
+        empty = hidden.new_empty(hidden.shape[0], 0, dtype=x.sum_dtype)
+        return empty, empty.clone()
+    weight = x.router_weight.to(x.compute_dtype).to(x.sum_dtype)
+    bias = None if x.router_bias is None else x.router_bias.to(x.sum_dtype)
+    logits = F.linear(hidden.to(x.sum_dtype), weight, bias)
+    noise = x.gumbel
+    if x.seed is not None:
+        noise = gumbel_noise(x.seed, logits.shape[0], x.num_experts, logits.device)
+    noisy = logits if noise is None else logits + noise.to(x.sum_dtype)
+    return logits, torch.softmax(noisy / x.tau, dim=-1)
+
+
+def _used_probs(x: ModulationInputs, probs: Tensor) -> Tensor:
+    """p as the output and the load use it: one-hot under hard routing."""
+    if not (x.hard and x.num_experts):
+        return probs
+    return F.one_hot(probs.argmax(dim=-1), x.num_experts).to(probs.dtype)
+
+
+def _token_mean(x: ModulationInputs, values: Tensor) -> Tensor:
+    """Mean over the counted tokens, 0 where none counts: [T, E] -> [E]."""
+    if x.token_mask is None:
+        return values.sum(0) / max(values.shape[0], 1)
+    counted = x.token_mask.to(values.dtype)
+    return (counted @ values) / counted.sum().clamp_min(1)
+
+
+def _route_backward(
+    x: ModulationInputs,
+    saved: Saved,
+    d_probs: Tensor,
+    grad_load: Tensor | None,
+    grad_router_prob: Tensor | None,
+) -> Tensor:
+    """Gradient of the logits [T, E] through p (its soft Jacobian, also under hard routing) and both token means."""
+    if x.token_mask is None:
+        share = torch.full_like(saved.probs[:, :1], 1 / max(saved.probs.shape[0], 1))
+    else:
+        counted = x.token_mask.to(saved.probs.dtype)
+        share = (counted / counted.sum().clamp_min(1))[:, None]
+    if grad_load is not None:
+        d_probs = d_probs + share * grad_load
+    d_logits = softmax_backward(d_probs, saved.probs) / x.tau
+    if grad_router_prob is not None:
+        d_logits += softmax_backward(share * grad_router_prob, torch.softmax(saved.logits, dim=-1))
+    return d_logits
+
+
+def softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
+    """p * (g - sum_k g_k p_k)."""
+    return probs * (grad - (grad * probs).sum(-1, keepdim=True))
