@@ -1,0 +1,146 @@
+"""Greedy responses, and BLEU-4 and ROUGE-L of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from hycam.errors import InputError
+from hycam.evaluation.batches import device_of, evaluation_mode, unwrap
+
+
+def generate_responses(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> list[str]:
+    """The model's greedy continuation of each prompt, up to its end-of-sequence token.
+
+    Prompts of a batch are padded on the left here, so the tokenizer's own padding settings neither matter nor
+    change. Sampling, beams and penalties that the model's generation settings carry are overridden.
+
+    Raises:
+        InputError: an option below 1, an empty prompt, no end-of-sequence token, or a prompt that with
+            `max_new_tokens` exceeds the model's positions; all before the first token is generated.
+    """
+    for option, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{option}: {value} given, at least 1 is wanted")
+    bare = unwrap(model)
+    encoded = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    _check_lengths(encoded, max_new_tokens, bare.config)
+    ends = _end_tokens(bare, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        do_sample=False,
+        num_beams=1,
+        # What is left unset comes from the model's own settings, so each that alters the search is named.
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )
+    responses = [""] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    with evaluation_mode(bare):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            inputs = _pad_left([encoded[row] for row in rows], pad, device_of(bare))
+            output = bare.generate(**inputs, generation_config=settings)
+            new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+            for row, ids in zip(rows, new_tokens, strict=True):
+                responses[row] = str(tokenizer.decode(_until(ids, ends), skip_special_tokens=True))
+    return responses
+
+
+def _check_lengths(encoded: list[list[int]], max_new_tokens: int, config: Any) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for row, ids in enumerate(encoded):
+        if not ids:
+            raise InputError(f"prompts: prompt {row} is empty, at least one token is wanted")
+        if positions is not None and len(ids) + max_new_tokens > positions:
+            raise InputError(
+                f"prompts: prompt {row} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} "
+                f"exceeds the model's {positions} positions"
+            )
+
+
+def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End tokens of the tokenizer and of the model's generation settings (chat models have several)."""
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    ends = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    if not ends:
+        raise InputError("tokenizer: neither it nor the model names an end-of-sequence token, one is wanted")
+    return ends
+
+
+def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    width = max(len(ids) for ids in rows)
+    padded = [[pad] * (width - len(ids)) + ids for ids in rows]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+    return {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def _until(ids: list[int], ends: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def evaluate_generation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU-4 and ROUGE-L of predictions against one reference each, both from 0 to 100.
+
+    `bleu4`: sacrebleu's corpus BLEU up to 4-grams, 13a tokenizer, no smoothing: 0 where no 4-gram matches.
+    `rougeL`: rouge-score's F1 of the longest common subsequence, no stemming, mean over rows. Its tokens are
+    lower-cased runs of a-z and 0-9: text in other scripts scores 0.
+
+    Raises:
+        InputError: no prediction, or another number of references.
+    """
+    if not predictions or len(predictions) != len(references):
+        raise InputError(
+            f"predictions: {len(predictions)} given with {len(references)} references, "
+            "as many of both are wanted, at least one"
+        )
+    bleu = BLEU(max_ngram_order=4, tokenize="13a", smooth_method="none", effective_order=False)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(references, predictions, strict=True)
+    rouge = [scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs]
+    return {
+        "bleu4": bleu.corpus_score(list(predictions), [list(references)]).score,
+        "rougeL": 100.0 * sum(rouge) / len(rouge),
+    }
+
+
+def evaluate_generation_tasks(
+    predictions: Mapping[str, Sequence[str]], references: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """`evaluate_generation` per task, and over the rows of all tasks pooled into one corpus.
+
+    Returns:
+        `{"tasks": {name: {"bleu4", "rougeL", "rows"}}, "overall": {...}}`.
+
+    Raises:
+        InputError: other tasks in `references`, or what `evaluate_generation` refuses.
+    """
+    if predictions.keys() != references.keys():
+        raise InputError(f"references: tasks {sorted(references)} given, {sorted(predictions)} are wanted")
+    tasks = {
+        name: {**evaluate_generation(rows, references[name]), "rows": len(rows)} for name, rows in predictions.items()
+    }
+    pooled = [row for rows in predictions.values() for row in rows]
+    wanted = [row for name in predictions for row in references[name]]
+    return {"tasks": tasks, "overall": {**evaluate_generation(pooled, wanted), "rows": len(pooled)}}

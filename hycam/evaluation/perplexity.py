@@ -1,0 +1,94 @@
+"""Perplexity of the response tokens, per task and over all tasks' tokens."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import nn
+
+from hycam.errors import InputError
+from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, unwrap
+
+# Logits are raised to float32 this many tokens at a time, which bounds the memory beside the model's output.
+_TOKENS_AT_ONCE = 1024
+
+
+def token_nll(logits: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Negative log-likelihood of every labelled token given those before it.
+
+    Args:
+        logits: [batch, length, vocabulary], any float dtype.
+        labels: [batch, length] int64 in the inputs' order, -100 where a token is no target.
+        position_ids: [batch, length] of packed rows, or None. A position 0 begins a sequence: its token has
+            nothing before it, so it is no target.
+
+    Returns:
+        [targets] in the logits' dtype, float32 at least.
+    """
+    targets = labels[:, 1:]
+    if position_ids is not None:
+        targets = targets.masked_fill(position_ids[:, 1:] == 0, -100)
+    counted = targets != -100
+    predicted, targets = logits[:, :-1][counted], targets[counted]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    parts = zip(predicted.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
+    return torch.cat([F.cross_entropy(part.to(dtype), target, reduction="none") for part, target in parts])
+
+
+def evaluate_perplexity(
+    model: nn.Module,
+    tasks: Mapping[str, Dataset],
+    collator: Collate,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """exp(total negative log-likelihood / number of response tokens), per task and over all tasks' tokens.
+
+    Each response token counts once and equally, whatever the batches are; sums are float64. Under
+    DistributedDataParallel the calling process evaluates every row by itself.
+
+    Args:
+        model: a causal language model: a backbone, a PEFT model, or either inside DistributedDataParallel.
+        tasks: tokenized rows per task: `input_ids`, `labels` with -100 where a token is no target.
+        collator: turns rows into model inputs, padded (`attention_mask`) or packed (`position_ids`).
+        batch_size: rows in a forward pass.
+        progress: called with the number of rows done after each batch.
+
+    Returns:
+        `{"tasks": {name: {"nll", "tokens", "perplexity"}}, "overall": {...}}`; `nll` is the sum, in nats.
+
+    Raises:
+        InputError: no task, or a task without a response token.
+    """
+    if not tasks:
+        raise InputError("tasks: none given, at least one is wanted")
+    bare = unwrap(model)
+    device = device_of(bare)
+    sums: dict[str, tuple[float, int]] = {}
+    with evaluation_mode(bare):
+        for name, dataset in tasks.items():
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            tokens = 0
+            for rows, batch in iterate_batches(dataset, collator, batch_size, device):
+                labels = batch.pop("labels")
+                # With a cache, transformers would not read the packed sequences off position_ids.
+                logits = bare(**batch, use_cache=False).logits
+                nll = token_nll(logits, labels.to(logits.device), batch.get("position_ids"))
+                total += nll.sum(dtype=torch.float64).to(device)
+                tokens += nll.numel()
+                if progress is not None:
+                    progress(rows)
+            if tokens == 0:
+                raise InputError(f"tasks: {name!r} has no response token to score, at least one is wanted")
+            sums[name] = (total.item(), tokens)
+    overall = (math.fsum(nll for nll, _ in sums.values()), sum(tokens for _, tokens in sums.values()))
+    return {"tasks": {name: _result(*sum_) for name, sum_ in sums.items()}, "overall": _result(*overall)}
+
+
+def _result(nll: float, tokens: int) -> dict[str, float | int]:
+    perplexity = torch.tensor(nll / tokens, dtype=torch.float64).exp().item()  # inf where math.exp would overflow
+    return {"nll": nll, "tokens": tokens, "perplexity": perplexity}

@@ -1,0 +1,166 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hycam.errors import InputError
+from hycam.evaluation import evaluate_generation, evaluate_generation_tasks, generate_responses
+from tests.models import tiny_model
+
+PROMPTS = ["the cat", "a", "one two three four five six", "where is the cat that I saw", "b c"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes as tokens, with pad, bos and eos at the tiny models' ids; its own padding is on the right."""
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet())[:125]:
+        vocab[character] = len(vocab)
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=None))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="right"
+    )
+
+
+def greedy_tokens(model, tokenizer, prompt: str, max_new_tokens: int) -> list[int]:
+    """Argmax of a whole forward pass per token: no cache, no padding."""
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids = [*ids, token]
+    return ids[start:]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_equals_greedy_by_hand(tokenizer, family, batch_size):
+    model, decode = tiny_model(family), partial(tokenizer.decode, skip_special_tokens=True)
+    expected = [decode(greedy_tokens(model, tokenizer, prompt, 12)) for prompt in PROMPTS]
+    assert len(set(expected)) > 2
+    given = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
+    assert given == expected
+
+
+@pytest.mark.parametrize("owner", ["model", "tokenizer"])
+def test_stops_at_each_end_token(tokenizer, owner):
+    model, tokenizer = tiny_model(), copy.deepcopy(tokenizer)
+    tokens = greedy_tokens(model, tokenizer, PROMPTS[0], 12)
+    end = next(token for i, token in enumerate(tokens) if i > 1 and token not in tokens[:i])
+    if owner == "model":
+        model.generation_config.eos_token_id = [2, end]
+    else:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    stopped = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=5)[0]
+    assert stopped == tokenizer.decode(tokens[: tokens.index(end)])
+
+
+def test_the_model_s_sampling_settings_do_not_matter(tokenizer):
+    model = tiny_model()
+    expected = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_k=3, top_p=0.5, repetition_penalty=4.0, num_beams=3
+    )
+    model.generation_config.no_repeat_ngram_size = 1
+    assert generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
+
+
+def test_leaves_tokenizer_and_model_as_they_were(tokenizer):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
+    model.train()
+    before = (
+        copy.deepcopy(tokenizer.init_kwargs),
+        tokenizer.padding_side,
+        tokenizer.backend_tokenizer.to_str(),
+    )
+    generate_responses(model, tokenizer, PROMPTS, max_new_tokens=3)
+    after = tokenizer.init_kwargs, tokenizer.padding_side, tokenizer.backend_tokenizer.to_str()
+    assert after == before
+    assert all(module.training for module in model.modules())
+
+
+def test_no_prompt_gives_no_response(tokenizer):
+    assert generate_responses(tiny_model(), tokenizer, [], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        (
+            ["a", "b" * 100],
+            {"max_new_tokens": 29},
+            "prompt 1 has 100 tokens.*max_new_tokens=29.*128 positions",
+        ),
+        (["a", ""], {"max_new_tokens": 2}, "prompt 1 is empty"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens: 0 given"),
+        (["a"], {"max_new_tokens": 1, "batch_size": 0}, "batch_size: 0 given"),
+    ],
+)
+def test_wrong_input_is_named(tokenizer, prompts, settings, message):
+    with pytest.raises(InputError, match=message):
+        generate_responses(tiny_model(), tokenizer, prompts, **settings)
+
+
+def test_the_last_position_can_be_used(tokenizer):
+    generate_responses(tiny_model("gpt2"), tokenizer, ["b" * 100], max_new_tokens=28)
+
+
+def test_identical_text_scores_100():
+    text = ["the cat sat on the mat .", "a dog ran in the park today ."]
+    assert evaluate_generation(text, text) == pytest.approx({"bleu4": 100.0, "rougeL": 100.0})
+
+
+def test_known_numbers():
+    """By hand. Matches of 1- to 4-grams: 5 of 6, 4 of 5, 3 of 4, 2 of 3, equal lengths: BLEU = (1/3)^(1/4).
+    The longest common subsequence has 5 of 6 words on both sides."""
+    scores = evaluate_generation(["the cat sat on the rug"], ["the cat sat on the mat"])
+    assert scores["bleu4"] == pytest.approx(100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+    assert scores["rougeL"] == pytest.approx(100 * 5 / 6)
+
+
+def test_brevity_penalty_and_unequal_rouge():
+    """4 words against 6: every n-gram matches, BLEU = exp(1 - 6/4); LCS 4: precision 1, recall 4/6."""
+    scores = evaluate_generation(["the cat sat on"], ["the cat sat on the mat"])
+    assert scores["bleu4"] == pytest.approx(100 * torch.exp(torch.tensor(-0.5, dtype=torch.float64)).item())
+    assert scores["rougeL"] == pytest.approx(80.0)
+
+
+def test_no_smoothing_and_no_stemming():
+    scores = evaluate_generation(["cats run home quickly now"], ["cat runs home quickly now"])
+    assert scores["bleu4"] == 0.0  # no 4-gram matches
+    assert scores["rougeL"] == pytest.approx(60.0)  # cats / cat and run / runs differ
+
+
+def test_13a_splits_punctuation():
+    scores = evaluate_generation(["Hello, my dear world!"], ["Hello , my dear world !"])
+    assert scores["bleu4"] == pytest.approx(100.0)
+
+
+def test_bleu_is_of_the_corpus_not_a_mean():
+    predictions = {"a": ["the cat sat on the rug"], "b": ["one two three four", "x y z w"]}
+    references = {"a": ["the cat sat on the mat"], "b": ["one two three four", "x y z v"]}
+    result = evaluate_generation_tasks(predictions, references)
+    assert result["tasks"]["b"]["rows"] == 2
+    # n-gram matches pooled over the three rows, lengths 6 + 4 + 4 on both sides
+    pooled = 100 * (12 / 14 * 9 / 11 * 6 / 8 * 3 / 5) ** 0.25
+    assert result["overall"]["bleu4"] == pytest.approx(pooled)
+    assert result["overall"]["rougeL"] == pytest.approx(100 * (5 / 6 + 1 + 3 / 4) / 3)
+    assert result["tasks"]["b"]["bleu4"] == pytest.approx(100 * (7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** 0.25)
+
+
+def test_scores_refuse_unpaired_text():
+    with pytest.raises(InputError, match="1 given with 2 references"):
+        evaluate_generation(["a"], ["a", "b"])
+    with pytest.raises(InputError, match="0 given"):
+        evaluate_generation([], [])
+    with pytest.raises(InputError, match="references: tasks"):
+        evaluate_generation_tasks({"a": ["x"]}, {"b": ["x"]})
