@@ -39,9 +39,7 @@ def _check_types(tensors: dict[str, Tensor | None], token_mask: Tensor | None) -
                 f"hycam_modulation: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
             )
     if token_mask is not None and not isinstance(token_mask, Tensor):
-        raise TypeError(
-            f"hycam_modulation: token_mask must be a bool tensor, got {type(token_mask).__name__}"
-        )
+        raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {type(token_mask).__name__}")
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {token_mask.dtype}")
 
@@ -52,7 +50,7 @@ def _check_presence(tensors: dict[str, Tensor | None]) -> None:
 
     low_rank = ("lora_a", "lora_n", "lora_b")
     if given("expert_weight"):
-        wanted = ("expert_weight", "router_weight")
+        wanted: tuple[str, ...] = ("expert_weight", "router_weight")
         unwanted = given(*low_rank, "lora_a_bias", "lora_n_bias")
         why = "expert_weight holds full-rank experts in place of lora_a, lora_n and lora_b"
     elif given(*low_rank, "router_weight"):
@@ -77,9 +75,7 @@ def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) 
     hidden = tensors["hidden"]
     assert hidden is not None
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
-        raise ValueError(
-            f"hycam_modulation: hidden must be [..., d] with d >= 1, got shape {tuple(hidden.shape)}"
-        )
+        raise ValueError(f"hycam_modulation: hidden must be [..., d] with d >= 1, got shape {tuple(hidden.shape)}")
     leading, d = tuple(hidden.shape[:-1]), hidden.shape[-1]
     router, lora_a = tensors["router_weight"], tensors["lora_a"]
     num_experts = rank = 0
@@ -91,9 +87,7 @@ def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) 
         num_experts = router.shape[0]
     if lora_a is not None:
         if lora_a.ndim != 3 or lora_a.shape[1] == 0:
-            raise ValueError(
-                f"hycam_modulation: lora_a must be [E, r, d] with r >= 1, got shape {tuple(lora_a.shape)}"
-            )
+            raise ValueError(f"hycam_modulation: lora_a must be [E, r, d] with r >= 1, got shape {tuple(lora_a.shape)}")
         rank = lora_a.shape[1]
     wanted = {
         "attn_output": (*leading, d),
@@ -124,9 +118,7 @@ def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) 
         )
 
 
-def _check_devices(
-    tensors: dict[str, Tensor | None], token_mask: Tensor | None, seed: int | Tensor | None
-) -> None:
+def _check_devices(tensors: dict[str, Tensor | None], token_mask: Tensor | None, seed: int | Tensor | None) -> None:
     hidden = tensors["hidden"]
     assert hidden is not None
     for name, tensor in (tensors | {"token_mask": token_mask}).items():
@@ -162,6 +154,4 @@ def _check_options(
     if tensors["gumbel"] is not None:
         raise ValueError("hycam_modulation: gumbel and seed were both given; noise comes from one of them")
     if tensors["router_weight"] is None:
-        raise ValueError(
-            "hycam_modulation: seed must be None: there are no experts, so there is no noise to draw"
-        )
+        raise ValueError("hycam_modulation: seed must be None: there are no experts, so there is no noise to draw")

@@ -58,7 +58,8 @@ DIFFERENTIABLE = ModulationInputs._fields[: ModulationInputs._fields.index("gumb
 class Saved(NamedTuple):
     """What the forward keeps for the backward beside its inputs; absent parts have 0 elements.
 
-    ``s`` and ``v`` are in the compute dtype, ``probs`` (the soft p, also under hard routing) and ``logits`` in the sum dtype.
+    ``s`` and ``v`` are in the compute dtype, ``probs`` (the soft p, also under hard routing) and ``logits`` in the sum
+    dtype.
     """
 
     s: Tensor  # [T, d]      h W_shared^T + bias, if kept

@@ -1,4 +1,4 @@
-"""`hycam_modulation`: checks, backend choice, and the `torch.library` ops that carry it through autograd and torch.compile."""
+"""`hycam_modulation`: backend choice, and the `torch.library` ops that carry it through autograd and torch.compile."""
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def hycam_modulation(
         p = \mathrm{softmax}\big((h W_r^T + g) / \tau\big)
 
     Weights are in `nn.Linear` layout, out x in. T tokens in the leading dimensions (any number of them, T = 0 too), d
-    features, E experts, rank r. Row-strided inputs are read in place where the leading dimensions collapse to one stride.
+    features, E experts, rank r. Row-strided inputs are read in place where the leading dimensions collapse to one
+    stride.
 
     Args:
         hidden: [..., d] h, what self-attention received.
@@ -55,10 +56,10 @@ def hycam_modulation(
         router_weight: [E, d].
         tau: temperature of the Gumbel-softmax, above 0.
         gumbel: [..., E] explicit noise, a constant for autograd.
-        seed: int or 0-d int64 tensor (on hidden's device or the CPU): noise is ``gumbel_noise(seed, T, E)``. Without gumbel and
-            seed there is no noise.
-        hard: p is one-hot at its largest entry in the output, the load and the balance loss; its gradient is that of the
-            soft p (straight-through).
+        seed: int or 0-d int64 tensor (on hidden's device or the CPU): noise is ``gumbel_noise(seed, T, E)``. Without
+            gumbel and seed there is no noise.
+        hard: p is one-hot at its largest entry in the output, the load and the balance loss; its gradient is that of
+            the soft p (straight-through).
         token_mask: [...] bool, the tokens that count in the load and the balance loss; all by default.
         scale: ``A_k = SiLU(scale * (B_k (N_k (A_k h + a_k) + n_k) + b_k))``.
         shared_bias: [d].
@@ -74,14 +75,14 @@ def hycam_modulation(
     Returns:
         `HyCAMOutput`.
 
-    dtypes: float64, float32, bfloat16 and float16. Matrix products run in autocast's dtype where autocast is on, else in
-    hidden's; weights of another dtype are cast to it. Logits, softmax, activations and sums are float32 (float64 for float64).
-    h_out has attn_output's dtype, each gradient the dtype of its tensor.
+    dtypes: float64, float32, bfloat16 and float16. Matrix products run in autocast's dtype where autocast is on, else
+    in hidden's; weights of another dtype are cast to it. Logits, softmax, activations and sums are float32 (float64 for
+    float64). h_out has attn_output's dtype, each gradient the dtype of its tensor.
 
     Raises:
         TypeError: a non-float tensor, a ``token_mask`` that isn't bool, a ``seed`` of another type.
-        ValueError: a shape, a device mismatch, ``tau`` not above 0, ``gumbel`` together with ``seed``, noise without experts,
-            experts given in part, an unknown backend.
+        ValueError: a shape, a device mismatch, ``tau`` not above 0, ``gumbel`` together with ``seed``, noise without
+            experts, experts given in part, an unknown backend.
         RuntimeError: ``backend="triton"`` where it can't run, with the reason; a second-order gradient.
     """
     call = _prepare(
@@ -175,9 +176,7 @@ _GRAD_SCHEMA = "Tensor? grad_out, Tensor? grad_load, Tensor? grad_router_prob"
 
 _library = torch.library.Library("hycam", "DEF")
 _library.define(f"modulation({_INPUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-_library.define(
-    f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_SCHEMA}, bool[] needs) -> Tensor[]"
-)
+_library.define(f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_SCHEMA}, bool[] needs) -> Tensor[]")
 
 
 def _backend(inputs: ModulationInputs):
@@ -223,35 +222,28 @@ def _modulation_fake(*args) -> tuple[Tensor, ...]:
 def _modulation_backward_fake(grad_out, grad_load, grad_router_prob, *args) -> list[Tensor]:
     inputs, _, needs = _split_backward_args(args)
     return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        torch.empty_like(getattr(inputs, name), memory_format=torch.contiguous_format)
         if needed
         else inputs.hidden.new_empty(0)
-        for tensor, needed in zip(inputs, needs, strict=False)
+        for name, needed in zip(DIFFERENTIABLE, needs, strict=True)
     ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    call = ModulationInputs(*inputs)
-    tensors = [value for value in call if isinstance(value, Tensor)]
     saved = output[3:]
-    ctx.save_for_backward(*tensors, *saved)
-    ctx.call = call._replace(
-        **{name: None for name, value in call._asdict().items() if isinstance(value, Tensor)}
-    )
-    ctx.tensor_names = [name for name, value in call._asdict().items() if isinstance(value, Tensor)]
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs), *saved)
+    ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx, grad_out, grad_load, grad_router_prob, *_):
-    tensors = ctx.saved_tensors
-    count = len(ctx.tensor_names)
-    call = ctx.call._replace(**dict(zip(ctx.tensor_names, tensors[:count], strict=True)))
+    count = len(ctx.options)
+    tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    inputs = (option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True))
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
-    grads = torch.ops.hycam.modulation_backward(
-        grad_out, grad_load, grad_router_prob, *call, *tensors[count:], needs
-    )
-    rest = len(ModulationInputs._fields) - len(DIFFERENTIABLE)
+    grads = torch.ops.hycam.modulation_backward(grad_out, grad_load, grad_router_prob, *inputs, *saved, needs)
+    rest = count - len(DIFFERENTIABLE)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * rest
 
 
@@ -259,7 +251,5 @@ def _no_second_order(ctx, *_):
     raise RuntimeError("hycam_modulation: second-order gradients are not supported")
 
 
-torch.library.register_autograd(
-    "hycam::modulation", _autograd_backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("hycam::modulation", _autograd_backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("hycam::modulation_backward", _no_second_order, lib=_library)

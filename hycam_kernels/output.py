@@ -14,8 +14,8 @@ class HyCAMOutput(NamedTuple):
         router_prob: [E] mean over the counted tokens of softmax(logits), free of noise and temperature.
         balance_loss: scalar, ``(load * router_prob).sum()`` (equation 10).
 
-    The last three are float64 for float64 inputs and float32 otherwise, differentiable, and 0 where no token counts; without
-    experts they are [0], [0] and 0.
+    The last three are float64 for float64 inputs and float32 otherwise, differentiable, and 0 where no token counts;
+    without experts they are [0], [0] and 0.
     """
 
     hidden_states: Tensor

@@ -89,9 +89,7 @@ def check_seed(seed: object, caller: str) -> None:
         if seed.dtype != torch.int64:
             raise TypeError(f"{caller}: seed must be an int or a 0-d int64 tensor, got a {seed.dtype} tensor")
         if seed.ndim != 0:
-            raise ValueError(
-                f"{caller}: seed must be an int or a 0-d int64 tensor, got shape {tuple(seed.shape)}"
-            )
+            raise ValueError(f"{caller}: seed must be an int or a 0-d int64 tensor, got shape {tuple(seed.shape)}")
     elif isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
         raise TypeError(f"{caller}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
     elif not -(1 << 63) <= seed < 1 << 64:

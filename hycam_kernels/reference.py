@@ -1,4 +1,4 @@
-"""The definition of correct: HyCAM's equations (CIKM 2025, numbers as in the paper), line by line, under plain autograd.
+"""The definition of correct: HyCAM's equations (CIKM 2025, the paper's numbers), line by line, under plain autograd.
 
 Every tensor may have any float dtype; run it in float64 to get the truth that the backends are measured against, in low
 precision to get the error that eager execution makes.
@@ -35,14 +35,14 @@ def modulation_reference(
     expert_weight: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> HyCAMOutput:
-    """`hycam_modulation` as the paper writes it; arguments, shapes and results are those of the op, without its checks."""
+    """`hycam_modulation` as the paper writes it: the op's arguments, shapes and results, without its checks."""
     dtype = hidden.dtype
     sum_dtype = torch.promote_types(dtype, torch.float32)
     fusion = torch.zeros_like(attn_output, dtype=dtype)
 
     # (2, 5) A_shared = SiLU(h W_shared^T)
     if shared_weight is not None:
-        fusion = fusion + F.silu(F.linear(hidden, _to(shared_weight, dtype), _to(shared_bias, dtype)))
+        fusion = fusion + F.silu(F.linear(hidden, shared_weight.to(dtype), _to(shared_bias, dtype)))
 
     load = router_prob = hidden.new_zeros(0, dtype=sum_dtype)
     if router_weight is not None:
@@ -65,12 +65,12 @@ def modulation_reference(
         for k in range(num_experts):
             z = hidden
             if expert_weight is not None:
-                z = F.linear(z, _to(expert_weight[k], dtype), _bias(lora_b_bias, k, dtype))
+                z = F.linear(z, expert_weight[k].to(dtype), _bias(lora_b_bias, k, dtype))
             else:
                 assert lora_a is not None and lora_n is not None and lora_b is not None
-                z = F.linear(z, _to(lora_a[k], dtype), _bias(lora_a_bias, k, dtype))
-                z = F.linear(z, _to(lora_n[k], dtype), _bias(lora_n_bias, k, dtype))
-                z = F.linear(z, _to(lora_b[k], dtype), _bias(lora_b_bias, k, dtype))
+                z = F.linear(z, lora_a[k].to(dtype), _bias(lora_a_bias, k, dtype))
+                z = F.linear(z, lora_n[k].to(dtype), _bias(lora_n_bias, k, dtype))
+                z = F.linear(z, lora_b[k].to(dtype), _bias(lora_b_bias, k, dtype))
             fusion = fusion + p[..., k : k + 1].to(dtype) * F.silu(scale * z)
 
         # (10) the two means of the balance loss, over the tokens that count

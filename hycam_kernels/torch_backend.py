@@ -1,8 +1,8 @@
-"""The op in PyTorch with a hand-written backward: what CPU users run, and the fallback wherever the fused kernels can't.
+"""The op in PyTorch with a hand-written backward: what CPU users run, and the fallback of the fused kernels.
 
-Matrix products run in the compute dtype; element-wise terms, softmax and sums in the sum dtype. N is folded into A in weight
-space, ``M_k = N_k A_k``, so that one product ``V = h M^T`` serves all experts. The forward keeps S and V only; expert
-outputs Z_k = scale * (V_k B_k^T + b_k) are made again in the backward, one expert at a time.
+Matrix products run in the compute dtype; element-wise terms, softmax and sums in the sum dtype. N is folded into A in
+weight space, ``M_k = N_k A_k``, so that one product ``V = h M^T`` serves all experts. The forward keeps S and V only;
+expert outputs Z_k = scale * (V_k B_k^T + b_k) are made again in the backward, one expert at a time.
 """
 
 from collections.abc import Iterator
@@ -209,9 +209,7 @@ def _folded_backward(
     grads |= unfold_grads(x, d_folded, d_bias, need)
 
 
-def unfold_grads(
-    x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]
-) -> dict[str, Tensor]:
+def unfold_grads(x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
     """Gradients of A, N, a and n from those of M [E * r, d] and of its bias [E * r], in the sum dtype."""
     assert x.lora_a is not None and x.lora_n is not None
     grads = {}
