@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from hycam.data.formats import KNOWN_SETS
 from hycam.errors import InputError
 
 NUM_FOLDS = 5
@@ -50,6 +51,8 @@ class TaskConfig:
             absent = value is None and option != "split"
             if not absent and not (isinstance(value, str) and value):
                 raise InputError(f"{option}: {value!r}, wanted text")
+        if self.format is not None and self.format not in KNOWN_SETS:
+            raise InputError(f"format: {self.format!r}, wanted one of {', '.join(KNOWN_SETS)}")
         if self.max_rows is not None and not (_is_int(self.max_rows) and self.max_rows >= 1):
             raise InputError(f"max_rows: {self.max_rows!r}, wanted an integer of 1 or more")
         if self.fields is not None:

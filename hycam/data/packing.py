@@ -25,11 +25,10 @@ def pack_dataset(dataset: Dataset, max_length: int) -> Dataset:
     Raises:
         InputError: for a row longer than `max_length`.
     """
-    bins = _best_fit([len(ids) for ids in dataset["input_ids"]], max_length)
     rows = dataset.with_format(None)
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
     input_ids, labels = rows["input_ids"][:], rows["labels"][:]
-    for members in bins:
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for members in _best_fit([len(ids) for ids in input_ids], max_length):
         columns["input_ids"].append([token for i in members for token in input_ids[i]])
         columns["labels"].append([label for i in members for label in [IGNORED_LABEL, *labels[i][1:]]])
         columns["position_ids"].append([position for i in members for position in range(len(input_ids[i]))])

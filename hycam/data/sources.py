@@ -72,8 +72,6 @@ def load_task(config: TaskConfig) -> Dataset:
 def _parser(source: str, config: TaskConfig) -> RowParser:
     if config.fields is not None:
         return fields_parser(**config.fields)
-    if config.format is not None and config.format not in KNOWN_SETS:
-        raise InputError(f"tasks: {config.name}: format: {config.format!r}, wanted one of {', '.join(KNOWN_SETS)}")
     hub_names = {known.hub_id: name for name, known in KNOWN_SETS.items()}
     for name in (config.format, source, hub_names.get(source), config.name):
         if name is not None and name in KNOWN_SETS:
@@ -82,11 +80,11 @@ def _parser(source: str, config: TaskConfig) -> RowParser:
 
 
 def _source_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
-    suffix = Path(source).suffix
-    if suffix in _FILE_READERS:
+    path = Path(source).expanduser()
+    if path.suffix.lower() in _FILE_READERS:
         _refuse(config, _HUB_OPTIONS, "a file")
-        return _FILE_READERS[suffix](Path(source))
-    if Path(source).exists():
+        return _FILE_READERS[path.suffix.lower()](path)
+    if path.exists():
         wanted = ", ".join(_FILE_READERS)
         raise InputError(f"tasks: {config.name}: source: {source!r}, wanted a file that ends in one of {wanted}")
     if source in KNOWN_SETS or _HUB_ID.fullmatch(source):
@@ -161,7 +159,7 @@ def _hub_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
     except ConnectionError as error:
         raise InputError(
             f"tasks: {config.name}: source: hub set {hub_id!r} is out of reach (no network) and not cached here; "
-            f"a downloaded copy can be given as source: FILE{', '.join(_FILE_READERS)}"
+            f"a downloaded copy can be given as source: a file that ends in {', '.join(_FILE_READERS)}"
         ) from error
     except Exception as error:  # the hub client, the HTTP client and the file readers each have kinds of their own
         raise InputError(

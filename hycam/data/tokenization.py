@@ -4,7 +4,8 @@ A row is `prefix, prompt, response`: the prefix is what the tokenizer puts befor
 response ends in its closing: the eos token, or what the chat template adds after an answer.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from hycam.data.config import UNIFIED_FIELDS, DataConfig
 from hycam.data.prompts import chat_response_text, prompt_text
 from hycam.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 
@@ -61,7 +64,8 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     What the tokenizer puts before a text (mostly BOS) stands there once, also where the text brings it along as chat
     templates do; what it puts after a text (eos, for some) is left out: the response follows.
     """
-    return _encode(prompt, tokenizer, _prefix_ids(tokenizer))
+    (ids,) = _encode([prompt], tokenizer, _prefix_ids(tokenizer))
+    return ids
 
 
 def tokenize_dataset(
@@ -89,7 +93,13 @@ def tokenize_dataset(
     tokenized = dataset.map(
         _tokenize_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "config": data_config, "task_id": task_id},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "config": data_config,
+            "task_id": task_id,
+            "prefix": _prefix_ids(tokenizer),
+            "closing": _closing_ids(tokenizer, data_config.prompt),
+        },
         remove_columns=dataset.column_names,
         features=_FEATURES,
         keep_in_memory=True,
@@ -108,13 +118,15 @@ def tokenize_dataset(
 
 
 def _tokenize_batch(
-    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, config: DataConfig, task_id: int
+    batch: Mapping[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    task_id: int,
+    prefix: list[int],
+    closing: list[int],
 ) -> dict[str, list[Any]]:
-    prefix, closing = _prefix_ids(tokenizer), _closing_ids(tokenizer, config.prompt)
     columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
-    for texts in zip(*(batch[field] for field in UNIFIED_FIELDS), strict=True):
-        row = dict(zip(UNIFIED_FIELDS, texts, strict=True))
-        prompt, response = _encode_row(row, tokenizer, config.prompt, prefix)
+    for prompt, response in _encode_rows(batch, tokenizer, config.prompt, prefix):
         room = config.max_length - len(prompt)
         truncated = len(response) > room
         if truncated:
@@ -129,32 +141,42 @@ def _tokenize_batch(
     return columns
 
 
-def _encode_row(
-    row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, style: str, prefix: list[int]
-) -> tuple[list[int], list[int]]:
+def _encode_rows(
+    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, style: str, prefix: list[int]
+) -> Iterator[tuple[list[int], list[int]]]:
     """Prompt ids as in generation, and the response's ids, read in the prompt's context where the border allows it.
 
-    SentencePiece puts a blank before a text of its own, so a response tokenised alone would gain one. Where the last
-    token of the prompt would swallow the response's first letters, it is tokenised alone all the same.
+    SentencePiece puts a blank before a text of its own, so a response tokenised alone would gain one. Where a token
+    would reach over the border between prompt and response, the response is tokenised alone all the same.
     """
-    prompt_words = prompt_text(row, style, tokenizer)
-    response_words = chat_response_text(row, prompt_words, tokenizer) if style == "chat" else row["output"]
-    prompt = _encode(prompt_words, tokenizer, prefix)
-    both = _encode(prompt_words + response_words, tokenizer, prefix)
-    borders_agree = both[: len(prompt)] == prompt
-    response = both[len(prompt) :] if borders_agree else _encode(response_words, tokenizer, [])
-    return prompt, response if style == "chat" else [*response, tokenizer.eos_token_id]
+    rows = [dict(zip(UNIFIED_FIELDS, row, strict=True)) for row in zip(*map(batch.get, UNIFIED_FIELDS), strict=True)]
+    prompts = [prompt_text(row, style, tokenizer) for row in rows]
+    if style == "chat":
+        responses = [chat_response_text(row, prompt, tokenizer) for row, prompt in zip(rows, prompts, strict=True)]
+        end = []
+    else:
+        responses = batch["output"]
+        end = [tokenizer.eos_token_id]
+    joint_texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    encoded = zip(_encode(prompts, tokenizer, prefix), _encode(joint_texts, tokenizer, prefix), responses, strict=True)
+    for prompt_ids, joint_ids, response in encoded:
+        if joint_ids[: len(prompt_ids)] == prompt_ids:
+            response_ids = joint_ids[len(prompt_ids) :]
+        else:
+            (response_ids,) = _encode([response], tokenizer, prefix=[])
+        yield prompt_ids, response_ids + end
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if ids[: len(prefix)] == prefix else prefix + ids
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
 
 
 def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before a text."""
-    encoding = tokenizer("x", return_special_tokens_mask=True)
-    return encoding["input_ids"][: encoding["special_tokens_mask"].index(0)]
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    return next(whole[:i] for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
 
 
 def _closing_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
@@ -166,6 +188,14 @@ def _closing_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     _, found, closing = response.rpartition(probe["output"])
     if not found:
         raise InputError(
-            f"tokenizer: chat template: gives {response!r} for the answer {probe['output']!r}, wanted the answer in it"
+            f"tokenizer: chat template: makes {response!r} of the answer {probe['output']!r}, wanted the answer in it"
         )
-    return _encode(closing, tokenizer, [])
+    (closing_ids,) = _encode([closing], tokenizer, prefix=[])
+    if tokenizer.eos_token_id not in closing_ids:
+        logger.warning(
+            "the chat template closes an answer with %r, without the eos token %r: generation ends there only if the "
+            "model's generation settings say so",
+            closing,
+            tokenizer.eos_token,
+        )
+    return closing_ids
