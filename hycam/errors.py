@@ -8,7 +8,7 @@ class InputError(ValueError):
     """
 
 
-class RunStopped(RuntimeError):
+class RunStoppedError(RuntimeError):
     """A run that ended before its end with its last good state on disk; the message says how to go on.
 
     Attributes:

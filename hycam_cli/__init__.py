@@ -138,13 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: --{overrides[0][0]}")
     options.overrides = overrides
 
-    from hycam.errors import InputError, RunStopped
+    from hycam.errors import InputError, RunStoppedError
 
     try:
         importlib.import_module(f"hycam.commands.{options.command}").run(options)
     except InputError as error:
         return _report(error, 2)
-    except RunStopped as error:
+    except RunStoppedError as error:
         return _report(error, error.exit_status)
     except KeyboardInterrupt:
         return _report("interrupted", 130)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hycam import router_statistics
-from hycam.errors import RunStopped
+from hycam.errors import RunStoppedError
 
 
 class MetricsFile(TrainerCallback):
@@ -105,7 +105,7 @@ class FiniteGradients(TrainerCallback):
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise RunStopped(f"the gradient is not finite at step {state.global_step + 1}")
+            raise RunStoppedError(f"the gradient is not finite at step {state.global_step + 1}")
 
 
 class SaveOnSignal(TrainerCallback):

@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hycam.data import Collator
 from hycam.environment import devices, package_versions
-from hycam.errors import InputError, RunStopped
+from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.backbone import (
     backbone_name,
@@ -62,7 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
 
     Raises:
         InputError: anything wrong with the recipe, the data or the output folder, before the model is loaded.
-        RunStopped: a signal, or a loss that is not finite; the last good checkpoint is kept.
+        RunStoppedError: a signal, or a loss that is not finite; the last good checkpoint is kept.
     """
     prepared = prepare(recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
@@ -126,14 +126,14 @@ def _fit(recipe: Recipe, prepared: PreparedRun, model: PeftModel, *, resume: boo
         else:
             try:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            except RunStopped as error:
+            except RunStoppedError as error:
                 if on_signal.received is None:
-                    raise RunStopped(f"{error}; {_kept(folder)}") from error
+                    raise RunStoppedError(f"{error}; {_kept(folder)}") from error
             state = trainer.state
     if on_signal.received is not None:
         number = on_signal.received
         where = f"stopped by {number.name} after step {trainer.state.global_step}; {_kept(folder)}"
-        raise RunStopped(f"{where}; go on with: hycam train {folder} --resume", 128 + number)
+        raise RunStoppedError(f"{where}; go on with: hycam train {folder} --resume", 128 + number)
     return {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hycam.errors import RunStopped
+from hycam.errors import RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
 from hycam.training.callbacks import SaveOnSignal, layer_statistics
@@ -47,10 +47,10 @@ class HyCAMTrainer(Trainer):
         self.on_signal = on_signal
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch. Raises `RunStopped` before the optimizer sees a loss that is not finite."""
+        """One micro-batch. Raises `RunStoppedError` before the optimizer sees a loss that is not finite."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise RunStopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+            raise RunStoppedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         return loss
 
     def evaluate(
@@ -80,10 +80,10 @@ class HyCAMTrainer(Trainer):
                 )
             except _EvaluationInterruptedError:
                 self._save_checkpoint(self.model, trial=None)
-                raise RunStopped("a signal came during validation") from None
+                raise RunStoppedError("a signal came during validation") from None
         metrics = perplexity_metrics(report, metric_key_prefix)
         if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
-            raise RunStopped(f"the validation loss is not finite at step {self.state.global_step}")
+            raise RunStoppedError(f"the validation loss is not finite at step {self.state.global_step}")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
