@@ -4,7 +4,6 @@ It stands outside the package `hycam` because importing that one imports PEFT (s
 """
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -138,10 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: --{overrides[0][0]}")
     options.overrides = overrides
 
+    # these import torch, which takes seconds
+    from hycam.commands import run_command
     from hycam.errors import InputError, RunStoppedError
 
     try:
-        importlib.import_module(f"hycam.commands.{options.command}").run(options)
+        run_command(options.command, options)
     except InputError as error:
         return _report(error, 2)
     except RunStoppedError as error:

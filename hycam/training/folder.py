@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from hycam.training.tasks import TaskRows
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
 
-# Fields that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
+# Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw. Where a
+# task's rows lie is free too: the rows themselves are compared.
 _FREE_ON_RESUME = (
     "output_dir",
+    "tasks.*.source",
     "early_stopping",
     "evaluation",
     "trainer.logging_steps",
@@ -87,7 +90,7 @@ def _changed_fields(old: Any, new: Any) -> list[str]:
 
 
 def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in _FREE_ON_RESUME)
+    return any(fnmatch(name, free) or fnmatch(name, f"{free}.*") for free in _FREE_ON_RESUME)
 
 
 def _entries(folder: Path) -> Iterable[Path]:
