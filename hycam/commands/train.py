@@ -9,8 +9,8 @@ from hycam.training.run import train
 
 def run(options: Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    results = train(recipe, resume=options.resume, overwrite=options.overwrite)
+    results = train(recipe, resume=options.resume, overwrite=options.overwrite, announce=print)
     show(metrics_table("test split", results["test"]))
     if "expert_load" in results:
         show(load_table(results["expert_load"]))
-    print(f"adapter, metrics and results: {recipe.output_path}")
+    print(f"adapter, metrics, results and plots: {recipe.output_path}")

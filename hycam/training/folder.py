@@ -18,8 +18,8 @@ from hycam.training.tasks import TaskRows
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
 
-# Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw. Where a
-# task's rows lie is free too: the rows themselves are compared.
+# Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
+# Where a task's rows lie is free too: the rows themselves are compared.
 _FREE_ON_RESUME = (
     "output_dir",
     "tasks.*.source",
@@ -73,14 +73,15 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], *, resume: bool, o
         for entry in _entries(folder):
             if not _is_backbone(entry):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    record = {"data": {name: _fingerprint(task) for name, task in rows.items()}, "versions": package_versions()}
+    data = {name: _fingerprint(task) for name, task in rows.items()}
     if resume and (folder / RECORD_FILE).is_file():
         before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["data"]
-        for name, fingerprint in record["data"].items():
+        for name, fingerprint in data.items():
             if before[name] != fingerprint:
                 raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
         return
     folder.mkdir(parents=True, exist_ok=True)
+    record = {"data": data, "versions": package_versions()}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 

@@ -71,7 +71,7 @@ def save_backbone(folder: Path, *, positions: int = 128) -> Path:
     return folder
 
 
-def recipe_values(folder: Path, backbone: Path, **sections: Any) -> dict[str, Any]:
+def recipe_values(folder: Path, backbone: Path, /, **sections: Any) -> dict[str, Any]:
     """A recipe of two tasks whose files this writes into `folder`: 12 steps an epoch, validated every 4."""
     values: dict[str, Any] = {
         "seed": 1,

@@ -42,7 +42,7 @@ torch.save = half
 """
 
 
-def _recipe(folder: Path, backbone: Path, **sections: Any) -> Recipe:
+def _recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
     folder.mkdir(exist_ok=True)
     return load_recipe(str(save_recipe(folder, recipe_values(folder, backbone, **sections))))
 
@@ -112,7 +112,9 @@ def test_a_signal_saves_and_stops(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         _also_call(patch, _SignalAt(number, step))
-        with pytest.raises(RunStoppedError, match=f"{number.name} after step {step}.*checkpoint-{step}; go on") as stopped:
+        with pytest.raises(
+            RunStoppedError, match=f"{number.name} after step {step}.*checkpoint-{step}; go on"
+        ) as stopped:
             train(recipe)
     assert stopped.value.exit_status == 128 + number
     assert signal.getsignal(number) is before
@@ -152,7 +154,7 @@ def test_a_signal_during_validation_saves_at_once(
         import hycam.training.trainer as module
 
         patch.setattr(module, "evaluate_perplexity", progress_of(module.evaluate_perplexity))
-        with pytest.raises(RunStoppedError, match="SIGTERM after step 4.*checkpoint-4"):
+        with pytest.raises(RunStoppedError, match=r"SIGTERM after step 4.*checkpoint-4"):
             train(recipe)
     assert len(batches) == 2
     train(recipe, resume=True)
@@ -213,7 +215,11 @@ def test_fields_that_touch_no_weight_may_change_on_resuming(tmp_path: Path, back
 
 
 def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
-    for name, state in (("checkpoint-2", '{"global_step": 2}'), ("checkpoint-10", '{"global_st'), ("checkpoint-12", None)):
+    for name, state in (
+        ("checkpoint-2", '{"global_step": 2}'),
+        ("checkpoint-10", '{"global_st'),
+        ("checkpoint-12", None),
+    ):
         (tmp_path / name).mkdir()
         if state is not None:
             (tmp_path / name / "trainer_state.json").write_text(state)
