@@ -28,6 +28,7 @@ def test_pad_to_multiple_of():
     assert {tensor.shape for tensor in batch.values()} == {(2, 8)}
     assert batch["attention_mask"].sum(1).tolist() == [4, 2]
     assert Collator(pad_token_id=0, pad_to_multiple_of=4)(ROWS)["labels"].shape == (2, 4)
+    assert Collator(pad_token_id=0, pad_to_multiple_of=3)(ROWS)["labels"].shape == (2, 6)
 
 
 def test_packing_of_single_rows_and_of_bins():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import Trainer, TrainingArguments
 
 from hycam.data import Collator, pack_dataset
 from hycam.errors import InputError
@@ -42,12 +43,12 @@ def test_bins_hold_every_row_once_and_whole():
 
 
 def test_deterministic_and_in_the_order_of_the_rows():
-    dataset = token_rows([5, 4, 3, 3, 2, 6])
+    dataset = token_rows([3, 2, 5, 6, 3])
     packed = pack_dataset(dataset, 8)
     assert packed.to_list() == pack_dataset(dataset, 8).to_list()
-    # Best fit: 6 + 2, 5 + 3, 4 + 3
-    ids = dataset["input_ids"]
-    assert packed["input_ids"][:] == [ids[0] + ids[2], ids[1] + ids[3], ids[4] + ids[5]]
+    # 6, then 5, then the first 3 with the 5, the other 3 alone, 2 where it fits exactly
+    ids = dataset["input_ids"][:]
+    assert packed["input_ids"][:] == [ids[0] + ids[2], ids[1] + ids[3], ids[4]]
     assert [len(ids) for ids in pack_dataset(token_rows([8, 8]), 8)["input_ids"]] == [8, 8]
 
 
@@ -119,3 +120,28 @@ def test_gradients_do_not_cross_rows():
     model(inputs_embeds=embeddings, **batch, use_cache=False).loss.backward()
     assert embeddings.grad[0, :4].abs().min(dim=0).values.max() > 0
     assert torch.equal(embeddings.grad[0, 5:], torch.zeros_like(embeddings.grad[0, 5:]))
+
+
+def test_trainer_keeps_packed_rows_apart(tmp_path):
+    """`Trainer` switches the key-value cache off, so the borders count in training and in evaluation."""
+    model = tiny_model("llama")
+    assert model.config.use_cache
+    dataset = token_rows([9, 4, 13, 1, 7, 2], prompt=2)
+    with torch.no_grad():
+        expected = model(**Collator(0)(dataset.to_list()), use_cache=False).loss.item()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        learning_rate=0.0,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    packed = pack_dataset(dataset, 16)
+    trainer = Trainer(model, arguments, Collator(0, packing=True), train_dataset=packed, eval_dataset=packed)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
