@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     train = _add(commands, "train", "train an adapter as a recipe says (without one: the built-in demo)")
-    train.add_argument("recipe", nargs="?", default="demo", help=_RECIPE_HELP)
+    train.add_argument(
+        "recipe", nargs="?", help=f"{_RECIPE_HELP}; without one the demo, which replaces its own earlier run"
+    )
     folder = train.add_mutually_exclusive_group()
     folder.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of output_dir")
     folder.add_argument("--overwrite", action="store_true", help="delete the run that output_dir holds, and start")

@@ -62,6 +62,12 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"output_dir: {folder} has files but no run in it, wanted a new or empty folder")
 
 
+def holds_run_of(recipe: Recipe) -> bool:
+    """Whether the recipe's output folder holds a run of this very recipe."""
+    record = recipe.output_path / RECIPE_FILE
+    return record.is_file() and not differing_fields(read_yaml(record), recipe.to_dict())
+
+
 def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], *, resume: bool, overwrite: bool) -> None:
     """Make the folder this run's: write its recipe and record, or check that the data is still the run's.
 
