@@ -305,8 +305,8 @@ def _remark(rng: Random) -> str:
             f"First, {rng.choice(_CAUSES)} [1].",
             f"Second, {rng.choice(_CAUSES)} [2].",
             f"Taken together, both reasons explain what happened to {person}.",
-            f"Write a Python function {name} for {person}.",
-            f'def {name}({argument}):\n    """Return the {thing} of {argument}."""\n    return {argument}\n',
+            f"Write a Python function {name} that returns a number.",
+            f'def {name}({argument}):\n    """Return the {thing} that {person} makes of {argument}."""\n    return {argument}\n',
         )
     )
 
