@@ -306,7 +306,7 @@ def _remark(rng: Random) -> str:
             f"Second, {rng.choice(_CAUSES)} [2].",
             f"Taken together, both reasons explain what happened to {person}.",
             f"Write a Python function {name} that returns a number.",
-            f'def {name}({argument}):\n    """Return the {thing} that {person} makes of {argument}."""\n    return {argument}\n',
+            f'def {name}({argument}):\n    """Return what {person} makes of {argument}."""\n    return {argument}\n',
         )
     )
 
