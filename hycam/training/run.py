@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
@@ -25,7 +25,7 @@ from hycam.training.backbone import (
     load_model,
     load_tokenizer,
 )
-from hycam.training.callbacks import FiniteGradients, MetricsFile, SaveOnSignal, finite, read_metrics
+from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics
 from hycam.training.folder import check_folder, open_folder
 from hycam.training.measure import measure
 from hycam.training.recipe import Recipe
@@ -80,17 +80,20 @@ def train(
     """
     prepared = prepare(recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
-    model = get_peft_model(load_model(recipe.backbone, prepared.backbone), recipe.method.adapter_config())
-    open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
+    model = adapted_backbone(recipe, prepared.backbone)
     trainable, total = model.get_nb_trainable_parameters()
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-    checkpoint = last_checkpoint(recipe.output_path) if resume else None
-    if resume:
-        announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
-    state = _fit(recipe, prepared, model, checkpoint)
+    with SaveOnSignal() as on_signal:
+        trainer = _trainer(recipe, prepared, model, on_signal)
+        open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
+        checkpoint = last_checkpoint(recipe.output_path) if resume else None
+        if resume:
+            announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
+        state = _fit(recipe, trainer, checkpoint)
     if prepared.arguments.should_save:
         model.save_pretrained(str(recipe.output_path / ADAPTER_FOLDER))
-    results = _measure_run(recipe, prepared, model) | state
+    results = _measure_run(recipe, prepared, model)
+    results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
     if prepared.arguments.should_save:
         _write_json(recipe.output_path / RESULTS_FILE, results)
         _draw(recipe, prepared, model, results)
@@ -120,41 +123,55 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
 
 
-def _fit(recipe: Recipe, prepared: PreparedRun, model: PeftModel, checkpoint: Path | None) -> dict[str, Any]:
-    """Train `model` in place; it ends with the best weights where the recipe asks for them."""
+def adapted_backbone(recipe: Recipe, name: str) -> PeftModel:
+    """The backbone from `name` with the recipe's adapter, untrained. Raises `InputError` where the two don't fit."""
+    backbone = load_model(recipe.backbone, name)
+    try:
+        model = get_peft_model(backbone, recipe.method.adapter_config())
+    except ValueError as error:
+        raise InputError(f"method: {' '.join(str(error).split())}") from error
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _trainer(recipe: Recipe, prepared: PreparedRun, model: PeftModel, on_signal: SaveOnSignal) -> HyCAMTrainer:
+    callbacks: list[TrainerCallback] = [MetricsFile(recipe.output_path / METRICS_FILE)]
+    if recipe.early_stopping is not None:
+        stopping = recipe.early_stopping
+        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.threshold))
+    pad = prepared.tokenizer.pad_token_id
+    return HyCAMTrainer(
+        model=model,
+        args=prepared.arguments,
+        train_dataset=training_set(prepared.tokenized["train"], recipe.data, recipe.seed),
+        data_collator=Collator(pad, packing=recipe.data.packing),
+        validation=prepared.tokenized["validation"],
+        evaluation_collator=Collator(pad),
+        on_signal=on_signal,
+        callbacks=callbacks,
+    )
+
+
+def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> TrainerState:
+    """Train from `checkpoint` on; the model ends with the best weights where the recipe asks for them."""
     folder = recipe.output_path
     state = None if checkpoint is None else checkpoint_state(checkpoint)
-    pad = prepared.tokenizer.pad_token_id
-    with SaveOnSignal() as on_signal:
-        callbacks = [MetricsFile(folder / METRICS_FILE), FiniteGradients(), on_signal]
-        if recipe.early_stopping is not None:
-            stopping = recipe.early_stopping
-            callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.threshold))
-        trainer = HyCAMTrainer(
-            model=model,
-            args=prepared.arguments,
-            train_dataset=training_set(prepared.tokenized["train"], recipe.data, recipe.seed),
-            data_collator=Collator(pad, packing=recipe.data.packing),
-            validation=prepared.tokenized["validation"],
-            evaluation_collator=Collator(pad),
-            on_signal=on_signal,
-            callbacks=callbacks,
-        )
-        if state is not None and _is_finished(recipe, state):
-            best = state.best_model_checkpoint if prepared.arguments.load_best_model_at_end else None
-            set_peft_model_state_dict(model, load_peft_weights(best or str(checkpoint), device="cpu"))
-        else:
-            try:
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            except RunStoppedError as error:
-                if on_signal.received is None:
-                    raise RunStoppedError(f"{error}; {_kept(folder)}") from error
-            state = trainer.state
-    if on_signal.received is not None:
-        number = on_signal.received
+    if state is not None and _is_finished(recipe, state):
+        final = checkpoint
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            final = folder / Path(state.best_model_checkpoint).name
+        set_peft_model_state_dict(trainer.adapted, load_peft_weights(str(final), device="cpu"))
+        return state
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except RunStoppedError as error:
+        if trainer.on_signal.received is None:
+            raise RunStoppedError(f"{error}; {_kept(folder)}") from error
+    number = trainer.on_signal.received
+    if number is not None:
         where = f"stopped by {number.name} after step {trainer.state.global_step}; {_kept(folder)}"
         raise RunStoppedError(f"{where}; go on with: hycam train {folder} --resume", 128 + number)
-    return {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
+    return trainer.state
 
 
 def _is_finished(recipe: Recipe, state: TrainerState) -> bool:

@@ -321,6 +321,20 @@ def test_wrong_input_is_found_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_adapter_that_does_not_fit_leaves_no_run(tmp_path: Path, backbone: Path) -> None:
+    with pytest.raises(InputError, match=r"^method: .*nothing"):
+        train(_recipe(tmp_path, backbone, method={"target_modules": "nothing"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_logger_that_is_not_installed(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_model(monkeypatch)
+    with pytest.raises(
+        InputError, match=r"recipe.yaml: trainer.report_to: got 'wandbb', wanted one of those installed"
+    ):
+        train(_recipe(tmp_path, backbone, trainer={"report_to": ["tensorboard", "wandbb"]}))
+
+
 def test_a_tokenizer_needs_eos_and_pad(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_model(monkeypatch)
     copy = tmp_path / "copy"
