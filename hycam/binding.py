@@ -39,8 +39,7 @@ class Binding:
 
     Attributes:
         layers: the model's HyCAM layers, by path.
-        context: that of the model's last call. Layers fall back on it where the model doesn't pass keywords on to
-            them; such a model must run the backward pass of a checkpointed forward before its next forward.
+        context: that of the model's last call.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
@@ -48,10 +47,11 @@ class Binding:
         self.context: ForwardContext | None = None
         self._tensor_parallel_size = getattr(model, "_tp_size", None) or 1
         self._parameter_names = list(inspect.signature(model.forward).parameters)
-        self._takes_keywords = any(
+        self._hands_keywords_on = self._takes_keywords = any(
             parameter.kind is inspect.Parameter.VAR_KEYWORD
             for parameter in inspect.signature(model.forward).parameters.values()
         )
+        self._is_running = False
         self._told_no_loss = False
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -68,6 +68,16 @@ class Binding:
             handle.remove()
         for layer in self.layers.values():
             layer.binding, layer.residual_tap = None, None
+
+    def context_without_keyword(self) -> ForwardContext | None:
+        """The context for a layer that no keyword reached; None for a layer that is called outside its model.
+
+        A model that doesn't hand keywords on to its attentions gets the context of its last call. Where it checkpoints
+        its layers, it must go backward before its next forward.
+        """
+        if self._is_running:
+            self._hands_keywords_on = False
+        return None if self._hands_keywords_on else self.context
 
     def data_parallel_rank(self) -> int:
         """Rank among the processes that see different tokens; those of one tensor-parallel group see the same ones."""
@@ -95,9 +105,11 @@ class Binding:
             mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             _token_share(arguments),
         )
+        self._is_running = True
         return (args, kwargs | {CONTEXT_KEYWORD: self.context}) if self._takes_keywords else None
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self._is_running = False
         context = kwargs.get(CONTEXT_KEYWORD, self.context)
         assert context is not None
         if not (model.training and torch.is_grad_enabled() and self._has_balance_loss()):
@@ -106,7 +118,10 @@ class Binding:
         if key is not None:
             return _replaced(output, key, context.track)
         self._tell_no_loss()
-        return _replaced(output, _first_key(output), context.attach) if context.in_graph else None
+        if context.in_graph:
+            return _replaced(output, _first_key(output), context.attach)
+        context.is_over = True
+        return None
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._parameter_names, args, strict=False)) | kwargs
