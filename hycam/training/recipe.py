@@ -43,6 +43,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
+    "greater_is_better": False,  # transformers would guess otherwise for a perplexity
     "report_to": ["tensorboard"],
 }
 

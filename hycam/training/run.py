@@ -27,8 +27,9 @@ from hycam.training.backbone import (
 )
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics
 from hycam.training.folder import check_folder, open_folder
-from hycam.training.measure import measure
+from hycam.training.measure import measure, own_draws
 from hycam.training.recipe import Recipe
+from hycam.training.schema import suggest
 from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize_split, training_set
 from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint
 
@@ -85,8 +86,11 @@ def train(
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     with SaveOnSignal() as on_signal:
         trainer = _trainer(recipe, prepared, model, on_signal)
-        open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
-        checkpoint = last_checkpoint(recipe.output_path) if resume else None
+        trainer.accelerator.wait_for_everyone()  # until then every process has checked that the folder is free
+        with prepared.arguments.main_process_first(local=False, desc="opening the run's folder"):
+            if prepared.arguments.should_save:
+                open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
+            checkpoint = last_checkpoint(recipe.output_path) if resume else None
         if resume:
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
         state = _fit(recipe, trainer, checkpoint)
@@ -107,6 +111,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     arguments = recipe.training_arguments()
     if recipe.early_stopping is not None and arguments.eval_strategy == IntervalStrategy.NO:
         raise InputError("early_stopping: needs trainer.eval_strategy steps or epoch, got no")
+    if resume and arguments.save_only_model:
+        raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
+    _check_metric(recipe, arguments.metric_for_best_model)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     rows = load_rows(recipe.tasks, recipe.data.fold)
@@ -121,6 +128,13 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
     return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
+
+
+def _check_metric(recipe: Recipe, metric: str | None) -> None:
+    scopes = ["", *(f"{task.name}_" for task in recipe.tasks)]
+    known = [f"{scope}{name}" for scope in scopes for name in ("loss", "perplexity")]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
 
 
 def adapted_backbone(recipe: Recipe, name: str) -> PeftModel:
@@ -194,7 +208,7 @@ def _kept(folder: Path) -> str:
 def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dict[str, Any]:
     """The test split's metrics of the backbone alone and of the adapted model, and the experts' load."""
     test, tokenizer = prepared.tokenized["test"], prepared.tokenizer
-    measured = functools.partial(measure, model, tokenizer, test, prepared.prompts, recipe.evaluation)
+    measured = functools.partial(measure, model, tokenizer, test, prepared.prompts, recipe.evaluation, seed=recipe.seed)
     with model.disable_adapter():
         base = measured(description="test, backbone")
     adapted = measured(description="test, adapted")
@@ -213,7 +227,10 @@ def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dic
     }
     if recipe.method.adapter_config().experts != "none":
         collator = Collator(tokenizer.pad_token_id)
-        results["expert_load"] = evaluate_expert_load(model, test, collator, batch_size=recipe.evaluation.batch_size)
+        with own_draws(recipe.seed, prepared.arguments.device):
+            results["expert_load"] = evaluate_expert_load(
+                model, test, collator, batch_size=recipe.evaluation.batch_size
+            )
     return results
 
 

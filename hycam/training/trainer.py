@@ -19,6 +19,7 @@ from hycam.errors import RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
 from hycam.training.callbacks import FiniteGradients, LossWindow, SaveOnSignal, layer_statistics
+from hycam.training.measure import own_draws
 
 _TRAINER_STATE = "trainer_state.json"
 _TRAINING_ARGUMENTS = "training_args.bin"
@@ -88,13 +89,14 @@ class HyCAMTrainer(Trainer):
                     raise _EvaluationInterruptedError
 
             try:
-                report = evaluate_perplexity(
-                    self.adapted,
-                    tasks,
-                    self.evaluation_collator,
-                    batch_size=self.args.per_device_eval_batch_size,
-                    progress=progress,
-                )
+                with own_draws(self.args.seed, self.args.device):
+                    report = evaluate_perplexity(
+                        self.adapted,
+                        tasks,
+                        self.evaluation_collator,
+                        batch_size=self.args.per_device_eval_batch_size,
+                        progress=progress,
+                    )
             except _EvaluationInterruptedError:
                 self._save_checkpoint(self.adapted, trial=None)
                 raise RunStoppedError("a signal came during validation") from None
