@@ -254,9 +254,9 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         target = device or placement(self.base_layer)[0]
-        for parameters in (getattr(self, name) for name in self.adapter_layer_names):
-            if adapter_name in parameters and target.type != "meta":
-                parameters[adapter_name] = parameters[adapter_name].to(target)
+        for name, parameter in self.named_parameters():
+            if name.startswith(self.adapter_layer_names) and adapter_name in name.split(".") and target.type != "meta":
+                parameter.data = parameter.data.to(target)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -68,8 +68,8 @@ def largest_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 def plain_loss(model: nn.Module, inputs: dict[str, Tensor], *, coef: float, scope: str = "layer") -> Tensor:
     """Equation 14 as a training loop writes it: the model's loss, plus coef times equation 10 of what its routers see.
 
-    For a model whose own balance loss is off, that draws no noise and has the default tau; the loads are made here, from
-    the layers' inputs.
+    For a model whose own balance loss is off, that draws no noise and has the default tau; the loads are made here,
+    from the layers' inputs.
     """
     loads, probs = [], []
 

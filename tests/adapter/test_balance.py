@@ -1,6 +1,7 @@
 """The balance loss's gradient equals the plain loop's, however the model is run."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,27 @@ def test_padding_does_not_count():
     for name, kept in router_statistics(model).items():
         torch.testing.assert_close(kept.load, statistics[name].load)
         assert kept.tokens == inputs["attention_mask"].sum() == 22
+
+
+def test_padding_does_not_count_beside_a_cache():
+    """The mask spans cached and present tokens: the present ones are its last columns."""
+    model = balanced(family="llama").eval()
+    ids, mask = batch()["input_ids"], torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1]])
+    cache = model(input_ids=ids[:, :3], attention_mask=mask[:, :3]).past_key_values
+    model(input_ids=ids[:, 3:6], attention_mask=mask, past_key_values=cache)
+    assert all(kept.tokens == 8 for kept in router_statistics(model).values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_statistics_stay_those_of_the_last_forward_when_a_backward_runs_an_earlier_one_again(use_reentrant):
+    model = checkpointed(balanced(), use_reentrant)
+    loss = model(**batch()).loss
+    model(**batch(1, rows=2))
+    want = router_statistics(model)
+    loss.backward()
+    for name, kept in router_statistics(model).items():
+        assert kept.tokens == 13
+        assert torch.equal(kept.load, want[name].load)
 
 
 def test_packed_batches_count_every_token():
@@ -268,16 +290,17 @@ def test_ranks_draw_different_noise(monkeypatch):
 
 
 class PlainModel(nn.Module):
-    """A model of no library's: two attentions, no keywords passed on, the loss as a tensor."""
+    """A model of no library's: two attentions, no keywords passed on, the loss in a wrap of its own."""
 
-    def __init__(self):
+    def __init__(self, wrap):
         super().__init__()
+        self.wrap = wrap
         self.layers = nn.ModuleList(PlainAttention() for _ in range(2))
 
     def forward(self, hidden, attention_mask, labels):
         for layer in self.layers:
             hidden = hidden + layer(hidden)[0]
-        return (hidden - labels).square().mean()
+        return self.wrap((hidden - labels).square().mean())
 
 
 class PlainAttention(nn.Module):
@@ -289,9 +312,12 @@ class PlainAttention(nn.Module):
         return self.projection(hidden), None
 
 
-def test_any_model_by_hand():
+@pytest.mark.parametrize(
+    "wrap", [lambda loss: loss, lambda loss: SimpleNamespace(loss=loss), lambda loss: {"loss": loss}]
+)
+def test_any_model_by_hand(wrap):
     torch.manual_seed(0)
-    model = PlainModel()
+    model = PlainModel(wrap)
     settings = {"r": 4, "num_experts": 3, "noise": "never"}
     for index, layer in enumerate(model.layers):
         model.layers[index] = HyCAMAttention(layer, HyCAMConfig(balance_coef=COEF, **settings), hidden_size=16)
@@ -300,18 +326,16 @@ def test_any_model_by_hand():
     other = copy.deepcopy(model)
     hidden, labels = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    (model(hidden, mask, labels) * 0.5).backward()
+    output = model(hidden, mask, labels)
+    loss = output if isinstance(output, torch.Tensor) else output["loss"] if isinstance(output, dict) else output.loss
+    (loss * 0.5).backward()
 
     for layer in layers_of(other).values():
         layer.adapter_configs["default"] = HyCAMConfig(balance_coef=0.0, **settings)
 
-    class Loss(nn.Module):
-        def forward(self, **inputs):
-            return type("Output", (), {"loss": other(hidden, mask, labels)})
-
-    loss = Loss()
-    loss.other = other
-    (plain_loss(loss, {"attention_mask": mask}, coef=COEF) * 0.5).backward()
+    other.wrap = lambda loss: SimpleNamespace(loss=loss)
+    inputs = {"hidden": hidden, "attention_mask": mask, "labels": labels}
+    (plain_loss(other, inputs, coef=COEF) * 0.5).backward()
     assert largest_error(gradients(model), gradients(other)) < TOLERANCE
 
 
