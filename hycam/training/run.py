@@ -53,12 +53,16 @@ class PreparedRun:
     prompts: dict[str, dict[str, Any]] | None
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 def train(
     recipe: Recipe,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    announce: Callable[[str], object] = lambda line: None,
+    announce: Callable[[str], object] = _silent,
 ) -> dict[str, Any]:
     """Train the recipe's adapter and measure it on the test split.
 
@@ -70,7 +74,7 @@ def train(
         recipe: what to train.
         resume: go on from the last whole checkpoint of the output folder; from the start where it has none.
         overwrite: delete the run that the output folder holds.
-        announce: is told in a line each what the run is about to do.
+        announce: is told, in the main process, what the run is about to do: a line each.
 
     Returns:
         What `results.json` holds.
@@ -82,6 +86,8 @@ def train(
     prepared = prepare(recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
     model = adapted_backbone(recipe, prepared.backbone)
+    if not prepared.arguments.should_save:
+        announce = _silent
     trainable, total = model.get_nb_trainable_parameters()
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     with SaveOnSignal() as on_signal:
