@@ -163,7 +163,7 @@ def _trainer(recipe: Recipe, prepared: PreparedRun, model: PeftModel, on_signal:
     return HyCAMTrainer(
         model=model,
         args=prepared.arguments,
-        train_dataset=training_set(prepared.tokenized["train"], recipe.data, recipe.seed),
+        train_dataset=training_set(prepared.tokenized["train"], recipe.data),
         data_collator=Collator(pad, packing=recipe.data.packing),
         validation=prepared.tokenized["validation"],
         evaluation_collator=Collator(pad),
