@@ -101,6 +101,21 @@ def test_every_form_is_its_equations(settings):
         assert kept.tokens == 10
 
 
+def test_recompute_keeps_less_for_the_backward_pass():
+    kept = {}
+    for recompute in (False, True):
+        layer, hidden = wrapped(recompute=recompute), torch.randn(2, 50, D)
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
+            layer(hidden)
+        kept[recompute] = sum(sizes)
+    assert kept[False] - kept[True] == 100 * (D + 3 * 4), "S [tokens, d] and V [tokens, experts * rank]"
+
+
 @pytest.mark.parametrize("settings", FORMS, ids=str)
 def test_modulation_is_a_fusion_without_noise(settings):
     layer = wrapped(**({"noise": "always"} | settings))
