@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,6 +22,7 @@ from tests.adapter.builders import (
     plain_loss,
     randomise,
 )
+from tests.models import tiny_model
 
 COEF = 1.0
 TOLERANCE = 1e-5
@@ -43,6 +45,21 @@ def checkpointed(model, use_reentrant):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         model.enable_input_require_grads()
     return model
+
+
+@pytest.mark.parametrize("preset", ["paper", "released_code", "shared_only", "full_spec", "spec_only", "inverse_peft"])
+def test_a_plain_loop_learns(preset):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), HyCAMConfig.preset(preset, r=4, num_experts=3)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(40):
+        losses.append(model(**batch()).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
