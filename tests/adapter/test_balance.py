@@ -59,7 +59,7 @@ def test_a_plain_loop_learns(preset):
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
