@@ -115,6 +115,11 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted at least one")
     arguments = recipe.training_arguments()
+    if arguments.deepspeed and arguments.use_cpu and arguments.world_size > 1:
+        # transformers does this for GPUs alone, and ZeRO-3 parts the weights as soon as they are loaded
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
     if recipe.early_stopping is not None and arguments.eval_strategy == IntervalStrategy.NO:
         raise InputError("early_stopping: needs trainer.eval_strategy steps or epoch, got no")
     if resume and arguments.save_only_model:
@@ -180,6 +185,9 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
         final = checkpoint
         if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             final = folder / Path(state.best_model_checkpoint).name
+        if trainer.is_deepspeed_enabled:
+            # without an engine, which training alone makes, the weights are in parts
+            raise InputError(f"--resume: the training is done; measure it with: hycam eval {folder} --adapter {final}")
         set_peft_model_state_dict(trainer.adapted, load_peft_weights(str(final), device="cpu"))
         return state
     try:
