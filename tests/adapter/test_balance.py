@@ -47,7 +47,17 @@ def checkpointed(model, use_reentrant):
     return model
 
 
-@pytest.mark.parametrize("preset", ["paper", "released_code", "shared_only", "full_spec", "spec_only", "inverse_peft"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "paper",
+        "released_code",
+        *(
+            pytest.param(ablation, marks=pytest.mark.slow)
+            for ablation in ("shared_only", "full_spec", "spec_only", "inverse_peft")
+        ),
+    ],
+)
 def test_a_plain_loop_learns(preset):
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(), HyCAMConfig.preset(preset, r=4, num_experts=3)).train()
