@@ -153,18 +153,17 @@ def _prepare(
         tau=float(tau),
         hard=bool(hard),
         scale=float(scale),
-        compute_dtype=_compute_dtype(hidden),
+        compute_dtype=compute_dtype(hidden.dtype, hidden.device),
         keep=needs_grad and not recompute,
         backend=backend,
     )
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    # autocast leaves float64 alone
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """dtype of the matrix products for a hidden of ``dtype``: autocast's where it is on (float64 stays), else dtype."""
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 _SCHEMA_TYPES = {"token_mask": "Tensor?", "tau": "float", "hard": "bool", "scale": "float"} | {
