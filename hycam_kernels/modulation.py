@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import torch_backend, triton_backend
 from .checks import check_arguments
 from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
 from .output import HyCAMOutput
@@ -112,7 +112,7 @@ def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str
 
 def _triton_refusal(call: ModulationInputs) -> str | None:
     """Why the triton backend can't run the call; None where it can."""
-    return "this version has no fused kernels"
+    return triton_backend.refusal(call)
 
 
 def _prepare(
@@ -180,7 +180,7 @@ _library.define(f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_S
 
 
 def _backend(inputs: ModulationInputs):
-    return torch_backend
+    return triton_backend if inputs.backend == "triton" else torch_backend
 
 
 @torch.library.impl("hycam::modulation", "CompositeExplicitAutograd", lib=_library)
