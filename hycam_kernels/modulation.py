@@ -239,7 +239,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd_backward(ctx, grad_out, grad_load, grad_router_prob, *_):
     count = len(ctx.options)
-    tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    kept = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses to unpack a tensor twice
+    tensors, saved = kept[:count], kept[count:]
     inputs = (option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True))
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
     grads = torch.ops.hycam.modulation_backward(grad_out, grad_load, grad_router_prob, *inputs, *saved, needs)

@@ -84,7 +84,7 @@ def modulation_reference(
 
 
 def _token_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    values = values.flatten(0, -2)
+    values = values.reshape(-1, values.shape[-1])
     if token_mask is None:
         return values.sum(0) / max(values.shape[0], 1)
     mask = token_mask.flatten().to(values.dtype)

@@ -1,8 +1,8 @@
 """Tiny models, random weights, built from a seed: one per architecture that the tests need."""
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -11,6 +11,8 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )

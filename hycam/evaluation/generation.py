@@ -9,6 +9,7 @@ from sacrebleu.metrics import BLEU
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from hycam.data.tokenization import encode_prompt
 from hycam.errors import InputError
 from hycam.evaluation.batches import device_of, evaluation_mode, unwrap
 
@@ -34,7 +35,7 @@ def generate_responses(
         if value < 1:
             raise InputError(f"{option}: {value} given, at least 1 is wanted")
     bare = unwrap(model)
-    encoded = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     _check_lengths(encoded, max_new_tokens, bare.config)
     ends = _end_tokens(bare, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]

@@ -1,0 +1,186 @@
+"""Rows from the hub, from local files and from the synthetic tasks, as `{instruction, input, output}`."""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from hycam.data.config import UNIFIED_FIELDS, TaskConfig
+from hycam.data.formats import KNOWN_SETS, FieldError, RowParser, fields_parser
+from hycam.data.synthetic import synthetic_task
+from hycam.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SYNTHETIC_PREFIX = "synthetic_"
+_SYNTHETIC_ROWS = 1000
+_HUB_OPTIONS = ("split", "subset", "revision")
+
+_PlacedRow = tuple[str, Any]  # a row with the place that an error names: `file.jsonl:12`, `file.json: row 3`
+
+
+def load_task(config: TaskConfig) -> Dataset:
+    """All rows of a task in memory, in the source's order: columns `instruction`, `input`, `output` (text).
+
+    A row whose instruction or output is blank teaches nothing: it is skipped, and a warning says how many there were
+    and where. Every other flaw is an error.
+
+    Raises:
+        InputError: for an unknown task, a source that is missing, unreadable, out of reach or empty, a broken JSON
+            line, and a row that lacks a field or has the wrong type in it, with file and line (JSON lines) or row
+            number (counted from 1).
+    """
+    source = config.source or config.name
+    if source.startswith(_SYNTHETIC_PREFIX):
+        _refuse(config, ("fields", "format", *_HUB_OPTIONS), "a synthetic task")
+        return synthetic_task(source, config.max_rows or _SYNTHETIC_ROWS, seed=0)
+    parse = _parser(source, config)
+    columns: dict[str, list[str]] = {field: [] for field in UNIFIED_FIELDS}
+    blank: list[str] = []
+    for place, native in _source_rows(source, config):
+        if len(columns["output"]) == config.max_rows:
+            break
+        if not isinstance(native, Mapping):
+            raise InputError(f"{place}: a {type(native).__name__}, wanted an object with a field per column")
+        try:
+            row = dict(zip(UNIFIED_FIELDS, parse(native), strict=True))
+        except FieldError as error:
+            raise InputError(f"{place}: {error}") from error
+        if not (row["instruction"].strip() and row["output"].strip()):
+            blank.append(place)
+            continue
+        for field, text in row.items():
+            columns[field].append(text)
+    if blank:
+        shown = ", ".join(blank[:10]) + (", ..." if len(blank) > 10 else "")
+        logger.warning("%s: skipped rows with a blank instruction or output, %d: %s", config.name, len(blank), shown)
+    if not columns["output"]:
+        given = f"{len(blank)} rows, all with a blank instruction or output" if blank else "no rows"
+        raise InputError(f"{source}: {given}, wanted at least one row with both")
+    return Dataset.from_dict(columns)
+
+
+def _parser(source: str, config: TaskConfig) -> RowParser:
+    if config.fields is not None:
+        return fields_parser(**config.fields)
+    hub_names = {known.hub_id: name for name, known in KNOWN_SETS.items()}
+    for name in (config.format, source, hub_names.get(source), config.name):
+        if name is not None and name in KNOWN_SETS:
+            return KNOWN_SETS[name].parse
+    return fields_parser("instruction", "output", input="input")
+
+
+def _source_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
+    path = Path(source).expanduser()
+    if path.suffix.lower() in _FILE_READERS:
+        _refuse(config, _HUB_OPTIONS, "a file")
+        return _FILE_READERS[path.suffix.lower()](path)
+    if path.exists():
+        wanted = ", ".join(_FILE_READERS)
+        raise InputError(f"tasks: {config.name}: source: {source!r}, wanted a file that ends in one of {wanted}")
+    if source in KNOWN_SETS or _HUB_ID.fullmatch(source):
+        return _hub_rows(source, config)
+    raise InputError(
+        f"tasks: {config.name}: source: unknown task {source!r}, wanted one of {', '.join(KNOWN_SETS)}, a "
+        f"{_SYNTHETIC_PREFIX}* task, a hub id (owner/name) or a file that ends in {', '.join(_FILE_READERS)}"
+    )
+
+
+def _jsonl_rows(path: Path) -> Iterator[_PlacedRow]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _json_rows(path: Path) -> Iterator[_PlacedRow]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    rows = _parse_json(content, str(path))
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: a {type(rows).__name__}, wanted an array of rows (or a row a line in a .jsonl file)")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row
+
+
+def _parse_json(content: bytes, place: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        line = f" at line {error.lineno}" if error.lineno > 1 else ""
+        hint = "; a file with a row a line is named .jsonl" if line and error.msg == "Extra data" else ""
+        raise InputError(f"{place}: broken JSON{line}, column {error.colno}: {error.msg}{hint}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: byte {error.start} is not {error.encoding}, wanted UTF-8 text") from error
+    except (ValueError, RecursionError) as error:  # an integer of over 4300 digits, a thousand brackets
+        raise InputError(f"{place}: unreadable JSON: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[_PlacedRow]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: after row {number}: broken parquet: {_first_line(error)}") from error
+
+
+_FILE_READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+
+
+def _hub_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
+    known = KNOWN_SETS.get(source)
+    hub_id = source if known is None else known.hub_id
+    revision = config.revision or (None if known is None else known.revision)
+    data_files = None if known is None else known.data_files
+    try:
+        rows = datasets.load_dataset(
+            hub_id, config.subset, split=config.split, data_files=data_files, revision=revision
+        )
+    except ConnectionError as error:
+        raise InputError(
+            f"tasks: {config.name}: source: hub set {hub_id!r} is out of reach (no network) and not cached here; "
+            f"a downloaded copy can be given as source: a file that ends in {', '.join(_FILE_READERS)}"
+        ) from error
+    except Exception as error:  # the hub client, the HTTP client and the file readers each have kinds of their own
+        raise InputError(
+            f"tasks: {config.name}: source: hub set {hub_id!r} can't be loaded: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{hub_id}: row {number}", row
+
+
+def _refuse(config: TaskConfig, options: tuple[str, ...], kind: str) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for option in options:
+        value = getattr(config, option)
+        if value != defaults[option]:
+            raise InputError(f"tasks: {config.name}: {option}: {value!r}, wanted none: the source is {kind}")
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: can't be read: {error.strerror or _first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,201 @@
+"""From text to token ids and labels.
+
+A row is `prefix, prompt, response`: the prefix is what the tokenizer puts before a text (mostly BOS, once), the
+response ends in its closing: the eos token, or what the chat template adds after an answer.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, Features, Value
+from datasets import List as ListOf
+from transformers import PreTrainedTokenizerBase
+
+from hycam.data.config import UNIFIED_FIELDS, DataConfig
+from hycam.data.prompts import chat_response_text, prompt_text
+from hycam.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+
+_FEATURES = Features(
+    {
+        "input_ids": ListOf(Value("int32")),
+        "labels": ListOf(Value("int32")),
+        "task_id": Value("int32"),
+        "truncated": Value("bool"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TokenizedTask:
+    """Token rows of one task.
+
+    Attributes:
+        dataset: columns `input_ids` and `labels` (lists of one length, -100 where no loss is taken) and `task_id`.
+        truncated: rows whose response was cut.
+        dropped: rows left out, whose prompt leaves no room for a response.
+    """
+
+    dataset: Dataset
+    truncated: int
+    dropped: int
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError unless the tokenizer has an eos token and a pad token."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer: {name}: no eos token, wanted one: it ends every response")
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"tokenizer: {name}: no pad token, wanted one: set tokenizer.pad_token = tokenizer.eos_token, or "
+            f'"pad_token": "{tokenizer.eos_token}" in its tokenizer_config.json (padding is masked, so eos serves)'
+        )
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a prompt, the same in training and in generation.
+
+    What the tokenizer puts before a text (mostly BOS) stands there once, also where the text brings it along as chat
+    templates do; what it puts after a text (eos, for some) is left out: the response follows.
+    """
+    (ids,) = _encode([prompt], tokenizer, _prefix_ids(tokenizer))
+    return ids
+
+
+def tokenize_dataset(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig, task_id: int
+) -> TokenizedTask:
+    """Token rows of at most `max_length`, with the loss on the response (or, as an option, on all tokens).
+
+    A row over `max_length` loses the end of its response, never its closing (eos). Where that would leave no token of
+    the response itself, the row is dropped. Both are counted. Nothing is read from or written to a cache.
+
+    Args:
+        dataset: columns `instruction`, `input`, `output`.
+        tokenizer: with eos and pad token.
+        data_config: prompt style, length and where the loss is taken.
+        task_id: written into every row, for reports by task.
+
+    Raises:
+        InputError: for a tokenizer without eos, pad or (prompt: chat) chat template, a dataset without the three
+            columns, and where no row is left.
+    """
+    check_tokenizer(tokenizer)
+    for column in UNIFIED_FIELDS:
+        if column not in dataset.column_names:
+            raise InputError(f"dataset: no column {column!r} in {dataset.column_names}, wanted {UNIFIED_FIELDS}")
+    tokenized = dataset.map(
+        _tokenize_batch,
+        batched=True,
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "config": data_config,
+            "task_id": task_id,
+            "prefix": _prefix_ids(tokenizer),
+            "closing": _closing_ids(tokenizer, data_config.prompt),
+        },
+        remove_columns=dataset.column_names,
+        features=_FEATURES,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+    )
+    if not len(tokenized):
+        raise InputError(
+            f"data: max_length: {data_config.max_length}, wanted more: no row of {len(dataset)} has a prompt that "
+            "leaves room for a response"
+        )
+    return TokenizedTask(
+        dataset=tokenized.remove_columns("truncated"),
+        truncated=sum(tokenized["truncated"]),
+        dropped=len(dataset) - len(tokenized),
+    )
+
+
+def _tokenize_batch(
+    batch: Mapping[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    task_id: int,
+    prefix: list[int],
+    closing: list[int],
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+    for prompt, response in _encode_rows(batch, tokenizer, config.prompt, prefix):
+        room = config.max_length - len(prompt)
+        truncated = len(response) > room
+        if truncated:
+            if room <= len(closing):
+                continue
+            response = response[: room - len(closing)] + closing
+        input_ids = prompt + response
+        columns["input_ids"].append(input_ids)
+        columns["labels"].append(input_ids if config.train_on_prompt else [IGNORED_LABEL] * len(prompt) + response)
+        columns["task_id"].append(task_id)
+        columns["truncated"].append(truncated)
+    return columns
+
+
+def _encode_rows(
+    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, style: str, prefix: list[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt ids as in generation, and the response's ids, read in the prompt's context where the border allows it.
+
+    SentencePiece puts a blank before a text of its own, so a response tokenised alone would gain one. Where a token
+    would reach over the border between prompt and response, the response is tokenised alone all the same.
+    """
+    rows = [dict(zip(UNIFIED_FIELDS, row, strict=True)) for row in zip(*map(batch.get, UNIFIED_FIELDS), strict=True)]
+    prompts = [prompt_text(row, style, tokenizer) for row in rows]
+    if style == "chat":
+        responses = [chat_response_text(row, prompt, tokenizer) for row, prompt in zip(rows, prompts, strict=True)]
+        end = []
+    else:
+        responses = batch["output"]
+        end = [tokenizer.eos_token_id]
+    joint_texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    encoded = zip(_encode(prompts, tokenizer, prefix), _encode(joint_texts, tokenizer, prefix), responses, strict=True)
+    for prompt_ids, joint_ids, response in encoded:
+        if joint_ids[: len(prompt_ids)] == prompt_ids:
+            response_ids = joint_ids[len(prompt_ids) :]
+        else:
+            (response_ids,) = _encode([response], tokenizer, prefix=[])
+        yield prompt_ids, response_ids + end
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    return next(whole[:i] for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
+
+
+def _closing_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
+    """What follows an answer: the eos token, or the chat template's end of a turn."""
+    if style == "alpaca":
+        return [tokenizer.eos_token_id]
+    probe = {"instruction": "question", "input": "", "output": "hycam-probe"}
+    response = chat_response_text(probe, prompt_text(probe, style, tokenizer), tokenizer)
+    _, found, closing = response.rpartition(probe["output"])
+    if not found:
+        raise InputError(
+            f"tokenizer: chat template: makes {response!r} of the answer {probe['output']!r}, wanted the answer in it"
+        )
+    (closing_ids,) = _encode([closing], tokenizer, prefix=[])
+    if tokenizer.eos_token_id not in closing_ids:
+        logger.warning(
+            "the chat template closes an answer with %r, without the eos token %r: generation ends there only if the "
+            "model's generation settings say so",
+            closing,
+            tokenizer.eos_token,
+        )
+    return closing_ids

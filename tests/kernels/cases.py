@@ -1,0 +1,137 @@
+"""Inputs of the op for a test case, and the comparison of a result with the float64 truth."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hycam_kernels.reference import modulation_reference
+
+WEIGHTS = ("shared_weight", "lora_a", "lora_n", "lora_b", "router_weight")
+BIASES = ("shared_bias", "lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and options of one call. ``leading`` are the token dimensions."""
+
+    leading: tuple[int, ...] = (2, 13)
+    d: int = 24
+    num_experts: int = 3
+    rank: int = 4
+    shared: bool = True
+    experts: str | None = "slora"
+    biases: bool = False
+    residual: bool = False
+    masked: bool = False
+    options: dict = field(default_factory=dict)
+
+    def make(self, dtype: torch.dtype, weight_dtype: torch.dtype | None = None, seed: int = 0) -> dict:
+        """Random arguments of `hycam_modulation` by name, float tensors requiring grad."""
+        generator = torch.Generator().manual_seed(seed)
+        weight_dtype = weight_dtype or dtype
+        E, r, d = self.num_experts, self.rank, self.d
+
+        def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+            return values.to(dtype).requires_grad_()
+
+        def weight(*shape: int) -> Tensor:
+            return draw(*shape, scale=shape[-1] ** -0.5, dtype=weight_dtype)
+
+        arguments = dict.fromkeys((*WEIGHTS, *BIASES, "expert_weight", "residual", "gumbel", "token_mask"))
+        arguments["hidden"] = draw(*self.leading, d)
+        arguments["attn_output"] = draw(*self.leading, d)
+        if self.shared:
+            arguments["shared_weight"] = weight(d, d)
+        if self.experts is not None:
+            arguments["router_weight"] = weight(E, d)
+        if self.experts == "slora":
+            arguments |= {"lora_a": weight(E, r, d), "lora_n": weight(E, r, r), "lora_b": weight(E, d, r)}
+        elif self.experts == "full":
+            arguments["expert_weight"] = weight(E, d, d)
+        if self.biases:
+            shapes = {"lora_b_bias": (E, d), "router_bias": (E,)} if self.experts else {}
+            if self.experts == "slora":
+                shapes |= {"lora_a_bias": (E, r), "lora_n_bias": (E, r)}
+            if self.shared:
+                shapes["shared_bias"] = (d,)
+            arguments |= {name: draw(*shape, scale=0.5, dtype=weight_dtype) for name, shape in shapes.items()}
+        if self.residual:
+            arguments["residual"] = draw(*self.leading, d)
+        if self.masked:
+            arguments["token_mask"] = torch.rand(self.leading, generator=generator) > 0.3
+        return arguments | self.options
+
+
+def leaves(arguments: dict) -> dict[str, Tensor]:
+    return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
+
+
+def run(function, arguments: dict, **options) -> dict[str, Tensor]:
+    """Outputs and every gradient of a fixed scalar of all outputs."""
+    output = function(**arguments, **options)
+    out = output.hidden_states
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    load_weight = torch.linspace(-1, 1, output.load.numel(), dtype=output.load.dtype)
+    scalar = (out * upstream).sum() + 3 * output.balance_loss + (output.load * load_weight).sum()
+    names = leaves(arguments)
+    grads = torch.autograd.grad(scalar, list(names.values()), allow_unused=True)
+    results = dict(zip(output._fields, output, strict=True))
+    results |= {
+        f"grad_{name}": torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(names.items(), grads, strict=True)
+    }
+    return {name: value.detach() for name, value in results.items()}
+
+
+def reference_results(arguments: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Results of the reference with every float tensor cast to ``dtype``."""
+    cast = {
+        name: value.detach().to(dtype).requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+    return run(modulation_reference, cast)
+
+
+def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """For each result the relative error of the whole and the largest error of a row, relative to the typical row."""
+    found = {}
+    for name, expected in truth.items():
+        assert results[name].shape == expected.shape, name
+        if expected.numel() == 0:
+            continue
+        got = results[name].double().reshape(-1, expected.shape[-1] if expected.ndim else 1)
+        want = expected.double().reshape(got.shape)
+        size = want.norm().clamp_min(1e-30)
+        rows = (got - want).norm(dim=-1) * want.shape[0] ** 0.5 / size
+        found[name] = (((got - want).norm() / size).item(), rows.max().item())
+    return found
+
+
+def assert_as_good_as_eager(function, case: Case, dtype: torch.dtype, weight_dtype=None, draws: int = 4) -> None:
+    """Every error against float64 is at most twice what the reference run eagerly in ``dtype`` makes.
+
+    Errors are pooled over ``draws`` inputs, since a single small one can be exact by luck: the root mean square of the
+    relative errors, and the largest error of a row. A few roundings of the result's own dtype are granted.
+    """
+    pooled: dict[str, list[Tensor]] = {}
+    rounding = {}
+    for seed in range(draws):
+        arguments = case.make(dtype, weight_dtype, seed)
+        truth = reference_results(arguments, torch.float64)
+        eager = errors(reference_results(arguments, dtype), truth)
+        results = function(arguments)
+        for name, found in errors(results, truth).items():
+            pooled.setdefault(name, []).append(torch.tensor([found, eager[name]]))
+            rounding[name] = torch.finfo(results[name].dtype).eps
+    assert pooled
+    for name, parts in pooled.items():
+        stacked = torch.stack(parts)
+        whole, eager_whole = stacked[..., 0].square().mean(0).sqrt().tolist()
+        row, eager_row = stacked[..., 1].amax(0).tolist()
+        assert whole <= 2 * eager_whole + rounding[name], (name, whole, eager_whole)
+        assert row <= 2 * eager_row + 4 * rounding[name], (name, row, eager_row)

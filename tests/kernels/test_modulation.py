@@ -1,0 +1,250 @@
+"""The op on the torch backend: values, gradients, dtypes, memory, and its place in autograd and torch.compile."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation
+from hycam_kernels.modulation import _prepare
+from hycam_kernels.reference import modulation_reference
+from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, reference_results, run
+
+CASES = {
+    "paper": Case(options={"seed": 3}),
+    "evaluation": Case(),
+    "one-token": Case(leading=(1,), options={"seed": 3}),
+    "no-leading-dimension": Case(leading=(), options={"seed": 3}),
+    "many-leading-dimensions": Case(leading=(2, 1, 3, 2)),
+    "masked": Case(masked=True, options={"seed": 3}),
+    "hard": Case(masked=True, options={"seed": 3, "hard": True}),
+    "tau": Case(options={"tau": 2.5, "seed": 3}),
+    "one-expert": Case(num_experts=1, rank=1, options={"seed": 3}),
+    "many-experts": Case(num_experts=8, rank=5, options={"seed": 3}),
+    "experts-only": Case(shared=False, biases=True, options={"seed": 3}),
+    "shared-only": Case(experts=None, biases=True),
+    "no-branch": Case(shared=False, experts=None),
+    "full-rank": Case(experts="full", masked=True, options={"seed": 3}),
+    "full-rank-only": Case(experts="full", shared=False, biases=True, options={"scale": 2.0}),
+    "released": Case(biases=True, residual=True, options={"seed": 3, "hard": True, "scale": 8.0}),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_equals_reference_in_float64(case, recompute):
+    arguments = case.make(torch.float64)
+    got = run(hycam_modulation, arguments, recompute=recompute, backend="torch")
+    for name, (whole, row) in errors(got, reference_results(arguments, torch.float64)).items():
+        assert whole < 1e-12, (name, whole)
+        assert row < 1e-11, (name, row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_eager(case, dtype):
+    assert_as_good_as_eager(lambda arguments: run(hycam_modulation, arguments, backend="torch"), case, dtype)
+
+
+def test_gradcheck():
+    case = Case((2, 3), 5, 2, 3, biases=True, residual=True, masked=True, options={"seed": 1, "scale": 1.7})
+    arguments = case.make(torch.float64)
+    names = list(leaves(arguments))
+
+    def function(*tensors):
+        return tuple(hycam_modulation(**arguments | dict(zip(names, tensors, strict=True)), backend="torch"))
+
+    assert torch.autograd.gradcheck(function, tuple(leaves(arguments).values()))
+
+
+@pytest.mark.parametrize("skipped", ["hidden", "attn_output", "shared_weight", "lora_a", "lora_b", "router_weight"])
+def test_gradients_do_not_depend_on_which_are_asked_for(skipped):
+    case = CASES["released"]
+    whole = run(hycam_modulation, case.make(torch.float64))
+    arguments = case.make(torch.float64)
+    arguments[skipped].requires_grad_(False)
+    for name, value in run(hycam_modulation, arguments).items():
+        assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("loss", ["balance", "load"])
+def test_router_losses_without_the_output(loss):
+    """Only the router means are used: the output's gradient is absent."""
+
+    def scalar(output):
+        return output.balance_loss if loss == "balance" else (output.load * torch.arange(3)).sum()
+
+    arguments = Case(masked=True, options={"seed": 3}).make(torch.float64)
+    wanted = list(leaves(arguments).values())
+    got = torch.autograd.grad(scalar(hycam_modulation(**arguments)), wanted)
+    want = torch.autograd.grad(scalar(modulation_reference(**arguments)), wanted, allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+def test_explicit_noise_equals_seed_and_is_a_constant():
+    case = Case(leading=(2, 5))
+    arguments = case.make(torch.float32)
+    noise = gumbel_noise(12, 10, case.num_experts).view(2, 5, -1)
+    from_noise = hycam_modulation(**arguments | {"gumbel": noise.requires_grad_()})
+    from_seed = hycam_modulation(**arguments, seed=torch.tensor(12))
+    assert torch.equal(from_noise.hidden_states, from_seed.hidden_states)
+    (from_noise.hidden_states.sum() + from_noise.balance_loss).backward()
+    assert noise.grad is None
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes(weight_dtype):
+    """fp32 adapters on a bf16 backbone: products in bf16, gradients in the dtype of their tensor."""
+    case = Case(biases=True, options={"seed": 3})
+    arguments = case.make(torch.bfloat16, weight_dtype)
+    arguments["attn_output"] = arguments["attn_output"].detach().float().requires_grad_()
+    got = run(hycam_modulation, arguments)
+    assert got["hidden_states"].dtype == torch.float32
+    assert got["load"].dtype == torch.float32
+    for name, leaf in leaves(arguments).items():
+        assert got[f"grad_{name}"].dtype == leaf.dtype, name
+    assert_as_good_as_eager(lambda arguments: run(hycam_modulation, arguments), case, torch.bfloat16, weight_dtype)
+
+
+def test_autocast():
+    def autocast(arguments):
+        for name in ("hidden", "attn_output"):
+            arguments[name] = arguments[name].detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(hycam_modulation, arguments)
+
+    case = Case(options={"seed": 3})
+    got = autocast(case.make(torch.float32))
+    assert got["hidden_states"].dtype == torch.float32
+    assert not torch.equal(got["hidden_states"], run(hycam_modulation, case.make(torch.float32))["hidden_states"])
+    assert_as_good_as_eager(autocast, case, torch.bfloat16, torch.float32)
+    doubles = Case().make(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hycam_modulation(**doubles).hidden_states, hycam_modulation(**doubles)[0])
+        assert hycam_modulation(**doubles).hidden_states.dtype == torch.float64
+
+
+def test_row_strided_and_broadcast_inputs():
+    case = Case(leading=(4, 6), residual=True, options={"seed": 3})
+    arguments = case.make(torch.float32)
+    strided = dict(arguments)
+    for name in ("hidden", "attn_output", "residual"):
+        wide = torch.full((4, 6, 3 * case.d), float("nan"))
+        wide[..., case.d : 2 * case.d] = arguments[name].detach()
+        strided[name] = wide[..., case.d : 2 * case.d].requires_grad_()
+    strided["lora_a"] = arguments["lora_a"].detach().mT.contiguous().mT.requires_grad_()
+    want = run(hycam_modulation, arguments)
+    for name, value in run(hycam_modulation, strided).items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_no_tokens(case):
+    empty = Case(
+        (0, 3), case.d, case.num_experts, case.rank, case.shared, case.experts, case.biases, case.residual,
+        case.masked, case.options,
+    )  # fmt: skip
+    arguments = empty.make(torch.float32)
+    got = run(hycam_modulation, arguments)
+    assert got["hidden_states"].shape == (0, 3, case.d)
+    assert got["balance_loss"].item() == 0
+    for name, leaf in leaves(arguments).items():
+        assert torch.equal(got[f"grad_{name}"], torch.zeros_like(leaf)), name
+
+
+def test_mask_that_counts_no_token():
+    arguments = Case(options={"seed": 3}).make(torch.float32)
+    arguments["token_mask"] = torch.zeros(2, 13, dtype=torch.bool)
+    out = hycam_modulation(**arguments)
+    assert not out.load.any()
+    assert not out.router_prob.any()
+    out.balance_loss.backward()
+    assert not arguments["router_weight"].grad.any()
+
+
+def test_without_experts_the_router_results_are_empty():
+    out = hycam_modulation(**Case(experts=None).make(torch.bfloat16))
+    assert out.load.shape == out.router_prob.shape == (0,)
+    assert out.balance_loss.shape == ()
+    assert out.balance_loss.item() == 0
+    assert out.balance_loss.dtype == torch.float32
+
+
+def test_caller_tensors_are_untouched(case):
+    arguments = case.make(torch.float32)
+    before = {name: value.detach().clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    run(hycam_modulation, arguments)
+    for name, value in before.items():
+        assert torch.equal(arguments[name], value), name
+
+
+def test_bit_equal_from_run_to_run(case):
+    arguments = case.make(torch.bfloat16)
+    first = run(hycam_modulation, arguments)
+    for name, value in run(hycam_modulation, arguments).items():
+        assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_kept_for_backward(recompute):
+    """At most 1 + E r / d + 0.02 activations beyond h and h_att; at most 0.1 when S and V are made again."""
+    case = Case(leading=(64,), d=512, num_experts=5, rank=16, options={"seed": 3})
+    arguments = case.make(torch.bfloat16)
+    given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hycam_modulation(**arguments, recompute=recompute)
+    activation = 64 * 512 * 2
+    limit = 0.1 if recompute else 1 + 5 * 16 / 512 + 0.02
+    assert sum(kept.values()) / activation <= limit + 64 * 5 * 8 / activation
+    assert kept
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["paper", "released", "shared-only", "full-rank", "no-branch"])
+def test_opcheck(name, keep):
+    arguments = CASES[name].make(torch.float32)
+    call = _prepare(**arguments, recompute=not keep, backend="torch")
+    torch.library.opcheck(torch.ops.hycam.modulation.default, tuple(call))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend):
+    arguments = Case(masked=True).make(torch.float32)
+
+    def function(seed, **arguments):
+        return hycam_modulation(**arguments, seed=seed)
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for seed in (3, 4, torch.tensor(5)):
+        want = run(function, arguments | {"seed": seed})
+        for name, value in run(compiled, arguments | {"seed": seed}).items():
+            torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+
+
+def test_second_order_gradients_are_refused():
+    arguments = Case().make(torch.float64)
+    out = hycam_modulation(**arguments).hidden_states.square().sum()
+    (grad,) = torch.autograd.grad(out, arguments["shared_weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order"):
+        grad.sum().backward()
+
+
+def test_explain_backend():
+    arguments = Case().make(torch.float32)
+    assert explain_backend(**arguments).startswith("torch: the triton backend can't run")
+    with pytest.raises(ValueError, match="tau"):
+        explain_backend(**arguments, tau=0)
+
+
+def test_triton_backend_says_why_it_cannot_run():
+    with pytest.raises(RuntimeError, match="backend='triton' can't run this call: "):
+        hycam_modulation(**Case().make(torch.float32), backend="triton")
