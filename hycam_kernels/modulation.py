@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import torch_backend, triton_backend
 from .checks import check_arguments
 from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
 from .output import HyCAMOutput
@@ -112,7 +112,7 @@ def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str
 
 def _triton_refusal(call: ModulationInputs) -> str | None:
     """Why the triton backend can't run the call; None where it can."""
-    return "this version has no fused kernels"
+    return triton_backend.refusal(call)
 
 
 def _prepare(
@@ -179,7 +179,7 @@ _library.define(f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_S
 
 
 def _backend(inputs: ModulationInputs):
-    return torch_backend
+    return triton_backend if inputs.backend == "triton" else torch_backend
 
 
 @torch.library.impl("hycam::modulation", "CompositeExplicitAutograd", lib=_library)
@@ -238,7 +238,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd_backward(ctx, grad_out, grad_load, grad_router_prob, *_):
     count = len(ctx.options)
-    tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    kept = ctx.saved_tensors  # read once: non-reentrant checkpointing refuses to unpack a tensor twice
+    tensors, saved = kept[:count], kept[count:]
     inputs = (option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True))
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
     grads = torch.ops.hycam.modulation_backward(grad_out, grad_load, grad_router_prob, *inputs, *saved, needs)

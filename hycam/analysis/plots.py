@@ -1,0 +1,164 @@
+"""Plots of a run as PNG files. Each function draws one figure of its own: nothing touches matplotlib's global state."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hycam.errors import InputError
+
+_DPI = 120
+_PANELS_IN_A_ROW = 4
+_MOST_ANNOTATED_PANELS = 8
+_MOST_TOKEN_LABELS = 80
+_LABEL_LENGTH = 14
+
+
+def plot_loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Training loss and validation loss, overall and per task, over the optimiser's steps.
+
+    Args:
+        metrics: log events with `step` and `loss`, or `step`, `eval_loss` and `eval_<task>_loss`, as in a run's
+            `metrics.jsonl`; others are passed over. A loss that is None (not finite) leaves a gap.
+        path: the PNG file.
+
+    Raises:
+        InputError: no event has a loss.
+    """
+    training = _curve(metrics, "loss")
+    validation = _curve(metrics, "eval_loss")
+    if not training and not validation:
+        raise InputError("metrics: no event has a loss, at least one is wanted")
+    names = {key for event in metrics for key in event if key.startswith("eval_") and key.endswith("_loss")}
+    tasks = sorted(names - {"eval_loss"})
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    if training:
+        axes.plot(*zip(*training, strict=True), color="0.6", linewidth=1.2, label="training, all tasks")
+    for index, key in enumerate(tasks):
+        label = f"validation, {key.removeprefix('eval_').removesuffix('_loss')}"
+        points = zip(*_curve(metrics, key), strict=True)
+        axes.plot(*points, color=f"C{index}", marker=".", linewidth=1, label=label)
+    if validation:
+        points = zip(*validation, strict=True)
+        axes.plot(*points, color="black", marker="o", markersize=4, linewidth=2, label="validation, all tasks")
+    axes.set(title="Loss during training", xlabel="optimiser step", ylabel="loss (nats per response token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=_DPI)
+
+
+def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(e["step"], math.nan if e[key] is None else e[key]) for e in metrics if key in e and "step" in e]
+
+
+def plot_expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """Mean expert weights per task and expert, one panel for each adapted layer.
+
+    Args:
+        loads: what `evaluate_expert_load` returns.
+        path: the PNG file.
+
+    Raises:
+        InputError: no task, or no layer.
+    """
+    tasks = list(loads)
+    layers = list(loads[tasks[0]]) if tasks else []
+    if not layers:
+        raise InputError(f"loads: {len(tasks)} tasks and no layer given, at least one of both is wanted")
+    experts = len(loads[tasks[0]][layers[0]])
+    highest = max(max(load) for of_task in loads.values() for load in of_task.values())
+    panel = (1.0 + 0.55 * experts, 1.0 + 0.36 * len(tasks))
+    figure, panels = _panels(len(layers), panel, left=0.09 * max(map(len, tasks)), bottom=0.5)
+    for axes, layer in zip(panels, layers, strict=True):
+        values = [list(loads[task][layer]) for task in tasks]
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+        axes.set_title(_layer_label(layer), fontsize="medium")
+        axes.set_xticks(range(experts), [str(expert + 1) for expert in range(experts)])
+        axes.set_yticks(range(len(tasks)), tasks, parse_math=False)
+        if len(layers) <= _MOST_ANNOTATED_PANELS:
+            _annotate(axes, values, highest)
+    for axes in panels:
+        axes.label_outer()
+    figure.suptitle(f"Expert load by task (uniform: {1 / experts:.2f})")
+    figure.supxlabel("expert")
+    figure.supylabel("task")
+    figure.colorbar(image, ax=panels, label="mean expert weight", aspect=30, pad=0.01)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _annotate(axes: Axes, values: list[list[float]], highest: float) -> None:
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            color = "white" if value > 0.6 * highest else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="x-small")
+
+
+def plot_modulation(modulation: Mapping[str, torch.Tensor], tokens: Sequence[str], path: str | Path) -> None:
+    """A_fusion (equation 11) over the tokens and features of one prompt, one panel for each layer given.
+
+    Args:
+        modulation: layer -> [tokens, features], any float dtype.
+        tokens: the text of each token.
+        path: the PNG file.
+
+    Raises:
+        InputError: no layer, or a layer with another number of tokens.
+    """
+    if not modulation:
+        raise InputError("modulation: no layer given, at least one is wanted")
+    values = {layer: tensor.detach().float().cpu() for layer, tensor in modulation.items()}
+    for layer, tensor in values.items():
+        if tensor.ndim != 2 or len(tensor) != len(tokens):
+            raise InputError(
+                f"modulation: {layer}: shape {list(tensor.shape)} given, [{len(tokens)}, features] is wanted"
+            )
+    # One scale for all layers, up to all but the strongest hundredth: single outliers would wash out the rest.
+    strengths = torch.cat([tensor.abs().flatten() for tensor in values.values()]).sort().values
+    limit = float(strengths[int(0.99 * (len(strengths) - 1))]) or 1.0
+    every = math.ceil(len(tokens) / _MOST_TOKEN_LABELS)
+    height = max(3.0, 0.15 * len(tokens) / every)
+    figure, panels = _panels(len(values), (3.2, height), left=0.9, bottom=0.5)
+    for axes, (layer, tensor) in zip(panels, values.items(), strict=True):
+        image = axes.imshow(
+            tensor.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
+        axes.set_title(_layer_label(layer), fontsize="medium")
+        positions = range(0, len(tokens), every)
+        labels = [_token_label(tokens[position]) for position in positions]
+        axes.set_yticks(positions, labels, fontsize=7, family="monospace", parse_math=False)
+    for axes in panels:
+        axes.label_outer()
+    figure.suptitle("Modulation of the attention's output, $A_\\mathrm{fusion}$")
+    figure.supxlabel("feature")
+    figure.supylabel("token")
+    figure.colorbar(image, ax=panels, label="modulation (0: as in the backbone)", aspect=30, pad=0.01, extend="both")
+    figure.savefig(path, dpi=_DPI)
+
+
+def _token_label(token: str) -> str:
+    """A token's text on one line: blanks and line ends visible, long ones cut."""
+    shown = token.replace(" ", "\N{OPEN BOX}").replace("\n", "\\n").replace("\t", "\\t")
+    return shown if len(shown) <= _LABEL_LENGTH else shown[: _LABEL_LENGTH - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _layer_label(path: str) -> str:
+    """`layer 3` of `model.layers.3.self_attn`; a path without a number stays as it is."""
+    numbers = [part for part in path.split(".") if part.isdecimal()]
+    return f"layer {numbers[-1]}" if numbers else path
+
+
+def _panels(count: int, panel: tuple[float, float], *, left: float, bottom: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in rows, each of `panel` inches, with room on the left and at the bottom."""
+    columns = min(count, _PANELS_IN_A_ROW)
+    rows = math.ceil(count / columns)
+    size = (columns * panel[0] + left + 1.2, rows * panel[1] + bottom + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]

@@ -1,0 +1,262 @@
+"""Self-attention with HyCAM adapters around it."""
+
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hycam_kernels import HyCAMOutput, hycam_modulation
+
+from .architectures import hidden_size_of
+from .balance import CONTEXT_KEYWORD, ForwardContext, Routing
+from .config import HyCAMConfig
+from .errors import InputError
+from .parameters import STACKED_NAMES, AdapterParameters, initialise, placement, projections, stacked_shapes
+
+if TYPE_CHECKING:
+    from .binding import Binding
+
+# The models (by their configuration) whose user was told that HyCAM layers run unbound: one warning each.
+_told_unbound: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+class LayerStatistics(NamedTuple):
+    """One layer's routing in its last forward: load [E], balance loss, and the counted tokens, as mask or number."""
+
+    load: Tensor
+    balance_loss: Tensor
+    token_mask: Tensor | None
+    num_tokens: int
+
+
+class ResidualTap:
+    """Holds a decoder layer's input h_in between the layer's first norm, which sees it, and its attention, which needs it."""
+
+    def __init__(self) -> None:
+        self.hidden_in: Tensor | None = None
+
+    def record(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the norm."""
+        self.hidden_in = args[0]
+
+    def take(self) -> Tensor:
+        if self.hidden_in is None:
+            raise RuntimeError(
+                "modulation: got 'residual', but the norm before the attention did not run; bind the model again after "
+                "replacing its norms: hycam.bind(model)"
+            )
+        hidden_in, self.hidden_in = self.hidden_in, None
+        return hidden_in
+
+
+class HyCAMAttention(nn.Module, BaseTunerLayer):
+    """A self-attention module whose output HyCAM modulates (CIKM 2025, equations 2-12).
+
+    Calls the attention as the model does, takes h from its `hidden_states` (keyword, or first argument) and replaces the first
+    element of its result, h_att [batch, length, d], by ``h_att + h_att * A_fusion(h)``. Attributes that it lacks are the
+    attention's. Several active adapters apply one after the other.
+
+    Args:
+        attention: the module to wrap, which is frozen; its forward returns a tuple, the output [..., d] first. The adapter
+            takes its device, dtype and `training`.
+        config: the adapter's settings.
+        hidden_size: d; None: as the attention's own configuration says.
+        adapter_name: name of the adapter.
+
+    Raises:
+        InputError: (a ValueError) where the hidden size can't be found.
+        TypeError: in forward, where the attention doesn't return (output, ...).
+        RuntimeError: in forward, where the settings need `hycam.bind` and the model isn't bound.
+    """
+
+    adapter_layer_names = ("hycam_shared", "hycam_router", *STACKED_NAMES)
+    other_param_names = ("adapter_configs", "statistics")
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        config: HyCAMConfig,
+        hidden_size: int | None = None,
+        *,
+        adapter_name: str = "default",
+    ) -> None:
+        super().__init__()
+        hidden_size = hidden_size or hidden_size_of(attention)
+        if hidden_size is None:
+            raise InputError(
+                f"hidden_size: got none and {type(attention).__name__} has no configuration that tells it, want an integer"
+            )
+        self.base_layer = attention.requires_grad_(False)
+        self.training = attention.training
+        self.hidden_size = hidden_size
+        self.hycam_shared = nn.ModuleDict()
+        self.hycam_router = nn.ModuleDict()
+        for name in STACKED_NAMES:
+            setattr(self, name, AdapterParameters())
+        self.adapter_configs: dict[str, HyCAMConfig] = {}
+        self.statistics: dict[str, LayerStatistics] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.binding: Binding | None = None
+        self.layer_name = ""
+        self.residual_tap: ResidualTap | None = None
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: HyCAMConfig, inference_mode: bool = False) -> None:
+        """Add an adapter, freshly initialised; it is active only where it is the active adapter by name."""
+        device, dtype = placement(self.base_layer)
+        for name, projection in projections(config, self.hidden_size, device, dtype).items():
+            getattr(self, name)[adapter_name] = projection.train(self.training)
+        for name, shape in stacked_shapes(config, self.hidden_size).items():
+            parameters = getattr(self, name)
+            parameters[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            initialise(name, parameters[adapter_name])
+        self.adapter_configs[adapter_name] = config
+        if not config.train_router:
+            self.frozen_peft_weight_names[adapter_name] = ("hycam_router",)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        context = kwargs.pop(CONTEXT_KEYWORD, None)
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        attn_output = self._checked_output(output, hidden)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.adapter_configs:
+                attn_output = self._adapt(adapter_name, hidden, attn_output, context)
+        return (attn_output, *output[1:])
+
+    @torch.no_grad()
+    def modulation(self, hidden_states: Tensor, adapter_name: str | None = None) -> Tensor:
+        """A_fusion [..., d] of `hidden_states` [..., d], without noise: what an attention output is multiplied by, less 1."""
+        adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.adapter_configs:
+            raise InputError(f"adapter_name: got {adapter_name!r}, want one of {', '.join(self.adapter_configs)}")
+        # With h_att = 0 and h_in = 1 the output is A_fusion itself, without the rounding of 1 + A_fusion.
+        zeros = torch.zeros_like(hidden_states)
+        return self._modulate(adapter_name, hidden_states, zeros, residual=torch.ones_like(zeros)).hidden_states
+
+    def _adapt(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, context: ForwardContext | None) -> Tensor:
+        config = self.adapter_configs[adapter_name]
+        if context is None:
+            context = self.binding.context if self.binding is not None else None
+        if context is None:
+            context = self._unbound_context(adapter_name, config)
+        residual = None
+        if config.modulation == "residual":
+            assert self.residual_tap is not None
+            residual = self.residual_tap.take()
+        token_mask = context.token_mask(hidden)
+        out = self._modulate(
+            adapter_name,
+            hidden,
+            attn_output,
+            residual=residual,
+            token_mask=token_mask,
+            seed=self._noise_seed(config, hidden.device),
+        )
+        if config.experts == "none":
+            return out.hidden_states
+        routing = Routing(out.load, out.router_prob)
+        if context.record(adapter_name, self.layer_name, routing):
+            self.statistics[adapter_name] = LayerStatistics(
+                out.load.detach(), out.balance_loss.detach(), token_mask, hidden[..., 0].numel()
+            )
+        if self.training and config.balance_coef > 0 and out.load.requires_grad:
+            return context.inject(out.hidden_states, routing, adapter_name, self.layer_name, config)
+        return out.hidden_states
+
+    def _modulate(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any) -> HyCAMOutput:
+        """The op with the adapter's parameters, fetched anew: sharded training swaps them between forwards."""
+        config = self.adapter_configs[adapter_name]
+        shared_weight, shared_bias = self._projection("hycam_shared", adapter_name)
+        router_weight, router_bias = self._projection("hycam_router", adapter_name)
+        weights = {name.removeprefix("hycam_"): getattr(self, name)(adapter_name) for name in STACKED_NAMES}
+        shared_a, shared_n, shared_b = (weights.pop(f"shared_lora_{factor}") for factor in "anb")
+        if config.shared == "slora":
+            with torch.autocast(hidden.device.type, enabled=False):
+                shared_weight = shared_b @ (shared_n @ shared_a)
+        return hycam_modulation(
+            hidden,
+            attn_output,
+            shared_weight,
+            router_weight=router_weight,
+            shared_bias=shared_bias,
+            router_bias=router_bias,
+            tau=config.tau,
+            hard=config.routing == "hard",
+            scale=config.scale,
+            recompute=config.recompute,
+            backend=config.backend,
+            **weights,
+            **options,
+        )
+
+    def _projection(self, name: str, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
+        modules = getattr(self, name)
+        return modules[adapter_name]() if adapter_name in modules else (None, None)
+
+    def _noise_seed(self, config: HyCAMConfig, device: torch.device) -> Tensor | None:
+        """A 0-d int64 seed from the device's generator, whose state checkpointing restores; it never visits the host."""
+        if config.experts == "none" or config.noise == "never" or (config.noise == "train" and not self.training):
+            return None
+        seed = torch.randint(2**62, (), device=device)
+        rank = self.binding.data_parallel_rank() if self.binding is not None else 0
+        return seed ^ (rank * 0x1E3779B97F4A7C15 % 2**62)
+
+    def _unbound_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
+        for needs, field in (
+            (config.balance_scope == "model" and config.experts != "none", "balance_scope='model'"),
+            (config.modulation == "residual", "modulation='residual'"),
+            (config.train_norms, "train_norms=True"),
+        ):
+            if needs and self.binding is None:
+                raise RuntimeError(
+                    f"{field} needs the whole model, want hycam.bind(model) after wrapping its attentions"
+                )
+        attention_config = getattr(self.base_layer, "config", None)
+        if self.training and self.binding is None and config.balance_coef > 0:
+            owner = attention_config if attention_config is not None else self
+            if _told_unbound.get(id(owner)) is not owner:
+                _told_unbound[id(owner)] = owner
+                warnings.warn(
+                    "HyCAM layers run without hycam.bind(model): padding counts in the balance loss, and its gradient is "
+                    "not scaled with the model's loss",
+                    stacklevel=2,
+                )
+        return ForwardContext({adapter_name: getattr(attention_config, "num_hidden_layers", 1)})
+
+    def _checked_output(self, output: Any, hidden: Tensor) -> Tensor:
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].shape == hidden.shape:
+            return output[0]
+        got = type(output).__name__
+        if isinstance(output, tuple) and output:
+            got = f"({', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in output)})"
+        raise TypeError(
+            f"HyCAM wraps self-attention: {type(self.base_layer).__name__} {self.layer_name} returned {got}, want a tuple whose "
+            f"first element has the shape of its hidden states, {tuple(hidden.shape)}"
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError("HyCAM can't be merged into the backbone: its modulation depends on the input")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        target = device or placement(self.base_layer)[0]
+        for parameters in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in parameters and target.type != "meta":
+                parameters[adapter_name] = parameters[adapter_name].to(target)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)

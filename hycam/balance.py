@@ -1,0 +1,166 @@
+"""The balance loss (equations 10 and 14) where it reaches the router: in each layer's own backward pass.
+
+Added to the model's loss it would be lost under reentrant checkpointing, whose first forward builds no graph, and weighed wrongly
+by trainers that divide the loss themselves. So every layer injects the gradient of
+
+    lambda * loss_scale * token_share * L_balance
+
+where `loss_scale` is the gradient that arrived at the model's loss (whatever the trainer multiplied it by is in it) and
+`token_share` the micro-batch's part of the target tokens that the loss is averaged over. With n adapted layers, load F_l and
+mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and ``mean_l(F_l) . mean_l(P_l)`` for
+"model" (all layers see the same tokens, so this pools their tokens). Both have the gradient ``P / n`` for F_l and ``F / n`` for
+P_l, with the layer's own values or with the means.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import HyCAMConfig
+
+# The keyword that takes the context from the model's call to its attention modules. Checkpointing keeps a layer's keywords, so
+# a forward that the backward pass runs again meets its own context, not that of a later batch.
+CONTEXT_KEYWORD = "hycam_context"
+
+
+class Routing(NamedTuple):
+    """One layer's routing: load [E] and router_prob [E]."""
+
+    load: Tensor
+    router_prob: Tensor
+
+
+class ForwardContext:
+    """One forward pass of a model: what its HyCAM layers must know of it, and their routing.
+
+    Not a dataclass: FSDP copies the dataclasses among a module's arguments, and the layers must share one object.
+
+    Attributes:
+        attention_mask: [batch, length] as the model received it, 0 for padding, or None.
+        token_share: this micro-batch's part of the target tokens that the loss is averaged over.
+        layer_counts: adapter name -> number of layers that it adapts.
+        loss_scale: the gradient that reached the model's loss; 1 until the backward pass gets there.
+        routing: adapter name -> layer name -> detached routing.
+        in_graph: adapter name -> its settings, and layer name -> routing that has yet to join the loss (compiled layers).
+    """
+
+    def __init__(
+        self, layer_counts: dict[str, int], attention_mask: Tensor | None = None, token_share: Tensor | float = 1.0
+    ) -> None:
+        self.attention_mask = attention_mask
+        self.token_share = token_share
+        self.layer_counts = layer_counts
+        self.loss_scale: Tensor | float = 1.0
+        self.routing: dict[str, dict[str, Routing]] = {}
+        self.in_graph: dict[str, tuple[HyCAMConfig, dict[str, Routing]]] = {}
+
+    def token_mask(self, hidden: Tensor) -> Tensor | None:
+        """[batch, length] bool, the tokens of `hidden` [batch, length, d] that aren't padding; None: all of them count.
+
+        With a key-value cache the mask spans the cached tokens too; `hidden` is its last columns.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            return None
+        if hidden.ndim != 3 or mask.shape[0] != hidden.shape[0] or mask.shape[1] < hidden.shape[1]:
+            raise ValueError(
+                f"attention_mask: got shape {tuple(mask.shape)} for hidden states {tuple(hidden.shape)}, want "
+                "[batch, length] for [batch, length, hidden_size]"
+            )
+        return mask[:, mask.shape[1] - hidden.shape[1] :].to(hidden.device).bool()
+
+    def record(self, adapter_name: str, layer_name: str, routing: Routing) -> bool:
+        """Keep a layer's routing. False where it is kept already: the backward pass runs the forward again."""
+        layers = self.routing.setdefault(adapter_name, {})
+        is_first = layer_name not in layers
+        layers[layer_name] = Routing(routing.load.detach(), routing.router_prob.detach())
+        return is_first
+
+    def inject(
+        self, hidden: Tensor, routing: Routing, adapter_name: str, layer_name: str, config: HyCAMConfig
+    ) -> Tensor:
+        """`hidden` unchanged; its backward pass adds the balance loss's gradient for `routing`, which must be recorded."""
+        if torch.compiler.is_compiling():
+            # A compiled backward can't read what the loss's backward writes; there the loss itself carries the gradient.
+            _, layers = self.in_graph.setdefault(adapter_name, (config, {}))
+            layers[layer_name] = routing
+            return hidden
+        return _InjectBalanceGradient.apply(hidden, *routing, self, adapter_name, config)
+
+    def track(self, loss: Tensor) -> Tensor:
+        """`loss` as a new tensor whose backward pass tells the layers its gradient."""
+        for adapter_name, (config, layers) in self.in_graph.items():
+            balance = self._balance_loss(adapter_name, config, layers)
+            loss = loss + (balance - balance.detach()).to(loss)
+        self.in_graph = {}
+        if torch.compiler.is_compiling():
+            return loss
+        return _TrackLossGradient.apply(loss, self)
+
+    def _balance_loss(self, adapter_name: str, config: HyCAMConfig, layers: dict[str, Routing]) -> Tensor:
+        if config.balance_scope == "model":
+            mean = _mean(layers.values())
+            balance = (mean.load * mean.router_prob).sum()
+        else:
+            device = next(iter(layers.values())).load.device
+            losses = [(routing.load * routing.router_prob).sum().to(device) for routing in layers.values()]
+            balance = torch.stack(losses).sum() / self.layer_counts[adapter_name]
+        return balance * (config.balance_coef * self.token_share)
+
+    def gradient(self, adapter_name: str, routing: Routing, config: HyCAMConfig) -> Routing:
+        """The balance loss's gradient for one layer's load and router_prob."""
+        count = self.layer_counts[adapter_name]
+        if config.balance_scope == "model":
+            layers = self.routing[adapter_name]
+            routing, count = _mean(layers.values(), routing.load.device), len(layers)
+        weight = self.token_share * self.loss_scale * (config.balance_coef / count)
+        if isinstance(weight, Tensor):
+            weight = weight.to(routing.load)
+        return Routing(routing.router_prob * weight, routing.load * weight)
+
+
+def _mean(layers: Any, device: torch.device | None = None) -> Routing:
+    layers = list(layers)
+    device = device or layers[0].load.device
+    return Routing(
+        *(torch.stack([value.to(device) for value in values]).mean(0) for values in zip(*layers, strict=True))
+    )
+
+
+class _InjectBalanceGradient(torch.autograd.Function):
+    """Identity on hidden; in the backward pass load and router_prob receive the balance loss's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        load: Tensor,
+        router_prob: Tensor,
+        context: ForwardContext,
+        adapter_name: str,
+        config: HyCAMConfig,
+    ) -> Tensor:
+        ctx.save_for_backward(load, router_prob)
+        ctx.arguments = context, adapter_name, config
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        context, adapter_name, config = ctx.arguments
+        gradient = context.gradient(adapter_name, Routing(*ctx.saved_tensors), config)
+        return grad, gradient.load, gradient.router_prob, None, None, None
+
+
+class _TrackLossGradient(torch.autograd.Function):
+    """Copies the loss (trainers scale it in place) and, in the backward pass, notes the gradient that reaches it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, context: ForwardContext) -> Tensor:
+        ctx.context = context
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.context.loss_scale = grad.detach()
+        return grad, None

@@ -1,0 +1,255 @@
+"""The hooks that connect a model's call with its HyCAM layers: padding mask, loss scale, residual stream."""
+
+import inspect
+import warnings
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .architectures import model_type_of, residual_norm, trained_norms
+from .attention import HyCAMAttention, ResidualTap
+from .balance import CONTEXT_KEYWORD, ForwardContext
+from .errors import InputError
+
+_ATTRIBUTE = "hycam_binding"
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """One layer's routing in its last forward.
+
+    Attributes:
+        load: [E] float32 (float64 where the model is), mean routing weight of each expert over the counted tokens.
+        balance_loss: scalar, equation 10.
+        tokens: 0-d int64, the counted tokens.
+    """
+
+    load: Tensor
+    balance_loss: Tensor
+    tokens: Tensor
+
+
+class Binding:
+    """The hooks on one model and what they share with its HyCAM layers.
+
+    Attributes:
+        layers: the model's HyCAM layers, by path.
+        context: that of the model's last call. Layers fall back on it where the model doesn't pass keywords on to them; such a
+            model must run the backward pass of a checkpointed forward before its next forward.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
+        self.layers = layers
+        self.context: ForwardContext | None = None
+        self._tensor_parallel_size = getattr(model, "_tp_size", None) or 1
+        self._parameter_names = list(inspect.signature(model.forward).parameters)
+        self._takes_keywords = any(
+            parameter.kind is inspect.Parameter.VAR_KEYWORD
+            for parameter in inspect.signature(model.forward).parameters.values()
+        )
+        self._told_no_loss = False
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        for name, layer in layers.items():
+            layer.binding, layer.layer_name = self, name
+            if any(config.modulation == "residual" for config in layer.adapter_configs.values()):
+                self._tap_residual(model, name, layer)
+
+    def remove(self) -> None:
+        """Take the hooks off the model and its layers."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self.layers.values():
+            layer.binding, layer.residual_tap = None, None
+
+    def data_parallel_rank(self) -> int:
+        """Rank among the processes that see different tokens; those of one tensor-parallel group see the same ones."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank() // self._tensor_parallel_size
+        return 0
+
+    def _tap_residual(self, model: nn.Module, name: str, layer: HyCAMAttention) -> None:
+        norm_name = residual_norm(model_type_of(layer.base_layer) or model_type_of(model))
+        decoder_layer = model.get_submodule(name.rpartition(".")[0])
+        layer.residual_tap = ResidualTap()
+        norm = decoder_layer.get_submodule(norm_name)
+        self._handles.append(norm.register_forward_pre_hook(layer.residual_tap.record))
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = dict(zip(self._parameter_names, args, strict=False)) | kwargs
+        for name in ("adapter_names", "task_ids"):
+            if arguments.get(name) is not None:
+                raise InputError(
+                    f"{name}: got a value, want none: HyCAM applies its active adapters to the whole batch"
+                )
+        mask = arguments.get("attention_mask")
+        self.context = ForwardContext(
+            self._layer_counts(),
+            mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+            _token_share(arguments),
+        )
+        if not self._takes_keywords:
+            return None
+        return args, kwargs | {CONTEXT_KEYWORD: self.context}
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        context = kwargs.get(CONTEXT_KEYWORD, self.context)
+        if not (model.training and torch.is_grad_enabled()):
+            return None
+        has_labels = kwargs.get("labels") is not None or isinstance(output, MutableMapping)
+        loss = _loss_of(output, has_labels)
+        if loss is None:
+            self._tell_no_loss()
+            return None
+        loss = context.track(loss)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output["loss"] = loss
+        return output
+
+    def _layer_counts(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for layer in self.layers.values():
+            for adapter_name in layer.adapter_configs:
+                counts[adapter_name] = counts.get(adapter_name, 0) + 1
+        return counts
+
+    def _tell_no_loss(self) -> None:
+        if not self._told_no_loss:
+            self._told_no_loss = True
+            warnings.warn(
+                "the model computes no loss, so the balance loss's gradient can't follow its scale and is taken as is; pass "
+                "labels to the model, or the loss through hycam.track_loss(model, loss)",
+                stacklevel=2,
+            )
+
+
+def bind(model: nn.Module, *, freeze: bool = True) -> nn.Module:
+    """Connect the HyCAM layers of `model`, wrapped by hand, with its calls: call it once, after the last layer is wrapped.
+
+    From then on padding is left out of the routing statistics (by the `attention_mask` that the model is called with), the
+    balance loss follows the gradient that reaches the model's loss, and `balance_scope="model"`, `modulation="residual"` and
+    `train_norms` work. Adapters added through PEFT are bound already.
+
+    Args:
+        model: the model whose forward takes `attention_mask` and `labels`; changed in place.
+        freeze: freeze every parameter but the adapters' own (and the norms that `train_norms` trains).
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: (a ValueError) where the model has no HyCAM layer, or its residual stream or norms aren't known.
+    """
+    if isinstance(model, PeftModel):
+        install(model.get_base_model())
+        return model
+    layers = install(model)
+    if not layers:
+        raise InputError(
+            f"model: got {type(model).__name__} without a HyCAMAttention, want one whose attentions are wrapped"
+        )
+    if freeze:
+        _freeze(model, layers)
+    return model
+
+
+def install(model: nn.Module) -> dict[str, HyCAMAttention]:
+    """Put the hooks on `model` in place of those that are there; returns its HyCAM layers."""
+    uninstall(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, HyCAMAttention)}
+    if layers:
+        setattr(model, _ATTRIBUTE, Binding(model, layers))
+    return layers
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take HyCAM's hooks off `model`, where there are any."""
+    binding = model.__dict__.pop(_ATTRIBUTE, None)
+    if binding is not None:
+        binding.remove()
+
+
+def track_loss(model: nn.Module, loss: Tensor) -> Tensor:
+    """`loss`, computed outside the model from its last forward, as a tensor whose gradient the balance loss follows.
+
+    Where the model itself returns the loss this happens by itself.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    binding = model.__dict__.get(_ATTRIBUTE)
+    if binding is None or binding.context is None:
+        raise InputError(
+            f"model: got {type(model).__name__} that is not bound or has not run, want one after hycam.bind"
+        )
+    return binding.context.track(loss)
+
+
+def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict[str, RouterStatistics]:
+    """Routing of the last forward, by path of the adapted layers, in layer order.
+
+    Args:
+        model: a model with HyCAM layers.
+        adapter_name: the adapter; None: the active one.
+
+    Raises:
+        InputError: (a ValueError) where the adapter isn't there, or several are active and none is named.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, HyCAMAttention)}
+    if adapter_name is None:
+        active = {name for layer in layers.values() for name in layer.active_adapters if name in layer.adapter_configs}
+        if len(active) > 1:
+            raise InputError(f"adapter_name: got none while {', '.join(sorted(active))} are active, want one of them")
+        adapter_name = next(iter(active), None)
+    if not any(adapter_name in layer.adapter_configs for layer in layers.values()):
+        raise InputError(f"adapter_name: got {adapter_name!r}, want an adapter of the model")
+    statistics = {}
+    for name, layer in layers.items():
+        kept = layer.statistics.get(adapter_name or "")
+        if kept is None:
+            continue
+        if kept.token_mask is None:
+            tokens = torch.tensor(kept.num_tokens)
+        else:
+            tokens = kept.token_mask.sum()
+        statistics[name] = RouterStatistics(kept.load, kept.balance_loss, tokens)
+    return statistics
+
+
+def _freeze(model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
+    trained = {f"{name}.{attribute}" for name, layer in layers.items() for attribute in layer.adapter_layer_names}
+    for name, layer in layers.items():
+        if any(config.train_norms for config in layer.adapter_configs.values()):
+            parent = name.rpartition(".")[0]
+            norms = trained_norms(model_type_of(layer.base_layer) or model_type_of(model))
+            trained |= {f"{parent}.{norm}" for norm in norms}
+    for name, module in model.named_modules():
+        if not any(name == kept or name.startswith(f"{kept}.") for kept in trained):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        elif "hycam_" not in name:
+            module.requires_grad_(True)
+
+
+def _token_share(arguments: dict[str, Any]) -> Tensor | float:
+    """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
+    total, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
+    if total is None or labels is None:
+        return 1.0
+    shifted = arguments.get("shift_labels")
+    count = ((labels[..., 1:] if shifted is None else shifted) != -100).sum()
+    return count / (total.to(count.device) if isinstance(total, Tensor) else total)
+
+
+def _loss_of(output: Any, has_labels: bool) -> Tensor | None:
+    if isinstance(output, MutableMapping):
+        loss = output.get("loss")
+    else:
+        loss = output[0] if has_labels and isinstance(output, tuple) else None
+    return loss if isinstance(loss, Tensor) and loss.requires_grad else None

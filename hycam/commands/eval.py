@@ -1,0 +1,44 @@
+"""`hycam eval`."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from hycam.commands.selection import load_selected_model, load_selected_tokenizer, select
+from hycam.commands.tables import metrics_table, show
+from hycam.environment import package_versions
+from hycam.errors import InputError
+from hycam.training.backbone import load_backbone_config
+from hycam.training.callbacks import finite
+from hycam.training.measure import measure
+from hycam.training.tasks import load_rows, prompts_that_fit, tokenize_split
+
+
+def run(options: Namespace) -> None:
+    selection = select(options, options.task)
+    recipe = selection.recipe
+    if not recipe.tasks:
+        raise InputError("tasks: none given, wanted a recipe with tasks, or --task NAME[=SOURCE]")
+    output = Path(options.output or (selection.run or Path()) / f"eval-{options.split}.json")
+    if not output.parent.is_dir():
+        raise InputError(f"--output: {output.parent} is no folder")
+    rows = load_rows(recipe.tasks, recipe.data.fold)
+    name, tokenizer = load_selected_tokenizer(selection)
+    config = load_backbone_config(recipe.backbone, name, recipe.data.max_length)
+    tokenized = tokenize_split(rows, options.split, tokenizer, recipe.data)
+    prompts = None
+    if not options.no_generation:
+        prompts = prompts_that_fit(rows, options.split, tokenizer, config, recipe.data, recipe.evaluation)
+    model = load_selected_model(selection, name)
+    report = measure(model, tokenizer, tokenized, prompts, recipe.evaluation, description=options.split)
+    record = report | {
+        "split": options.split,
+        "backbone": name,
+        "adapter": None if selection.adapter is None else str(selection.adapter),
+        "recipe": recipe.to_dict(),
+        "versions": package_versions(),
+    }
+    output.write_text(json.dumps(finite(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    label = name if selection.adapter is None else str(selection.adapter)
+    show(metrics_table(f"{options.split} split, {label}", {label: report}))
+    print(f"written to {output}")

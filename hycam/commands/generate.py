@@ -1,0 +1,95 @@
+"""`hycam generate`."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hycam.commands.selection import load_selected_model, load_selected_tokenizer, select
+from hycam.data import prompt_text
+from hycam.errors import InputError
+from hycam.evaluation import generate_responses
+
+_SUFFIXES = (".txt", ".json", ".jsonl")
+
+
+def run(options: Namespace) -> None:
+    rows = [{"instruction": options.prompt, "input": ""}] if options.file is None else read_rows(Path(options.file))
+    selection = select(options)
+    recipe = selection.recipe
+    output = None if options.output is None else Path(options.output)
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output: {output.parent} is no folder")
+    name, tokenizer = load_selected_tokenizer(selection)
+    if options.raw:
+        prompts = [row["instruction"] + row["input"] for row in rows]
+    else:
+        prompts = [prompt_text(row, recipe.data.prompt, tokenizer) for row in rows]
+    model = load_selected_model(selection, name)
+    responses = generate_responses(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        batch_size=recipe.evaluation.batch_size,
+    )
+    answered = [row | {"response": response} for row, response in zip(rows, responses, strict=True)]
+    if output is not None:
+        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered), encoding="utf-8")
+        print(f"{len(answered)} responses written to {output}")
+    elif options.file is None:
+        print(responses[0])
+    else:
+        for row in answered:
+            print(json.dumps(row, ensure_ascii=False))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows with `instruction` and `input` from a text file (one a line), a JSON list or JSON lines.
+
+    Raises:
+        InputError: with file and line (or row) where it can't be read.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise InputError(f"--file: {path}: wanted one of {', '.join(_SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read: {error}") from error
+    rows = [_row(value, place) for place, value in _values(path, text)]
+    if not rows:
+        raise InputError(f"{path}: empty, wanted at least one instruction")
+    return rows
+
+
+def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".json":
+        values = _parse(text, str(path))
+        if not isinstance(values, list):
+            raise InputError(f"{path}: got {type(values).__name__}, wanted a list of rows")
+        for number, value in enumerate(values, start=1):
+            yield f"{path}: row {number}", value
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        place = f"{path}:{number}"
+        if line.strip():
+            yield place, {"instruction": line} if path.suffix == ".txt" else _parse(line, place)
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: not JSON: {error}") from error
+
+
+def _row(value: Any, place: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: got {type(value).__name__}, wanted an object with instruction")
+    instruction, context = value.get("instruction"), value.get("input") or ""
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise InputError(f"{place}: instruction: got {instruction!r}, wanted text")
+    if not isinstance(context, str):
+        raise InputError(f"{place}: input: got {context!r}, wanted text")
+    return {"instruction": instruction, "input": context}

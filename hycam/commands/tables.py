@@ -1,0 +1,50 @@
+"""Results as tables on the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_METRICS = (("perplexity", "perplexity", "{:.3f}"), ("bleu4", "BLEU-4", "{:.2f}"), ("rougeL", "ROUGE-L", "{:.2f}"))
+
+
+def metrics_table(title: str, reports: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Every metric per task and overall, a column for each report (`{"base": ..., "adapted": ...}`)."""
+    first = next(iter(reports.values()))
+    metrics = [metric for metric in _METRICS if metric[0] in first["overall"]]
+    table = Table(title=title)
+    table.add_column("task")
+    for _, label, _ in metrics:
+        for name in reports:
+            table.add_column(f"{label}\n{name}" if len(reports) > 1 else label, justify="right")
+    table.add_column("tokens", justify="right")
+    for task in first["tasks"]:
+        _add_row(table, task, metrics, [report["tasks"][task] for report in reports.values()])
+    table.add_section()
+    _add_row(table, "overall", metrics, [report["overall"] for report in reports.values()])
+    return table
+
+
+def _add_row(table: Table, name: str, metrics: list[tuple[str, str, str]], results: list[Mapping[str, Any]]) -> None:
+    numbers = [form.format(result[key]) for key, _, form in metrics for result in results]
+    table.add_row(name, *numbers, f"{results[0]['tokens']:,}")
+
+
+def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
+    """Share of each task's tokens that goes to each expert, the mean over the adapted layers."""
+    table = Table(title="expert load on the test split (mean over layers)")
+    table.add_column("task")
+    experts = len(next(iter(next(iter(loads.values())).values())))
+    for expert in range(experts):
+        table.add_column(f"expert {expert + 1}", justify="right")
+    for task, layers in loads.items():
+        shares = [sum(layer[expert] for layer in layers.values()) / len(layers) for expert in range(experts)]
+        table.add_row(task, *(f"{share:.3f}" for share in shares))
+    return table
+
+
+def show(*tables: Table) -> None:
+    console = Console()
+    for table in tables:
+        console.print(table)

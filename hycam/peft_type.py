@@ -1,0 +1,18 @@
+"""HyCAM's key in PEFT's registry."""
+
+
+class ForeignPeftType(str):
+    """A PEFT type from outside PEFT's closed enum: equal to its string, with the two attributes that PEFT reads."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+HYCAM = ForeignPeftType("HYCAM")

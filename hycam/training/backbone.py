@@ -1,0 +1,94 @@
+"""The frozen backbone: what a recipe asks for is checked first, then loaded."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hycam.errors import InputError
+from hycam.training.recipe import BackboneConfig
+from hycam.training.scratch import train_scratch_backbone
+
+
+def check_available(config: BackboneConfig) -> None:
+    """Raise `InputError` where the recipe asks for a package or device that is missing."""
+    if config.attn_implementation == "flash_attention_2":
+        _check_kernels("backbone.attn_implementation", "flash_attn", "flash-attn")
+    if config.liger:
+        _check_kernels("backbone.liger", "liger_kernel", "liger")
+
+
+def _check_kernels(field: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{field}: {package} is not installed, wanted: pip install 'hycam-kernels[{extra}]'")
+    if not torch.accelerator.is_available():
+        raise InputError(f"{field}: needs a GPU, none was found")
+
+
+def backbone_name(config: BackboneConfig, run_folder: Path, seed: int) -> str:
+    """The hub id or folder to load from; a backbone from scratch is trained here, once per settings and seed."""
+    if config.scratch is not None:
+        return str(train_scratch_backbone(config.scratch, run_folder, seed))
+    assert config.name_or_path is not None
+    return config.name_or_path
+
+
+def load_backbone_config(config: BackboneConfig, name: str, max_length: int) -> PretrainedConfig:
+    """The model's configuration. Raises `InputError` for an unknown model, and one shorter than `max_length`."""
+    loaded = _load(AutoConfig, config, name)
+    positions = getattr(loaded.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise InputError(f"data.max_length: {max_length} given, the backbone has {positions} positions ({name})")
+    return loaded
+
+
+def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token. Raises `InputError` where it has no eos or pad token."""
+    tokenizer = _load(AutoTokenizer, config, name)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"backbone.name_or_path: the tokenizer of {name} has no eos token, wanted one")
+    if config.pad_token is not None:
+        known = tokenizer.get_vocab()
+        if config.pad_token not in known:
+            raise InputError(f"backbone.pad_token: {config.pad_token!r} is no token of {name}, wanted one that is")
+        tokenizer.pad_token = config.pad_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"backbone.pad_token: missing, and the tokenizer of {name} has no pad token: name one of its tokens "
+            f"(its eos token {tokenizer.eos_token!r} will do: padding is masked)"
+        )
+    return tokenizer
+
+
+def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
+    """The causal language model on the CPU, from safetensors alone."""
+    return _load(
+        AutoModelForCausalLM,
+        config,
+        name,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        use_safetensors=True,
+    )
+
+
+def _load(auto_class: Any, config: BackboneConfig, name: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(
+            name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError, HFValidationError, SafetensorError) as error:
+        # transformers explains itself over many lines: the first says what is wrong
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"backbone.name_or_path: {name}: can't be loaded: {reason}") from error

@@ -1,0 +1,151 @@
+"""What a run does beside training: its metrics file, signals, gradients that are not finite."""
+
+import json
+import math
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hycam import router_statistics
+from hycam.errors import RunStoppedError
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log event to a file as one JSON object per line.
+
+    Each line has `step`, `epoch` and what was logged; the training loss's lines have `layers` too: per adapted layer
+    the balance loss and the experts' load [E] of the last micro-batch. A number that is not finite is written as null.
+    On resuming, lines past the checkpoint's step and a line that a kill cut short are dropped first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in _whole_lines(self.path) if line["step"] <= state.global_step]
+        self.path.write_text("".join(map(_json_line, kept)), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        line: dict[str, Any] = {"step": state.global_step, **logs}
+        if "loss" in logs and model is not None:
+            line["layers"] = layer_statistics(model)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_json_line(line))
+
+
+def layer_statistics(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Balance loss and load [E] of each adapted layer's last forward, keyed by module path."""
+    return {
+        name: {"balance_loss": statistics.balance_loss.item(), "load": statistics.load.tolist()}
+        for name, statistics in router_statistics(model).items()
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file."""
+    return _whole_lines(path)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    del rest  # what follows the last newline: nothing, or a line that a kill cut short
+    return [json.loads(line) for line in lines]
+
+
+def _json_line(values: dict[str, Any]) -> str:
+    return json.dumps(finite(values), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` for strict JSON: numbers that are not finite become null, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops the run before a gradient that is not finite reaches the weights.
+
+    Under fp16 an overflow is expected: the loss scaler skips that step.
+    """
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.fp16 or model is None:
+            return
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise RunStoppedError(f"the gradient is not finite at step {state.global_step + 1}")
+
+
+class SaveOnSignal(TrainerCallback):
+    """Within its `with` block, the first SIGTERM or SIGINT saves a checkpoint after the step and ends training.
+
+    A second one acts at once, as it would without this callback.
+
+    Attributes:
+        received: the signal that came, else None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            return
+        self.__exit__(None, None, None)
+        signal.raise_signal(number)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.received is not None:
+            # whoever sends SIGTERM waits seconds, an evaluation may take minutes
+            control.should_evaluate = False
+            control.should_save = True
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,108 @@
+"""A run's output folder: which run it holds, and whether a run may begin or go on in it."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hycam.environment import package_versions
+from hycam.errors import InputError
+from hycam.training.recipe import Recipe, differing_fields, read_yaml
+from hycam.training.tasks import TaskRows
+
+RECIPE_FILE = "recipe.yaml"
+RECORD_FILE = "run.json"
+
+# Fields that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
+_FREE_ON_RESUME = (
+    "output_dir",
+    "early_stopping",
+    "evaluation",
+    "trainer.logging_steps",
+    "trainer.logging_strategy",
+    "trainer.logging_first_step",
+    "trainer.eval_steps",
+    "trainer.eval_strategy",
+    "trainer.save_steps",
+    "trainer.save_strategy",
+    "trainer.save_total_limit",
+    "trainer.load_best_model_at_end",
+    "trainer.report_to",
+    "trainer.disable_tqdm",
+    "trainer.log_level",
+)
+
+
+def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Raise `InputError` unless the recipe's output folder is free, or holds the same run and `resume` is set.
+
+    `overwrite` frees a folder that holds a run, and only such a one. A backbone trained from scratch that lies in the
+    folder doesn't occupy it.
+    """
+    folder = recipe.output_path
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file, wanted a folder")
+    record = folder / RECIPE_FILE
+    if record.is_file():
+        if overwrite:
+            return
+        if not resume:
+            raise InputError(f"output_dir: {folder} holds a run: --resume goes on with it, --overwrite deletes it")
+        changed = _changed_fields(read_yaml(record), recipe.to_dict())
+        if changed:
+            raise InputError(f"--resume: the run in {folder} began with other values of: {', '.join(changed)}")
+    elif any(not _is_backbone(entry) for entry in _entries(folder)):
+        raise InputError(f"output_dir: {folder} has files but no run in it, wanted a new or empty folder")
+
+
+def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], *, resume: bool, overwrite: bool) -> None:
+    """Make the folder this run's: write its recipe and record, or check that the data is still the run's.
+
+    Raises:
+        InputError: on resuming with other rows than the run began with.
+    """
+    folder = recipe.output_path
+    if overwrite and (folder / RECIPE_FILE).is_file():
+        for entry in _entries(folder):
+            if not _is_backbone(entry):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    record = {"data": {name: _fingerprint(task) for name, task in rows.items()}, "versions": package_versions()}
+    if resume and (folder / RECORD_FILE).is_file():
+        before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["data"]
+        for name, fingerprint in record["data"].items():
+            if before[name] != fingerprint:
+                raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _changed_fields(old: Any, new: Any) -> list[str]:
+    return [name for name in differing_fields(old, new) if not _is_free(name)]
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in _FREE_ON_RESUME)
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_backbone(entry: Path) -> bool:
+    return entry.is_dir() and entry.name.startswith("backbone-")
+
+
+def _fingerprint(task: TaskRows) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in task.splits["all"]:
+        digest.update(json.dumps([row["instruction"], row["input"], row["output"]]).encode())
+    return {
+        "rows": {split: len(dataset) for split, dataset in task.splits.items()},
+        "sha256": digest.hexdigest(),
+    }

@@ -1,0 +1,329 @@
+"""Recipes: one YAML file, with overrides from the command line, read strictly into a tree of dataclasses."""
+
+import dataclasses
+import importlib.resources
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from peft import PeftConfig
+from transformers import TrainingArguments
+
+from hycam.config import HyCAMConfig
+from hycam.data import DataConfig, TaskConfig
+from hycam.errors import InputError
+from hycam.training.schema import Reader, suggest
+from hycam.training.scratch import ScratchConfig
+
+# TrainingArguments that the run sets itself, and where the user sets them instead.
+RESERVED_TRAINER_FIELDS = {
+    "output_dir": "set `output_dir` at the top of the recipe",
+    "seed": "set `seed` at the top of the recipe",
+    "resume_from_checkpoint": "use `hycam train --resume`",
+    "use_liger_kernel": "set `backbone.liger`",
+    "per_device_eval_batch_size": "set `evaluation.batch_size`",
+    "enable_jit_checkpoint": "SIGTERM and SIGINT always save first",
+    "logging_nan_inf_filter": "a loss that is not finite always stops the run",
+    "remove_unused_columns": "the collator chooses the columns",
+}
+
+# What a recipe's `trainer` section starts from, where that differs from transformers' defaults.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "report_to": ["tensorboard"],
+}
+
+
+@dataclass
+class BackboneConfig:
+    """The frozen model: one of the hub or a folder, or one that the run first trains from scratch.
+
+    Attributes:
+        name_or_path: hub id or folder; exactly one of this and `scratch` is given.
+        scratch: a small Llama trained on general text before it is adapted.
+        revision: branch, tag or commit on the hub.
+        dtype: of the frozen weights; `auto` is the checkpoint's own.
+        attn_implementation: None leaves transformers' choice for the architecture.
+        liger: Liger's Triton kernels in the backbone's own layers.
+        trust_remote_code: run code that the hub's repository brings.
+        pad_token: an existing token that pads, for a tokenizer that names none.
+    """
+
+    name_or_path: str | None = None
+    scratch: ScratchConfig | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    liger: bool = False
+    trust_remote_code: bool = False
+    pad_token: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.name_or_path is None) == (self.scratch is None):
+            given = "neither" if self.scratch is None else "both"
+            raise ValueError(f"got {given} of name_or_path and scratch, wanted one (set the other to null)")
+
+
+@dataclass
+class MethodConfig:
+    """The adapter: a preset of `HyCAMConfig` and the fields that differ from it."""
+
+    name: Literal["hycam"] = "hycam"
+    preset: str = "paper"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def adapter_config(self) -> HyCAMConfig:
+        return HyCAMConfig.preset(self.preset, **self.options, task_type="CAUSAL_LM")
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Stop after `patience` evaluations in a row whose overall validation loss is not better by `threshold`."""
+
+    patience: int = 3
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience: got {self.patience}, wanted at least 1")
+        if self.threshold < 0:
+            raise ValueError(f"threshold: got {self.threshold}, wanted at least 0")
+
+
+@dataclass
+class EvaluationConfig:
+    """How validation and test splits are evaluated.
+
+    Attributes:
+        batch_size: rows in a forward pass, and in a generation.
+        generation: also BLEU-4 and ROUGE-L of greedy responses on the test split.
+        max_new_tokens: longest response.
+        max_generation_rows: rows of each task that are generated, None for all.
+    """
+
+    batch_size: int = 8
+    generation: bool = False
+    max_new_tokens: int = 256
+    max_generation_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "max_generation_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, wanted at least 1")
+
+
+@dataclass
+class Recipe:
+    """One run, whole: every section of the YAML file, and `source`, the file itself, for messages."""
+
+    backbone: BackboneConfig
+    tasks: list[TaskConfig] = field(default_factory=list)
+    output_dir: str = "runs/hycam"
+    method: MethodConfig = field(default_factory=MethodConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    early_stopping: EarlyStoppingConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    source: str = field(default="recipe", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"tasks: two are named {name!r}")
+
+    @property
+    def output_path(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: `load_recipe` of their YAML gives this recipe again."""
+        values = dataclasses.asdict(self)
+        del values["source"]
+        method = values["method"]
+        values["method"] = {"name": method["name"], "preset": method["preset"], **method["options"]}
+        return values
+
+    def training_arguments(self) -> TrainingArguments:
+        """The HF Trainer's arguments. Raises `InputError` where they contradict each other."""
+        try:
+            return TrainingArguments(
+                **(TRAINER_DEFAULTS | self.trainer),
+                output_dir=str(self.output_path),
+                seed=self.seed,
+                per_device_eval_batch_size=self.evaluation.batch_size,
+                use_liger_kernel=self.backbone.liger,
+                logging_nan_inf_filter=False,
+                remove_unused_columns=False,
+                restore_callback_states_from_checkpoint=True,
+            )
+        except (ValueError, ImportError) as error:
+            raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that ship."""
+    folder = importlib.resources.files("hycam") / "recipes"
+    return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe: a YAML file, a run's folder, or the bare name of one that ships.
+
+    Args:
+        name_or_path: where the recipe is.
+        overrides: dotted field and YAML text of its value, as `("trainer.learning_rate", "1e-4")`.
+
+    Raises:
+        InputError: one line that names the file (or option) and the field.
+    """
+    path = find_recipe(name_or_path)
+    recipe = parse_recipe(read_yaml(path), str(path), overrides)
+    if Path(name_or_path).expanduser().is_dir() and "output_dir" not in dict(overrides):
+        recipe.output_dir = name_or_path  # the run may have been moved since
+    return recipe
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a recipe."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    packaged = packaged_recipes()
+    if name_or_path in packaged:
+        return packaged[name_or_path]
+    if path.suffix or len(path.parts) > 1:
+        raise InputError(f"{name_or_path}: no such recipe file")
+    raise InputError(f"{name_or_path}: neither a recipe file nor one that ships{suggest(name_or_path, packaged)}")
+
+
+def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """A `Recipe` from plain values; `source` names them in messages."""
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
+    for name, text in overrides:
+        _override(values, name, parse_yaml(text, f"--{name}"))
+    reader = Reader(source, frozenset(name for name, _ in overrides))
+    known = [item.name for item in dataclasses.fields(Recipe) if item.init]
+    sections = reader.mapping(values, "", known)
+    if "method" in sections:
+        sections["method"] = _method_section(reader, sections["method"])
+    if "trainer" in sections:
+        sections["trainer"] = _trainer_section(reader, sections["trainer"] or {})
+    recipe = reader.build(Recipe, sections)
+    recipe.source = source
+    try:
+        recipe.method.adapter_config()
+    except (ValueError, TypeError) as error:
+        reader.refuse("method", error, {"preset", *typing.get_type_hints(HyCAMConfig)})
+    return recipe
+
+
+def _method_section(reader: Reader, value: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(HyCAMConfig)
+    inherited = {base_field.name for base_field in dataclasses.fields(PeftConfig)}
+    own = {item.name: hints[item.name] for item in dataclasses.fields(HyCAMConfig) if item.name not in inherited}
+    options = reader.fields(value, {"name": Literal["hycam"], "preset": str, **own}, "method")
+    head = {name: options.pop(name) for name in ("name", "preset") if name in options}
+    return head | {"options": options}
+
+
+def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {item.name: hints[item.name] for item in dataclasses.fields(TrainingArguments) if item.init}
+    for name, instead in RESERVED_TRAINER_FIELDS.items():
+        if isinstance(value, Mapping) and name in value:
+            reader.fail(f"trainer.{name}", instead)
+        known.pop(name, None)
+    return reader.fields(value, known, "trainer")
+
+
+def _override(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set the dotted field `name` in nested mappings and lists; missing mappings are made."""
+    *parents, last = name.split(".")
+    node: Any = values
+    for depth, key in enumerate(parents):
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = _child(node, key, name, ".".join(parents[:depth]))
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _child(node, last, name, ".".join(parents))
+        node[int(last)] = value
+
+
+def _child(node: Any, key: str, name: str, path: str) -> Any:
+    if isinstance(node, dict):
+        return node[key]
+    if not isinstance(node, list):
+        raise InputError(f"--{name}: {path!r} is {node!r}, which has no fields")
+    if not key.isdecimal() or int(key) >= len(node):
+        raise InputError(f"--{name}: {path!r} is a list of {len(node)}, wanted an index instead of {key!r}")
+    return node[int(key)]
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML in which `2e-5` is a number (YAML 1.1 wants a dot) and a key may not come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for (key, _), value in zip(node.value, keys, strict=True):
+            if keys.count(value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {value!r} comes twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Safe YAML. Raises `InputError` with `source` and the line."""
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{source}{line}: not YAML: {problem}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read: {error}") from error
+    return parse_yaml(text, str(path))
+
+
+def differing_fields(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted names of the fields in which two plain recipes differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            name
+            for key in keys
+            for name in differing_fields(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [name for index, (a, b) in pairs for name in differing_fields(a, b, f"{path}.{index}")]
+    return [] if old == new else [path]

@@ -1,0 +1,182 @@
+"""One run, from a recipe to an adapter and its numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import IntervalStrategy
+
+from hycam.data import Collator
+from hycam.environment import devices, package_versions
+from hycam.errors import InputError, RunStoppedError
+from hycam.evaluation.expert_load import evaluate_expert_load
+from hycam.training.backbone import (
+    backbone_name,
+    check_available,
+    load_backbone_config,
+    load_model,
+    load_tokenizer,
+)
+from hycam.training.callbacks import FiniteGradients, MetricsFile, SaveOnSignal, finite
+from hycam.training.folder import check_folder, open_folder
+from hycam.training.measure import measure
+from hycam.training.recipe import Recipe
+from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize_split, training_set
+from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint
+
+ADAPTER_FOLDER = "adapter"
+METRICS_FILE = "metrics.jsonl"
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that a run needs beside its model, checked."""
+
+    arguments: TrainingArguments
+    rows: dict[str, TaskRows]
+    backbone: str
+    tokenizer: PreTrainedTokenizerBase
+    tokenized: dict[str, dict[str, Dataset]]
+    prompts: dict[str, dict[str, Any]] | None
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train the recipe's adapter and measure it on the test split.
+
+    The output folder gets `recipe.yaml` and `run.json` (what the run is), `metrics.jsonl` (every log event),
+    TensorBoard events, `checkpoint-*` (adapter and training state), `adapter` (the best one) and `results.json`.
+
+    Args:
+        recipe: what to train.
+        resume: go on from the last whole checkpoint of the output folder; from the start where it has none.
+        overwrite: delete the run that the output folder holds.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        InputError: anything wrong with the recipe, the data or the output folder, before the model is loaded.
+        RunStoppedError: a signal, or a loss that is not finite; the last good checkpoint is kept.
+    """
+    prepared = prepare(recipe, resume=resume, overwrite=overwrite)
+    set_seed(recipe.seed)
+    model = get_peft_model(load_model(recipe.backbone, prepared.backbone), recipe.method.adapter_config())
+    open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
+    state = _fit(recipe, prepared, model, resume=resume)
+    results = _measure_run(recipe, prepared, model) | state
+    if prepared.arguments.should_save:
+        model.save_pretrained(str(recipe.output_path / ADAPTER_FOLDER))
+        _write_json(recipe.output_path / RESULTS_FILE, results)
+    return results
+
+
+def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
+    """Check and read everything but the model's weights."""
+    if not recipe.tasks:
+        raise InputError("tasks: none given, wanted at least one")
+    arguments = recipe.training_arguments()
+    if recipe.early_stopping is not None and arguments.eval_strategy == IntervalStrategy.NO:
+        raise InputError("early_stopping: needs trainer.eval_strategy steps or epoch, got no")
+    check_available(recipe.backbone)
+    check_folder(recipe, resume=resume, overwrite=overwrite)
+    rows = load_rows(recipe.tasks, recipe.data.fold)
+    with arguments.main_process_first(local=False, desc="training the backbone"):
+        name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
+    config = load_backbone_config(recipe.backbone, name, recipe.data.max_length)
+    tokenizer = load_tokenizer(recipe.backbone, name)
+    tokenized = {
+        split: tokenize_split(rows, split, tokenizer, recipe.data) for split in ("train", "validation", "test")
+    }
+    prompts = None
+    if recipe.evaluation.generation:
+        prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
+    return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
+
+
+def _fit(recipe: Recipe, prepared: PreparedRun, model: PeftModel, *, resume: bool) -> dict[str, Any]:
+    """Train `model` in place; it ends with the best weights where the recipe asks for them."""
+    folder = recipe.output_path
+    checkpoint = last_checkpoint(folder) if resume else None
+    state = None if checkpoint is None else checkpoint_state(checkpoint)
+    pad = prepared.tokenizer.pad_token_id
+    with SaveOnSignal() as on_signal:
+        callbacks = [MetricsFile(folder / METRICS_FILE), FiniteGradients(), on_signal]
+        if recipe.early_stopping is not None:
+            stopping = recipe.early_stopping
+            callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.threshold))
+        trainer = HyCAMTrainer(
+            model=model,
+            args=prepared.arguments,
+            train_dataset=training_set(prepared.tokenized["train"], recipe.data, recipe.seed),
+            data_collator=Collator(pad, packing=recipe.data.packing),
+            validation=prepared.tokenized["validation"],
+            evaluation_collator=Collator(pad),
+            on_signal=on_signal,
+            callbacks=callbacks,
+        )
+        if state is not None and _is_finished(recipe, state):
+            best = state.best_model_checkpoint if prepared.arguments.load_best_model_at_end else None
+            set_peft_model_state_dict(model, load_peft_weights(best or str(checkpoint), device="cpu"))
+        else:
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except RunStoppedError as error:
+                if on_signal.received is None:
+                    raise RunStoppedError(f"{error}; {_kept(folder)}") from error
+            state = trainer.state
+    if on_signal.received is not None:
+        number = on_signal.received
+        where = f"stopped by {number.name} after step {trainer.state.global_step}; {_kept(folder)}"
+        raise RunStoppedError(f"{where}; go on with: hycam train {folder} --resume", 128 + number)
+    return {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
+
+
+def _is_finished(recipe: Recipe, state: TrainerState) -> bool:
+    """Whether a checkpoint is its run's last: all steps are done, or early stopping ended it."""
+    if state.global_step >= state.max_steps:
+        return True
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if recipe.early_stopping is None or stopping is None:
+        return False
+    return stopping["attributes"]["early_stopping_patience_counter"] >= recipe.early_stopping.patience
+
+
+def _kept(folder: Path) -> str:
+    checkpoint = last_checkpoint(folder)
+    return "no checkpoint was saved before it" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
+
+
+def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dict[str, Any]:
+    """The test split's metrics of the backbone alone and of the adapted model, and the experts' load."""
+    test, tokenizer = prepared.tokenized["test"], prepared.tokenizer
+    options = {"tokenized": test, "prompts": prepared.prompts, "config": recipe.evaluation}
+    with model.disable_adapter():
+        base = measure(model, tokenizer, **options, description="test, backbone")
+    adapted = measure(model, tokenizer, **options, description="test, adapted")
+    trainable, total = model.get_nb_trainable_parameters()
+    results: dict[str, Any] = {
+        "test": {"base": base, "adapted": adapted},
+        "rows": {
+            split: {name: len(dataset) for name, dataset in tasks.items()}
+            for split, tasks in prepared.tokenized.items()
+        },
+        "parameters": {"trainable": trainable, "total": total},
+        "backbone": prepared.backbone,
+        "recipe": recipe.to_dict(),
+        "versions": package_versions(),
+        "devices": devices(),
+    }
+    if recipe.method.adapter_config().experts != "none":
+        collator = Collator(tokenizer.pad_token_id)
+        results["expert_load"] = evaluate_expert_load(model, test, collator, batch_size=recipe.evaluation.batch_size)
+    return results
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(finite(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""The tasks of a recipe, as text rows per split and as token rows."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from hycam.data import (
+    DataConfig,
+    TaskConfig,
+    encode_prompt,
+    load_task,
+    pack_dataset,
+    prompt_text,
+    split_dataset,
+    tokenize_dataset,
+)
+from hycam.errors import InputError
+from hycam.training.recipe import EvaluationConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Text rows of one task per split: columns `instruction`, `input`, `output`."""
+
+    task_id: int
+    splits: Mapping[str, Dataset]
+
+
+def load_rows(tasks: Iterable[TaskConfig], fold: int) -> dict[str, TaskRows]:
+    """Every task's rows, read and split before any model is."""
+    rows: dict[str, TaskRows] = {}
+    for task_id, task in enumerate(tasks):
+        dataset = load_task(task)
+        try:
+            splits = split_dataset(dataset, fold)
+        except InputError as error:
+            raise InputError(f"tasks: {task.name}: {error}") from error
+        rows[task.name] = TaskRows(task_id, splits | {"all": dataset})
+    return rows
+
+
+def tokenize_split(
+    rows: Mapping[str, TaskRows], split: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> dict[str, Dataset]:
+    """Token rows of one split per task; warns of rows that were cut or left out."""
+    tokenized: dict[str, Dataset] = {}
+    for name, task in rows.items():
+        try:
+            result = tokenize_dataset(task.splits[split], tokenizer, config, task.task_id)
+        except InputError as error:
+            raise InputError(f"tasks: {name}: {split} split: {error}") from error
+        if result.truncated or result.dropped:
+            logger.warning(
+                "%s, %s split: of %d rows, %d were cut to data.max_length=%d and %d left out (prompt too long)",
+                name,
+                split,
+                len(task.splits[split]),
+                result.truncated,
+                config.max_length,
+                result.dropped,
+            )
+        tokenized[name] = result.dataset
+    return tokenized
+
+
+def training_set(tokenized: Mapping[str, Dataset], config: DataConfig, seed: int) -> Dataset:
+    """All tasks' token rows, shuffled together; in bins of `max_length` tokens with packing."""
+    mixed = concatenate_datasets(list(tokenized.values())).shuffle(seed=seed, keep_in_memory=True)
+    return pack_dataset(mixed, config.max_length) if config.packing else mixed
+
+
+def prompts_that_fit(
+    rows: Mapping[str, TaskRows],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: PretrainedConfig,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+) -> dict[str, dict[str, Any]]:
+    """Per task the prompts to answer and the responses to compare with.
+
+    A prompt that with `evaluation.max_new_tokens` exceeds the backbone's positions is left out, and counted.
+
+    Returns:
+        `{task: {"prompts": [...], "references": [...], "too_long": int}}`, at most `max_generation_rows` each.
+
+    Raises:
+        InputError: a task all of whose prompts are too long.
+    """
+    positions = getattr(backbone.get_text_config(), "max_position_embeddings", None)
+    longest = math.inf if positions is None else positions - evaluation.max_new_tokens
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, task in rows.items():
+        prompts: list[str] = []
+        references: list[str] = []
+        too_long = 0
+        for row in task.splits[split]:
+            prompt = prompt_text(row, data.prompt, tokenizer)
+            if len(encode_prompt(prompt, tokenizer)) > longest:
+                too_long += 1
+                continue
+            prompts.append(prompt)
+            references.append(row["output"])
+            if len(prompts) == evaluation.max_generation_rows:
+                break
+        if not prompts:
+            raise InputError(
+                f"evaluation.max_new_tokens: {evaluation.max_new_tokens} given, with which no prompt of {name} fits "
+                f"into the backbone's {positions} positions"
+            )
+        chosen[name] = {"prompts": prompts, "references": references, "too_long": too_long}
+    return chosen

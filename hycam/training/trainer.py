@@ -1,0 +1,138 @@
+"""The HF Trainer with exact per-task validation, which stops on a loss that is not finite."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hycam.errors import RunStoppedError
+from hycam.evaluation import evaluate_perplexity
+from hycam.evaluation.batches import Collate
+from hycam.training.callbacks import SaveOnSignal, layer_statistics
+
+_TRAINER_STATE = "trainer_state.json"
+_TRAINING_ARGUMENTS = "training_args.bin"
+
+
+class HyCAMTrainer(Trainer):
+    """HF Trainer for a PEFT model on several tasks.
+
+    Args:
+        validation: tokenized validation rows per task.
+        evaluation_collator: collates them (training may pack, evaluation does not).
+        on_signal: the signals that an evaluation looks at between its batches.
+        **kwargs: what `transformers.Trainer` takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        validation: Mapping[str, Dataset],
+        evaluation_collator: Collate,
+        on_signal: SaveOnSignal,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(eval_dataset=dict(validation), **kwargs)
+        self.evaluation_collator = evaluation_collator
+        self.on_signal = on_signal
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch. Raises `RunStoppedError` before the optimizer sees a loss that is not finite."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise RunStoppedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def evaluate(
+        self,
+        eval_dataset: Mapping[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Token-weighted loss and perplexity, per task and overall (`eval_loss`, `eval_perplexity`)."""
+        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = sum(len(dataset) for dataset in tasks.values())
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(total=rows, desc="validation", unit="row", leave=False, disable=quiet) as bar:
+
+            def progress(done: int) -> None:
+                bar.update(done)
+                if self.is_in_train and self.on_signal.received is not None:
+                    raise _EvaluationInterruptedError
+
+            try:
+                report = evaluate_perplexity(
+                    self.model,
+                    tasks,
+                    self.evaluation_collator,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    progress=progress,
+                )
+            except _EvaluationInterruptedError:
+                self._save_checkpoint(self.model, trial=None)
+                raise RunStoppedError("a signal came during validation") from None
+        metrics = perplexity_metrics(report, metric_key_prefix)
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise RunStoppedError(f"the validation loss is not finite at step {self.state.global_step}")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the balance loss, the mean over layers, to the training loss's log."""
+        if "loss" in logs:
+            layers = layer_statistics(self.model).values()
+            if layers:
+                logs["balance_loss"] = sum(layer["balance_loss"] for layer in layers) / len(layers)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # a pickle that nothing here reads: the run's recipe.yaml says the same
+        Path(output_dir or self.args.output_dir, _TRAINING_ARGUMENTS).unlink(missing_ok=True)
+
+
+class _EvaluationInterruptedError(Exception):
+    """A signal came between two batches of an evaluation."""
+
+
+def perplexity_metrics(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The Trainer's flat metrics from what `evaluate_perplexity` returns."""
+    metrics: dict[str, float] = {}
+    for name, result in [("", report["overall"]), *((f"{task}_", r) for task, r in report["tasks"].items())]:
+        metrics[f"{prefix}_{name}loss"] = result["nll"] / result["tokens"]
+        metrics[f"{prefix}_{name}perplexity"] = result["perplexity"]
+    return metrics
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None without one; those that a kill left half-written are removed.
+
+    The Trainer writes a checkpoint's `trainer_state.json` last, so a checkpoint is whole where that file can be read.
+    """
+    whole: list[tuple[int, Path]] = []
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        state = checkpoint_state(folder)
+        if state is None:
+            shutil.rmtree(folder)
+        else:
+            whole.append((state.global_step, folder))
+    return max(whole)[1] if whole else None
+
+
+def checkpoint_state(folder: Path) -> TrainerState | None:
+    """The Trainer's state in a checkpoint, None where it is missing or cut short."""
+    try:
+        return TrainerState.load_from_json(str(folder / _TRAINER_STATE))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

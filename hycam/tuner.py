@@ -1,0 +1,179 @@
+"""HyCAM as a PEFT tuner."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .architectures import (
+    ARCHITECTURES,
+    default_targets,
+    hidden_size_of,
+    model_type_of,
+    residual_norm,
+    trained_norms,
+)
+from .attention import HyCAMAttention
+from .binding import install, uninstall
+from .config import HyCAMConfig
+from .errors import InputError
+
+
+class HyCAMModel(BaseTuner):
+    """Wraps the self-attentions of a model in `HyCAMAttention`, and binds them to its calls."""
+
+    prefix = "hycam_"
+    tuner_layer_cls = HyCAMAttention
+    target_module_mapping = default_targets()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT copies the norms that it trains, and would copy hooks with them: they come off first.
+        uninstall(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            install(model)
+
+    def unload(self) -> nn.Module:
+        """Return the bare backbone."""
+        uninstall(self.model)
+        return super().unload()
+
+    def disable_adapter_layers(self) -> None:
+        self._enable_adapter_layers(enabled=False)
+
+    def _prepare_adapter_config(self, peft_config: HyCAMConfig, model_config: dict) -> HyCAMConfig:
+        if peft_config.target_modules is None:
+            model_type = model_config.get("model_type")
+            if model_type not in self.target_module_mapping:
+                known = ARCHITECTURES.get(model_type or "")
+                hint = f", here {known.attention!r}" if known else ", as in target_modules=['self_attn']"
+                raise InputError(
+                    f"target_modules: got none for model_type {model_type!r}, want the name of its self-attention modules"
+                    f"{hint}; known without it: {', '.join(self.target_module_mapping)}"
+                )
+            peft_config.target_modules = set(self.target_module_mapping[model_type])
+        return peft_config
+
+    def _prepare_model(self, peft_config: HyCAMConfig, model: nn.Module) -> None:
+        """Check everything about the model that can be checked, before any of its modules is replaced."""
+        wrapped = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and not name.startswith(wrapped) and self._check_target_module_exists(peft_config, name)
+        }
+        if not targets:
+            raise InputError(
+                f"target_modules: got {_shown(peft_config.target_modules)}, which matches no module of {type(model).__name__}"
+                + (
+                    f" in the layers {peft_config.layers_to_transform}"
+                    if peft_config.layers_to_transform is not None
+                    else ""
+                )
+                + ", want its self-attention modules"
+            )
+        for name, module in targets.items():
+            _check_is_attention(name, module, peft_config)
+        if peft_config.layers_to_transform is not None:
+            self._check_layers_exist(peft_config, targets)
+        for module in targets.values():
+            model_type = model_type_of(module) or model_type_of(model)
+            if peft_config.modulation == "residual":
+                residual_norm(model_type)
+            if peft_config.train_norms:
+                norms = trained_norms(model_type)
+        if peft_config.train_norms:
+            parents = [name.rpartition(".")[0] for name in targets]
+            names = norms if peft_config.layers_to_transform is None else [f"{p}.{n}" for p in parents for n in norms]
+            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *names})
+
+    def _check_layers_exist(self, peft_config: HyCAMConfig, targets: dict[str, nn.Module]) -> None:
+        wanted = peft_config.layers_to_transform
+        wanted = {wanted} if isinstance(wanted, int) else set(wanted or ())
+        missing = sorted(index for index in wanted if not any(f".{index}." in f".{name}" for name in targets))
+        if missing:
+            raise InputError(f"layers_to_transform: got {missing}, which the model doesn't have")
+
+    def _create_and_replace(
+        self,
+        peft_config: HyCAMConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, HyCAMAttention):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            return
+        hidden_size = hidden_size_of(target) or hidden_size_of(self.model)
+        layer = HyCAMAttention(target, peft_config, hidden_size, adapter_name=adapter_name)
+        if adapter_name not in self.active_adapters:
+            layer.set_adapter(self.active_adapters)
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """PEFT's check is about LoRA-like `bias` modes; HyCAM's `bias` is a flag."""
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        kept: set[int] = set()
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                kept.update(map(id, module.parameters()))
+            elif isinstance(module, BaseTunerLayer):
+                base = set(map(id, module.get_base_layer().parameters()))
+                kept.update(id(parameter) for parameter in module.parameters() if id(parameter) not in base)
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict, config: PeftConfig) -> dict:
+        return {}
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's own cast makes every parameter of a ParameterDict trainable again.
+        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise NotImplementedError(
+            "HyCAM can't be merged into the backbone: its modulation depends on the input; unload() returns the bare backbone"
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise InputError(
+                "adapter_names: got a value, want none: HyCAM applies its active adapters to the whole batch"
+            )
+        yield
+
+
+def _check_is_attention(name: str, module: nn.Module, peft_config: HyCAMConfig) -> None:
+    if isinstance(module, HyCAMAttention):
+        return
+    parameters = inspect.signature(module.forward).parameters
+    takes_mask = "attention_mask" in parameters
+    if isinstance(module, BaseTunerLayer) or not takes_mask or next(module.children(), None) is None:
+        raise InputError(
+            f"target_modules: got {_shown(peft_config.target_modules)}, which matches {name} ({type(module).__name__}), want "
+            "self-attention modules: they take an attention_mask and return (output, ...)"
+        )
+
+
+def _shown(targets: Any) -> str:
+    return repr(targets) if isinstance(targets, str) else repr(sorted(targets))

@@ -1,0 +1,156 @@
+"""The `hycam` command: its parser alone, so that `hycam --help` answers without importing torch.
+
+It stands outside the package `hycam` because importing that one imports PEFT (see its registration there).
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# The recipe's top-level fields, which are options of their own; a nested field's option has a dot.
+RECIPE_FIELDS = (
+    "seed",
+    "output_dir",
+    "backbone",
+    "method",
+    "tasks",
+    "data",
+    "trainer",
+    "early_stopping",
+    "evaluation",
+)
+
+_RECIPE_HELP = "recipe: a YAML file, the folder of a run, or the name of one that ships (paper, released_code, demo)"
+_OVERRIDES = """\
+Every field of the recipe can be set here too, as --section.field VALUE, VALUE being YAML:
+  --seed 3   --output_dir runs/x   --trainer.learning_rate 1e-4   --tasks.0.max_rows 100
+  --method.num_experts 8   --early_stopping null   --tasks '[{name: dolly}, {name: mine, source: mine.jsonl}]'
+Sections: backbone, method, tasks, data, trainer (any field of transformers.TrainingArguments),
+early_stopping, evaluation; and the plain fields seed and output_dir.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hycam",
+        description="HyCAM: train multi-task adapters, evaluate them, generate with them.",
+        epilog="`hycam COMMAND --help` describes each command.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = _add(commands, "train", "train an adapter as a recipe says (without one: the built-in demo)")
+    train.add_argument("recipe", nargs="?", default="demo", help=_RECIPE_HELP)
+    folder = train.add_mutually_exclusive_group()
+    folder.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of output_dir")
+    folder.add_argument("--overwrite", action="store_true", help="delete the run that output_dir holds, and start")
+
+    evaluate = _add(commands, "eval", "perplexity, BLEU-4 and ROUGE-L of a backbone or an adapter, per task")
+    evaluate.add_argument("recipe", nargs="?", help=f"{_RECIPE_HELP}; a run's folder brings its adapter")
+    _adapter_options(evaluate)
+    evaluate.add_argument("--task", action="append", metavar="NAME[=SOURCE]", help="evaluate this task (repeatable)")
+    evaluate.add_argument("--split", choices=["train", "validation", "test", "all"], default="test")
+    evaluate.add_argument("--no-generation", action="store_true", help="perplexity only")
+    evaluate.add_argument("--output", metavar="FILE", help="write the numbers here as JSON")
+
+    generate = _add(commands, "generate", "answer one prompt, or every row of a file")
+    generate.add_argument("recipe", nargs="?", help=f"{_RECIPE_HELP}; a run's folder brings its adapter")
+    _adapter_options(generate)
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="one instruction")
+    prompts.add_argument(
+        "--file", metavar="FILE", help="instructions: .txt (one a line), .json or .jsonl (instruction, input)"
+    )
+    generate.add_argument("--raw", action="store_true", help="give the text to the model without a template")
+    generate.add_argument("--output", metavar="FILE", help="write the responses here as JSON lines")
+
+    env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
+    env.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str, epilog: str | None = _OVERRIDES
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _adapter_options(command: argparse.ArgumentParser) -> None:
+    adapter = command.add_mutually_exclusive_group()
+    adapter.add_argument("--adapter", metavar="FOLDER", help="the adapter to load")
+    adapter.add_argument("--base", action="store_true", help="the backbone alone, though the run has an adapter")
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Part the recipe's fields (`--section.field VALUE`, `--section.field=VALUE`) from the command's own arguments."""
+    own: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argument.startswith("--") or ("." not in name and name not in RECIPE_FIELDS):
+            own.append(argument)
+            continue
+        if not equals:
+            following = next(rest, None)
+            if following is None:
+                raise _UsageError(f"--{name}: expected a value")
+            value = following
+        overrides.append((name, value))
+    return own, overrides
+
+
+class _UsageError(Exception):
+    """An option without its value."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0 when the work was done, 2 for wrong input (its one line on stderr), 128 + the signal's
+        number for a run that a signal stopped, 1 for one that stopped by itself.
+    """
+    parser = _parser()
+    try:
+        own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    except _UsageError as error:
+        parser.error(str(error))
+    options = parser.parse_args(own)
+    if options.command == "env" and overrides:
+        parser.error(f"unrecognized arguments: --{overrides[0][0]}")
+    options.overrides = overrides
+
+    from hycam.errors import InputError, RunStoppedError
+
+    try:
+        importlib.import_module(f"hycam.commands.{options.command}").run(options)
+    except InputError as error:
+        return _report(error, 2)
+    except RunStoppedError as error:
+        return _report(error, error.exit_status)
+    except KeyboardInterrupt:
+        return _report("interrupted", 130)
+    return 0
+
+
+def _report(message: object, status: int) -> int:
+    print(f"hycam: error: {message}", file=sys.stderr)
+    return status

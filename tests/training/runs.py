@@ -1,0 +1,108 @@
+"""Small runs for the tests: a tiny backbone with its tokenizer, rows in files, a recipe over both."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import tiny_model
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+_COLOURS = ("red", "green", "blue", "white")
+_ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant")
+
+
+def rows(count: int, *, offset: int = 0) -> list[dict[str, str]]:
+    """Rows with prompts of their own and short responses."""
+    return [
+        {
+            "instruction": f"Say the colour of {_ANIMALS[n % 8]} {n + offset}",
+            "input": "" if n % 2 else f"it is {_COLOURS[n % 4]}",
+            "output": f"{_ANIMALS[n % 8]} {n + offset} is {_COLOURS[n % 4]}",
+        }
+        for n in range(count)
+    ]
+
+
+def save_rows(path: Path, values: list[dict[str, str]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in values) + "\n", encoding="utf-8")
+    return path
+
+
+def save_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens; `special` replaces its eos and pad token."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    texts = [text for row in rows(40) for text in row.values()]
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<pad>", "<eos>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    names = special or {"eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=_CHAT_TEMPLATE, **names)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_backbone(folder: Path, *, positions: int = 128) -> Path:
+    """A random Llama of two layers, 32 wide, with its tokenizer."""
+    tokenizer = save_tokenizer(folder)
+    model = tiny_model(
+        vocab_size=320,
+        max_position_embeddings=positions,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def recipe_values(folder: Path, backbone: Path, **sections: Any) -> dict[str, Any]:
+    """A recipe of two tasks whose files this writes into `folder`: 12 steps an epoch, validated every 4."""
+    values: dict[str, Any] = {
+        "seed": 1,
+        "output_dir": str(folder / "run"),
+        "backbone": {"name_or_path": str(backbone)},
+        "method": {"r": 4, "num_experts": 2},
+        "tasks": [
+            {"name": "colours", "source": str(save_rows(folder / "colours.jsonl", rows(40)))},
+            {"name": "animals", "source": str(save_rows(folder / "animals.jsonl", rows(30, offset=100)))},
+        ],
+        "data": {"max_length": 64, "prompt": "chat"},
+        "trainer": {
+            "max_steps": 8,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        },
+    }
+    for name, section in sections.items():
+        values[name] = values[name] | section if isinstance(values.get(name), dict) else section
+    return values
+
+
+def save_recipe(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
