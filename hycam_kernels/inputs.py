@@ -9,7 +9,8 @@ from torch import Tensor
 class ModulationInputs(NamedTuple):
     """Arguments of `hycam::modulation`, tokens flattened to T.
 
-    ``compute_dtype`` is the dtype of the matrix products; ``keep`` tells whether S and V are returned for the backward.
+    ``compute_dtype`` is the dtype of the matrix products; ``needs_grad`` tells whether a backward may follow, ``keep``
+    whether S and V are returned for it.
     """
 
     hidden: Tensor  # [T, d]
@@ -34,7 +35,13 @@ class ModulationInputs(NamedTuple):
     scale: float
     compute_dtype: torch.dtype
     keep: bool
+    needs_grad: bool
     backend: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, d]."""
+        return self.hidden.shape
 
     @property
     def num_experts(self) -> int:
@@ -84,6 +91,11 @@ class NormProjectInputs(NamedTuple):
     kind: str
     compute_dtype: torch.dtype
     backend: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, d]."""
+        return self.hidden_in.shape
 
     @property
     def num_experts(self) -> int:

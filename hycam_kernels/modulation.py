@@ -155,6 +155,7 @@ def _prepare(
         scale=float(scale),
         compute_dtype=compute_dtype(hidden.dtype, hidden.device),
         keep=needs_grad and not recompute,
+        needs_grad=needs_grad,
         backend=backend,
     )
 
@@ -167,7 +168,8 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 _SCHEMA_TYPES = {"token_mask": "Tensor?", "tau": "float", "hard": "bool", "scale": "float"} | {
-    "compute_dtype": "ScalarType", "keep": "bool", "backend": "str", "hidden": "Tensor", "attn_output": "Tensor",
+    "compute_dtype": "ScalarType", "keep": "bool", "needs_grad": "bool", "backend": "str",
+    "hidden": "Tensor", "attn_output": "Tensor",
 }  # fmt: skip
 _INPUT_SCHEMA = ", ".join(f"{_SCHEMA_TYPES.get(name, 'Tensor?')} {name}" for name in ModulationInputs._fields)
 _SAVED_SCHEMA = ", ".join(f"Tensor {name}" for name in Saved._fields)

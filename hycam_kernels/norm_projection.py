@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import norm_torch_backend
+from . import norm_torch_backend, norm_triton_backend
 from .checks import check_norm_arguments
 from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs
 from .modulation import compute_dtype
@@ -93,7 +93,7 @@ def norm_project(
 
 def _triton_refusal(call: NormProjectInputs) -> str | None:
     """Why the triton backend can't run the call; None where it can."""
-    return "this version has no fused kernels"
+    return norm_triton_backend.refusal(call)
 
 
 _library = torch.library.Library("hycam", "FRAGMENT")
@@ -108,7 +108,7 @@ _library.define(f"norm_project_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED
 
 
 def _backend(inputs: NormProjectInputs):
-    return norm_torch_backend
+    return norm_triton_backend if inputs.backend == "triton" else norm_torch_backend
 
 
 @torch.library.impl("hycam::norm_project", "CompositeExplicitAutograd", lib=_library)

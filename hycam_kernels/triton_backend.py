@@ -27,17 +27,24 @@ if TYPE_CHECKING:
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_EXPERTS = 64
+# up to so many tokens without gradients are decoding: bound by reading the weights
+MAX_DECODE_TOKENS = 64
 
 
 def refusal(x: ModulationInputs) -> str | None:
     """Why this backend can't run the call; None where it can."""
-    on_cuda = x.hidden.device.type == "cuda"
-    if not on_cuda and not (_interpreting() and x.backend == "triton"):
-        return f"hidden is on {x.hidden.device}: it needs a CUDA device, or TRITON_INTERPRET=1 before triton's import"
+    return environment_refusal(x.hidden, x.backend, "hidden") or _argument_refusal(x)
+
+
+def environment_refusal(tensor: Tensor, backend: str, name: str) -> str | None:
+    """Why no kernel can run where the tensor of this name is; None where one can."""
+    on_cuda = tensor.device.type == "cuda"
+    if not on_cuda and not (_interpreting() and backend == "triton"):
+        return f"{name} is on {tensor.device}: it needs a CUDA device, or TRITON_INTERPRET=1 before triton's import"
     reason = _installation_refusal()
     if reason is None and on_cuda and not _interpreting():
-        reason = _device_refusal(x.hidden.device.index)
-    return reason or _argument_refusal(x)
+        reason = _device_refusal(tensor.device.index)
+    return reason
 
 
 def _argument_refusal(x: ModulationInputs) -> str | None:
@@ -86,7 +93,7 @@ def _device_refusal(index: int) -> str | None:
 
 
 @functools.cache
-def _launcher(device: torch.device) -> "Launcher":
+def launcher(device: torch.device) -> "Launcher":
     from .kernels.launch import Launcher
     from .kernels.tables import family_of
 
@@ -101,7 +108,7 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """h_out [T, d], load [E], router_prob [E] and what the backward needs."""
     # triton launches on the current device, which needn't be hidden's
     with torch.cuda.device_of(x.hidden):
-        return run_forward(x, _launcher(x.hidden.device))
+        return run_forward(x, launcher(x.hidden.device))
 
 
 def backward(
@@ -114,14 +121,17 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the tensors in `DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where ``needs`` is false."""
     with torch.cuda.device_of(x.hidden):
-        return run_backward(grad_out, grad_load, grad_router_prob, x, saved, needs, _launcher(x.hidden.device))
+        return run_backward(grad_out, grad_load, grad_router_prob, x, saved, needs, launcher(x.hidden.device))
 
 
 def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor, Tensor, Saved]:
     """`forward` by a given launcher."""
+    from .kernels.decode import decode_forward
     from .kernels.fusion_forward import fusion_forward
     from .kernels.router import route
 
+    if not x.needs_grad and 0 < x.shape[0] <= MAX_DECODE_TOKENS:
+        return decode_forward(launch, x)
     x = _dense_weights(x)
     hidden = x.hidden.to(x.compute_dtype)
     s, v = _shared_product(x, hidden), _folded_product(x, hidden)

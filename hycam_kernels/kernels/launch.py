@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..inputs import ModulationInputs
+from ..inputs import ModulationInputs, NormProjectInputs
 from .tables import Config, load_table, select
 
 # tl.dot needs at least 16 along every dimension
@@ -36,15 +36,15 @@ class Launcher:
         self.inline_assembly = inline_assembly
         self.has_tf32 = family.startswith("sm_")
 
-    def config(self, kernel: str, x: ModulationInputs) -> Config:
+    def config(self, kernel: str, x: ModulationInputs | NormProjectInputs) -> Config:
         """Block sizes, warps and stages for the call, BLOCK_R cut to the rank."""
-        tokens, d = x.hidden.shape
+        tokens, d = x.shape
         config = select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank)
         if "BLOCK_R" in config:
             config["BLOCK_R"] = min(config["BLOCK_R"], max(MIN_DOT, triton.next_power_of_2(x.rank)))
         return config
 
-    def arithmetic(self, x: ModulationInputs) -> dict[str, Any]:
+    def arithmetic(self, x: ModulationInputs | NormProjectInputs) -> dict[str, Any]:
         """Compile-time constants of the arithmetic: the sigmoid's reciprocal and the precision of float32 products."""
         reduced = x.compute_dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         return {

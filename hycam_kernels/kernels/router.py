@@ -184,8 +184,8 @@ def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor
         weight=weight,
         bias=x.router_bias,
         gumbel=None if x.gumbel is None else x.gumbel.contiguous(),
-        seed=_device_seed(x),
-        token_mask=_mask_bytes(x),
+        seed=device_seed(x),
+        token_mask=mask_bytes(x),
         logits=logits,
         probs=probs,
         partial_sums=partial_sums,
@@ -233,7 +233,7 @@ def route_backward(
         logits=logits,
         grad_load=None if grad_load is None else grad_load.contiguous(),
         grad_router_prob=None if grad_router_prob is None else grad_router_prob.contiguous(),
-        token_mask=_mask_bytes(x),
+        token_mask=mask_bytes(x),
         count=_count(x),
         d_logits=d_logits,
         tokens=x.hidden.shape[0],
@@ -245,14 +245,14 @@ def route_backward(
     return d_logits
 
 
-def _device_seed(x: ModulationInputs) -> Tensor | None:
+def device_seed(x: ModulationInputs) -> Tensor | None:
     """The seed where a kernel can read it. A CPU seed is filled in, not copied: a copy can't join a CUDA graph."""
     if x.seed is None or x.seed.device == x.hidden.device:
         return x.seed
     return torch.full((), int(x.seed), dtype=torch.int64, device=x.hidden.device)
 
 
-def _mask_bytes(x: ModulationInputs) -> Tensor | None:
+def mask_bytes(x: ModulationInputs) -> Tensor | None:
     return None if x.token_mask is None else x.token_mask.contiguous().view(torch.uint8)
 
 
