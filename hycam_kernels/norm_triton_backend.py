@@ -119,8 +119,9 @@ def _row_gradients(x: NormProjectInputs, grad_v: Tensor | None, grad_logits: Ten
 def _hidden_gradient(x: NormProjectInputs, grad_hidden: Tensor | None, d_rows: Tensor | None) -> Tensor | None:
     """The whole gradient of h, through all three results; rows dense. None where none of them has one."""
     if d_rows is None:
-        dense = grad_hidden is None or x.shape[1] == 1 or grad_hidden.stride(-1) == 1
-        return grad_hidden if dense else grad_hidden.contiguous()
+        if grad_hidden is None or x.shape[1] == 1 or grad_hidden.stride(-1) == 1:
+            return grad_hidden
+        return grad_hidden.contiguous()
     if grad_hidden is None:
         return d_rows @ _projection(x)
     if grad_hidden.dtype == x.compute_dtype:

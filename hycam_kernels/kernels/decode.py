@@ -1,7 +1,7 @@
 r"""Decoding, 1 to 64 tokens without gradients: two launches that read every weight once, as it is stored.
 
-With so few tokens the work is the reading of W_s, A, B and W_r. N is not folded into A, which would read A twice and write
-it once more: it follows A h, a product of [T, r] by [r, r] that every program of the second kernel repeats.
+With so few tokens the work is the reading of W_s, A, B and W_r. N is not folded into A, which would read A twice and
+write it once more: it follows A h, a product of [T, r] by [r, r] that every program of the second kernel repeats.
 
 .. math::
     [U_j \mid L_j] &= h_j\,[A \mid W_r]_j^T \quad\text{for split j of d} && \text{decode\_down\_kernel} \\
@@ -11,8 +11,8 @@ it once more: it follows A h, a product of [T, r] by [r, r] that every program o
         + \sum_k p_k\,\mathrm{SiLU}(s\,(V_k B_k^T + b_k))\Big) && \text{decode\_fusion\_kernel}
 
 A program of the second kernel makes a block of output features for all tokens. It streams its rows of W_s first, which
-needs nothing of the first kernel: with programmatic dependent launch (sm_90 and later) that overlaps. Split sums are added
-in a fixed order; the token means are made by the first program alone. No atomics, nothing read back by the host.
+needs nothing of the first kernel: with programmatic dependent launch (sm_90 and later) the two overlap. Split sums are
+added in a fixed order; the token means are made by the first program alone. No atomics, nothing read back by the host.
 """
 # ruff: noqa: N803 (compile-time constants are in capitals)
 

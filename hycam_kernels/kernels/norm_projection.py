@@ -5,9 +5,9 @@ r"""The layer's input norm with the low-rank projections and the router's logits
     \rho = 1 / \sqrt{\mathrm{mean}((x - \mu)^2) + \epsilon}
 
 with mu the row's mean for a LayerNorm and 0 for an RMSNorm. A forward program owns BLOCK_T rows and BLOCK_N columns of
-[V | l]: it reads its rows for the statistics and again, from the L2 cache, for h, of which each tile goes straight into the
-product; the programs of the first columns write h. Statistics over blocks of features are combined as Chan, Golub and
-LeVeque do (1979): no sum of squares that cancels.
+[V | l]: it reads its rows for the statistics and again, from the L2 cache, for h, of which each tile goes straight into
+the product; the programs of the first columns write h. Statistics over blocks of features are combined as Chan, Golub
+and LeVeque do (1979): no sum of squares that cancels.
 
 Backward, from the whole gradient G of h, with c = G \odot w:
 
@@ -15,8 +15,8 @@ Backward, from the whole gradient G of h, with c = G \odot w:
     \bar x = \rho\,(c - \hat x\,\mathrm{mean}(c \odot \hat x) - \mathrm{mean}(c)),\quad
     \bar w = \sum_t G \odot \hat x,\quad \bar b = \sum_t G
 
-(mean(c) for a LayerNorm alone). A backward program holds one row at a time, so each tensor is read once; it sums its rows'
-share of the weight's gradient, and the shares are added in a fixed order: no atomics.
+(mean(c) for a LayerNorm alone). A backward program holds one row at a time, so each tensor is read once; it sums its
+rows' share of the weight's gradient, and the shares are added in a fixed order: no atomics.
 """
 # ruff: noqa: N803 (compile-time constants are in capitals)
 
@@ -122,7 +122,7 @@ def norm_backward_kernel(
     d_weight = tl.zeros((BLOCK_D,), tl.float32)
     d_bias = tl.zeros((BLOCK_D,), tl.float32)
     first = tl.program_id(0) * rows_per_program
-    for row in range(first, tl.minimum(first + rows_per_program, tokens)):
+    for row in tl.range(first, tl.minimum(first + rows_per_program, tokens)):
         wide_row = tl.cast(row, tl.int64)
         g = tl.load(gradient + wide_row * stride_gradient + cols, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(hidden_in + wide_row * stride_in + cols, mask=mask, other=0.0).to(tl.float32)

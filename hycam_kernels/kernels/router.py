@@ -272,7 +272,13 @@ def route_reference(
 
 
 def route_backward_reference(
-    d_probs: Tensor, probs: Tensor, logits: Tensor, grad_load: Tensor, grad_router_prob: Tensor, mask: Tensor, tau: float
+    d_probs: Tensor,
+    probs: Tensor,
+    logits: Tensor,
+    grad_load: Tensor,
+    grad_router_prob: Tensor,
+    mask: Tensor,
+    tau: float,
 ) -> Tensor:
     """The backward equation in the tensors' dtype."""
     share = (mask.to(probs.dtype) / mask.sum().clamp_min(1))[:, None]
