@@ -246,7 +246,8 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
     }
     partial = None
     if num_experts:
-        assert x.lora_a is not None and x.router_weight is not None
+        assert x.lora_a is not None
+        router_weight = _dense_rows(x.router_weight)
         partial = empty(shared["SPLITS"], tokens, num_experts * (x.rank + 1))
         down = launch.config("decode_down", x)
         blocks = triton.cdiv(num_experts * x.rank, down["BLOCK_N"]) + triton.cdiv(num_experts, down["BLOCK_N"])
@@ -255,9 +256,9 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
             (blocks, shared["SPLITS"]),
             down,
             lora_a=x.lora_a.contiguous(),
-            router_weight=x.router_weight,
+            router_weight=router_weight,
             partial=partial,
-            stride_router=row_stride(x.router_weight),
+            stride_router=row_stride(router_weight),
             **shared,
         )
     shared_weight = _dense_rows(x.shared_weight)
