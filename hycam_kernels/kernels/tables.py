@@ -1,8 +1,8 @@
 """Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
 
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
-list), ``max_tokens``, ``max_dim``, ``max_experts`` and ``max_rank``; an absent one always holds. The rest of a row is what
-the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and launch-time numbers such as ``SPLITS``.
+list), ``max_tokens``, ``max_dim``, ``max_experts`` and ``max_rank``; an absent one always holds. The rest of a row is
+what the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and ``SPLITS`` of a sum.
 """
 
 import json
