@@ -242,7 +242,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         "PRECISION": constants["PRECISION"],
         "SPLITS": config.pop("SPLITS"),
         "BLOCK_T": max(16, triton.next_power_of_2(tokens)),
-        "PDL": config.pop("PDL") and launch.inline_assembly and num_experts > 0,
+        "PDL": config.pop("PDL", False) and launch.inline_assembly and num_experts > 0,
     }
     partial = None
     if num_experts:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from hycam_kernels import HyCAMOutput, gumbel_noise, hycam_modulation, triton_backend
-from hycam_kernels.kernels import decode
-from hycam_kernels.kernels.launch import Launcher
 from hycam_kernels.modulation import _prepare
 from hycam_kernels.reference import modulation_reference
 from tests.kernels.cases import Case, assert_as_good_as_eager, cast_floats, errors
 from tests.kernels.triton.guards import GuardedAllocations, Guards
+
+decode = pytest.importorskip("hycam_kernels.kernels.decode")
+from hycam_kernels.kernels.launch import Launcher  # noqa: E402
+from hycam_kernels.kernels.tables import families  # noqa: E402
 
 CASES = {
     "evaluation": Case((1, 7), 96, 3, 16),
@@ -103,6 +105,23 @@ def test_equals_the_torch_backend_and_the_training_kernels(name, device):
         for result, (whole, row) in errors(got, {k: v.detach() for k, v in want.items()}).items():
             assert whole < 1e-5, (result, whole)
             assert row < 1e-4, (result, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["all-tokens", "one-token", "released", "rank-over-a-block"])
+def test_with_the_tiles_of_every_family(name, dtype, family, device):
+    if device.type == "cuda":
+        pytest.skip("the tiles of another family needn't fit this GPU")
+    arguments = moved(CASES[name].make(dtype), device)
+    out, load, router_prob, _ = decode.decode_forward(
+        Launcher(family, inline_assembly=False), _prepare(**arguments, backend="triton")
+    )
+    got = {"hidden_states": out.view(arguments["hidden"].shape), "load": load, "router_prob": router_prob}
+    truth = reference(arguments, torch.float64)
+    for result, (whole, _) in errors(got, {key: truth[key] for key in got}).items():
+        assert whole < (1e-6 if dtype == torch.float32 else 1e-2), (result, whole)
 
 
 @pytest.mark.parametrize("name", ["evaluation", "released", "no-branch"])

@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hycam_kernels import NormProjectOutput, norm_project, norm_triton_backend
+from hycam_kernels import NormProjectOutput, norm_project, norm_triton_backend, triton_backend
 from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs
 from tests.kernels.cases import assert_as_good_as_eager, errors, leaves
 from tests.kernels.norm_cases import NormCase, norm_reference_results, run_norm
 from tests.kernels.triton.guards import GuardedAllocations, Guards
+
+kernels = pytest.importorskip("hycam_kernels.kernels.norm_projection")
+from hycam_kernels.kernels.launch import Launcher  # noqa: E402
+from hycam_kernels.kernels.tables import families  # noqa: E402
 
 CASES = {
     "rms": NormCase((77,), 96, 3, 16),
@@ -68,6 +72,42 @@ def test_equals_the_torch_backend(name, device):
     for result, (whole, row) in errors(run_fused(arguments, device), want).items():
         assert whole < 5e-5, (result, whole)
         assert row < 2e-4, (result, row)
+
+
+@pytest.mark.parametrize("family", ["interpreter", *(pytest.param(f, marks=pytest.mark.slow) for f in families())])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["rms", "layer", "rank-64"])
+def test_forward_kernel_equals_the_equation(name, dtype, family, device):
+    """With the tiles of every GPU family; on a GPU only with its own."""
+    if family != "interpreter" and device.type == "cuda":
+        pytest.skip("the tiles of another family needn't fit this GPU")
+    launch = triton_backend.launcher(device) if family == "interpreter" else Launcher(family, inline_assembly=False)
+    arguments = CASES[name].make(dtype)
+    arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    x = NormProjectInputs(**arguments, compute_dtype=dtype, backend="triton")
+    generator = torch.Generator().manual_seed(1)
+    rows = x.num_experts * (x.rank + 1)
+    projection = (torch.randn(rows, x.shape[1], generator=generator) / x.shape[1] ** 0.5).to(device, dtype)
+    hidden, v, logits, _, _ = kernels.norm_projection(launch, x, projection)
+    want_hidden, want_rows = kernels.norm_projection_reference(
+        x.hidden_in.double(), x.norm_weight.double(), None if x.norm_bias is None else x.norm_bias.double(),
+        projection.double(), x.eps, x.kind,
+    )  # fmt: skip
+    got = {"hidden": hidden, "v": v, "logits": logits}
+    want = {"hidden": want_hidden, "v": want_rows[:, : v.shape[1]], "logits": want_rows[:, v.shape[1] :]}
+    tolerance = 1e-6 if dtype == torch.float32 else 6e-3
+    for result, (whole, row) in errors(got, want).items():
+        assert whole < tolerance, (result, whole)
+        assert row < 4 * tolerance, (result, row)
+
+
+def test_costs():
+    """At T = 8192, d = 4096 in bfloat16: two activations forward and three backward, plus what is small beside them."""
+    activation = 2 * 8192 * 4096
+    forward = kernels.norm_projection_cost(8192, 4096, 5, 64)
+    assert 2 < forward.bytes / activation < 2.2
+    assert forward.flops == 2 * 8192 * 4096 * (5 * 64 + 5)
+    assert kernels.norm_backward_cost(8192, 4096).bytes == 3 * activation
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

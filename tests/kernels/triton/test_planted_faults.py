@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[3]
 FORWARD, BACKWARD, ROUTER, SHARED = (
     f"hycam_kernels/kernels/{name}.py" for name in ("fusion_forward", "fusion_backward", "router", "primitives")
 )
+DECODE, NORM = (f"hycam_kernels/kernels/{name}.py" for name in ("decode", "norm_projection"))
+BACKEND, NORM_BACKEND = "hycam_kernels/triton_backend.py", "hycam_kernels/norm_triton_backend.py"
 # what a planted fault breaks: (file, the code, the fault)
 FAULTS = {
     "fusion forward: no column mask": (FORWARD, "col_mask = cols < d\n", "col_mask = cols < d + 8\n"),
@@ -53,6 +55,59 @@ FAULTS = {
     "router backward: one partial sum": (ROUTER, "for _ in range(partials):", "for _ in range(1):"),
     "router backward: tau dropped": (ROUTER, "tl.sum(d_p * p, 1)[:, None]) / tau", "tl.sum(d_p * p, 1)[:, None])"),
     "router backward: q's term dropped": (ROUTER, "d_logit += q * (", "q * ("),
+    "decode: a feature past the split": (DECODE, "inside = (features < end)", "inside = (features < end + 1)"),
+    "decode: last split dropped": (DECODE, "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
+    "decode: products of a wider type": (DECODE, 'if COMPUTE == "bf16":', 'if COMPUTE == "none":'),
+    "decode: router columns misplaced": (DECODE, "first = low_rank\n", "first = low_rank - 1\n"),
+    "decode: token row past the last": (DECODE, "row_mask = rows < tokens\n", "row_mask = rows <= tokens\n"),
+    "decode: column past the last": (DECODE, "col_mask = cols < d\n", "col_mask = cols <= d\n"),
+    "decode: shared bias dropped": (DECODE, "s += tl.load(shared_bias", "tl.load(shared_bias"),
+    "decode: router bias dropped": (DECODE, "logit += tl.load(router_bias", "tl.load(router_bias"),
+    "decode: temperature dropped": (DECODE, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
+    "decode: explicit noise dropped": (DECODE, "noisy += tl.load(gumbel", "tl.load(gumbel"),
+    "decode: token mask ignored": (DECODE, "counted = tl.load(token_mask", "tl.load(token_mask"),
+    "decode: load of the soft p": (DECODE, "share[:, None] * used, 0)", "share[:, None] * p, 0)"),
+    "decode: output of the soft p": (DECODE, "== expert, used, 0.0)", "== expert, p, 0.0)"),
+    "decode: A's bias dropped": (DECODE, "u += tl.load(lora_a_bias", "tl.load(lora_a_bias"),
+    "decode: N's bias dropped": (DECODE, "v += tl.load(lora_n_bias", "tl.load(lora_n_bias"),
+    "decode: N not transposed": (
+        DECODE,
+        "tl.trans(as_compute(n, COMPUTE)), v,",
+        "as_compute(n, COMPUTE), v,",
+    ),
+    "decode: scale dropped": (DECODE, "z *= scale\n", "z *= 1.0\n"),
+    "decode: residual not added": (DECODE, "stream += load_tile", "load_tile"),
+    "decode: runs where gradients follow": (BACKEND, "not x.needs_grad and 0 <", "0 <"),
+    "norm: statistics of a padded block": (NORM, "centred = tl.where(col_mask[None, :], x -", "centred = (x -"),
+    "norm: block means not combined": (NORM, "mean += step * share\n", "mean = block_mean\n"),
+    "norm: spread of the block means dropped": (NORM, " + step * step * share * start", ""),
+    "norm: eps dropped": (NORM, "squares / d + eps", "squares / d"),
+    "norm: one rounding where Llama has two": (NORM, ".to(hidden_in.dtype.element_ty).to(tl.float32) *", " *"),
+    "norm: bias dropped": (NORM, "h += tl.load(norm_bias", "tl.load(norm_bias"),
+    "norm: written by no column block": (
+        NORM,
+        "if column_block == 0:\n            tl",
+        "if column_block == 1:\n            tl",
+    ),
+    "norm: logits in V's columns": (NORM, "(columns < LOW_RANK)[None, :]", "(columns <= LOW_RANK)[None, :]"),
+    "norm: column past the last": (NORM, "        col_mask = cols < d\n", "        col_mask = cols <= d\n"),
+    "norm backward: mean of the product dropped": (NORM, "(tl.sum(c * normalised, 0) / d)", "0.0"),
+    "norm backward: mean dropped": (NORM, "inner -= tl.sum(c, 0) / d", "inner -= 0.0"),
+    "norm backward: weight's gradient of one row": (NORM, "d_weight += g * normalised", "d_weight = g * normalised"),
+    "norm backward: bias's gradient of one row": (NORM, "d_bias += g\n", "d_bias = g\n"),
+    "norm backward: rows of the next program": (
+        NORM,
+        "first + rows_per_program, tokens)",
+        "first + rows_per_program + 1, tokens)",
+    ),
+    "norm backward: V's gradient dropped": (NORM_BACKEND, "d_rows[:, :low_rank] = grad_v", "pass"),
+}
+# the tests that see a file's faults
+TESTS = {
+    DECODE: ["test_decode"],
+    BACKEND: ["test_decode"],
+    NORM: ["test_norm_projection"],
+    NORM_BACKEND: ["test_norm_projection"],
 }
 
 
@@ -67,7 +122,8 @@ def test_a_planted_fault_fails_a_test(name, tmp_path):
     source = (tmp_path / path).read_text()
     assert source.count(code) >= 1, code
     (tmp_path / path).write_text(source.replace(code, fault))
-    tests = [f"tests/kernels/triton/{name}.py" for name in ("test_kernels", "test_modulation")]
+    names = TESTS.get(path, ["test_kernels", "test_modulation"])
+    tests = [f"tests/kernels/triton/{name}.py" for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
