@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from . import norm_triton_backend, triton_backend
 from .inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, ModulationInputs, NormProjectInputs
+from .kernels.decode import decode_forward
 from .kernels.launch import Launcher
 from .kernels.tables import families
 
@@ -223,8 +224,10 @@ def record(family: str) -> Recorder:
             needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
             norm_triton_backend.run_backward(hidden, v, logits, x, hidden, mean, rstd, needs, recorder)
             continue
-        out, load, router_prob, saved = triton_backend.run_forward(x, recorder)
-        if x.needs_grad:
+        if triton_backend.decodes(x):
+            decode_forward(recorder, x)
+        else:
+            out, load, router_prob, saved = triton_backend.run_forward(x, recorder)
             needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
             triton_backend.run_backward(out, load, router_prob, x, saved, needs, recorder)
     return recorder

@@ -95,8 +95,12 @@ def hycam_modulation(
         call = call._replace(backend="torch" if _triton_refusal(call) else "triton")
     elif call.backend == "triton" and (refusal := _triton_refusal(call)):
         raise RuntimeError(f"hycam_modulation: backend='triton' can't run this call: {refusal}")
-    out, load, router_prob, *_ = torch.ops.hycam.modulation(*call)
-    return HyCAMOutput(out.view(attn_output.shape), load, router_prob, (load * router_prob).sum())
+    if triton_backend.decodes(call):
+        out, load, router_prob, balance_loss = torch.ops.hycam.modulation_decode(*call)
+    else:
+        out, load, router_prob, *_ = torch.ops.hycam.modulation(*call)
+        balance_loss = (load * router_prob).sum()
+    return HyCAMOutput(out.view(attn_output.shape), load, router_prob, balance_loss)
 
 
 def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str:
@@ -177,6 +181,7 @@ _GRAD_SCHEMA = "Tensor? grad_out, Tensor? grad_load, Tensor? grad_router_prob"
 
 _library = torch.library.Library("hycam", "DEF")
 _library.define(f"modulation({_INPUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"modulation_decode({_INPUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_SCHEMA}, bool[] needs) -> Tensor[]")
 
 
@@ -190,6 +195,11 @@ def _modulation(*args) -> tuple[Tensor, ...]:
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         out, load, router_prob, saved = _backend(inputs).forward(inputs)
     return out, load, router_prob, *saved
+
+
+@torch.library.impl("hycam::modulation_decode", "CompositeExplicitAutograd", lib=_library)
+def _modulation_decode(*args) -> tuple[Tensor, ...]:
+    return triton_backend.decode(ModulationInputs(*args))
 
 
 @torch.library.impl("hycam::modulation_backward", "CompositeExplicitAutograd", lib=_library)
@@ -216,6 +226,15 @@ def _modulation_fake(*args) -> tuple[Tensor, ...]:
         *(x.hidden.new_empty(x.num_experts, dtype=x.sum_dtype) for _ in range(2)),
         *(x.hidden.new_empty(shape, dtype=kept) for shape in (s, v)),
         *(x.hidden.new_empty((tokens, x.num_experts), dtype=x.sum_dtype) for _ in range(2)),
+    )
+
+
+@torch.library.register_fake("hycam::modulation_decode", lib=_library)
+def _modulation_decode_fake(*args) -> tuple[Tensor, ...]:
+    x = ModulationInputs(*args)
+    return (
+        torch.empty_like(x.attn_output, memory_format=torch.contiguous_format),
+        *(x.hidden.new_empty(shape, dtype=x.sum_dtype) for shape in (x.num_experts, x.num_experts, ())),
     )
 
 

@@ -132,14 +132,24 @@ def backward(
         return run_backward(grad_out, grad_load, grad_router_prob, x, saved, needs, launcher(x.hidden.device))
 
 
+def decodes(x: ModulationInputs) -> bool:
+    """Whether `decode` takes the call in place of `forward`."""
+    return x.backend == "triton" and not x.needs_grad and 0 < x.shape[0] <= MAX_DECODE_TOKENS
+
+
+def decode(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h_out [T, d], load [E], router_prob [E] and the balance loss, a scalar, in two launches at most."""
+    from .kernels.decode import decode_forward
+
+    with torch.cuda.device_of(x.hidden):
+        return decode_forward(launcher(x.hidden.device), x)
+
+
 def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor, Tensor, Saved]:
     """`forward` by a given launcher."""
-    from .kernels.decode import decode_forward
     from .kernels.fusion_forward import fusion_forward
     from .kernels.router import route
 
-    if not x.needs_grad and 0 < x.shape[0] <= MAX_DECODE_TOKENS:
-        return decode_forward(launch, x)
     x = _dense_weights(x)
     hidden = x.hidden.to(x.compute_dtype)
     s, v = _shared_product(x, hidden), _folded_product(x, hidden)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import ModulationInputs, Saved
+from ..inputs import ModulationInputs
 from .cost import Cost
 from .launch import Launcher, padded_experts, row_stride
 from .primitives import load_b, load_expert_bias, load_tile, sigmoid
@@ -123,7 +123,7 @@ def split_sum(
 def decode_fusion_kernel(
     hidden, shared_weight, shared_bias, partial, lora_a_bias, lora_n, lora_n_bias, lora_b, lora_b_bias,
     router_bias, gumbel, seed, token_mask, attn_output, residual,
-    out, logits, probs, load, router_prob,
+    out, load, router_prob, balance_loss,
     tokens, d, stride_hidden, stride_shared, stride_attn, stride_residual, tau, scale,
     NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, RANK: tl.constexpr, HARD: tl.constexpr,
     FAST_RECIPROCAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -147,7 +147,10 @@ def decode_fusion_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    if NUM_EXPERTS > 0:
+    first_program = tl.program_id(0) == 0
+    if NUM_EXPERTS == 0:
+        tl.store(balance_loss, 0.0, mask=first_program)
+    else:
         width: tl.constexpr = NUM_EXPERTS * (RANK + 1)
         experts = tl.arange(0, PADDED_EXPERTS)
         expert_mask = experts < NUM_EXPERTS
@@ -169,17 +172,18 @@ def decode_fusion_kernel(
         if HARD:
             used = tl.where(tl.argmax(p, 1)[:, None] == experts[None, :], 1.0, 0.0)
 
-        if tl.program_id(0) == 0:
-            tl.store(logits + offsets, logit, mask=router_mask)
-            tl.store(probs + offsets, p, mask=router_mask)
+        if first_program:
             counted = row_mask
             if token_mask is not None:
                 counted = tl.load(token_mask + rows, mask=row_mask, other=0) != 0
             share = tl.where(counted, 1.0, 0.0)
             share = share / tl.maximum(tl.sum(share, 0), 1.0)
             q = softmax_rows(logit, expert_mask[None, :])
-            tl.store(load + experts, tl.sum(share[:, None] * used, 0), mask=expert_mask)
-            tl.store(router_prob + experts, tl.sum(share[:, None] * q, 0), mask=expert_mask)
+            mean_p = tl.sum(share[:, None] * used, 0)
+            mean_q = tl.sum(share[:, None] * q, 0)
+            tl.store(load + experts, mean_p, mask=expert_mask)
+            tl.store(router_prob + experts, mean_q, mask=expert_mask)
+            tl.store(balance_loss, tl.sum(mean_p * mean_q, 0))
 
         for expert in tl.range(0, NUM_EXPERTS, num_stages=1, loop_unroll_factor=1):
             z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -218,8 +222,8 @@ def decode_fusion_kernel(
     tl.store(out + rows.to(tl.int64)[:, None] * d + cols[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
-def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """The op's forward for a few tokens: h_out [T, d], load [E], router_prob [E], p and the logits."""
+def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h_out [T, d], load [E], router_prob [E] and the balance loss, a scalar."""
     tokens, d = x.hidden.shape
     num_experts = x.num_experts
 
@@ -227,8 +231,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         return torch.empty(shape, dtype=dtype, device=x.hidden.device)
 
     out = empty(tokens, d, dtype=x.attn_output.dtype)
-    logits, probs = empty(tokens, num_experts), empty(tokens, num_experts)
-    load, router_prob = empty(num_experts), empty(num_experts)
+    load, router_prob, balance_loss = empty(num_experts), empty(num_experts), empty()
     constants = launch.arithmetic(x)
     config = launch.config("decode_fusion", x)
     shared = {
@@ -281,10 +284,9 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         attn_output=x.attn_output,
         residual=x.residual,
         out=out,
-        logits=logits,
-        probs=probs,
         load=load,
         router_prob=router_prob,
+        balance_loss=balance_loss,
         stride_shared=row_stride(shared_weight),
         stride_attn=row_stride(x.attn_output),
         stride_residual=row_stride(x.residual),
@@ -295,8 +297,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         FAST_RECIPROCAL=constants["FAST_RECIPROCAL"],
         **shared,
     )
-    absent = x.hidden.new_empty(0, dtype=x.compute_dtype)
-    return out, load, router_prob, Saved(absent, absent, probs, logits)
+    return out, load, router_prob, balance_loss
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -308,12 +309,12 @@ def _dense_rows(matrix: Tensor | None) -> Tensor | None:
 
 
 def decode_cost(tokens: int, d: int, num_experts: int, rank: int, *, shared=True, residual=False, itemsize=2) -> Cost:
-    """Reads W_s, A, N, B, W_r, h, h_att (h_in) once, writes h_out and the routing; four products."""
+    """Reads W_s, A, N, B, W_r, h, h_att (h_in) once, writes h_out; four products."""
     weights = shared * d * d + num_experts * (2 * rank * d + rank * rank + d)
     activations = (3 + residual) * tokens * d
     columns = shared * d + num_experts * (2 * rank + 1)
     return Cost(
-        itemsize * (weights + activations) + 8 * tokens * num_experts,
+        itemsize * (weights + activations),
         2 * tokens * (d * columns + num_experts * rank * rank),
         (shared + num_experts) * tokens * d,
     )
