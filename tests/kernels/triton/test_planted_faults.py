@@ -129,5 +129,5 @@ def test_a_planted_fault_fails_a_test(name, tmp_path):
         [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
-    assert done.returncode == 1, done.stdout[-2000:]
-    assert "1 failed" in done.stdout
+    # a stray write may also kill the process, by a signal
+    assert done.returncode < 0 or (done.returncode == 1 and "1 failed" in done.stdout), done.stdout[-2000:]
