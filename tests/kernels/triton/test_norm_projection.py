@@ -74,6 +74,14 @@ def test_equals_the_torch_backend(name, device):
         assert row < 2e-4, (result, row)
 
 
+def test_rms_is_rounded_twice_as_in_llama(device):
+    """h is the backbone's own but for the statistics' last bit, which moves few roundings."""
+    arguments = CASES["rms"].make(torch.bfloat16)
+    got = run_fused(arguments, device)["hidden"]
+    want = norm_project(**arguments, backend="torch").hidden
+    assert (got == want).float().mean() > 0.999
+
+
 @pytest.mark.parametrize("family", ["interpreter", *(pytest.param(f, marks=pytest.mark.slow) for f in families())])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["rms", "layer", "rank-64"])
