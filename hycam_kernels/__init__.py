@@ -4,7 +4,8 @@ Importing this package needs torch alone.
 """
 
 from .modulation import explain_backend, hycam_modulation
-from .output import HyCAMOutput
+from .norm_projection import norm_project
+from .output import HyCAMOutput, NormProjectOutput
 from .philox import gumbel_noise
 
-__all__ = ["HyCAMOutput", "explain_backend", "gumbel_noise", "hycam_modulation"]
+__all__ = ["HyCAMOutput", "NormProjectOutput", "explain_backend", "gumbel_noise", "hycam_modulation", "norm_project"]

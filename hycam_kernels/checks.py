@@ -1,4 +1,4 @@
-"""Argument checks of `hycam_modulation`: each error names the argument, what was given and what is wanted."""
+"""Argument checks of the ops: each error names the argument, what was given and what is wanted."""
 
 import math
 
@@ -9,6 +9,7 @@ from .philox import check_seed
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "triton")
+NORM_KINDS = ("rms", "layer")
 
 
 def check_arguments(tensors: dict[str, Tensor | None], **options) -> None:
@@ -28,16 +29,65 @@ def check_arguments(tensors: dict[str, Tensor | None], **options) -> None:
     _check_options(tensors, **options)
 
 
-def _check_types(tensors: dict[str, Tensor | None], token_mask: Tensor | None) -> None:
+def check_norm_arguments(tensors: dict[str, Tensor | None], *, eps: float, kind: str, backend: str) -> None:
+    """Raise ValueError or TypeError for arguments outside the contract of `norm_project`."""
+    for name, tensor in tensors.items():
+        if tensor is None and name != "norm_bias":
+            raise TypeError(f"norm_project: {name} must be a tensor, got None")
+    _check_floats("norm_project", tensors)
+    hidden, router, lora_a = tensors["hidden_in"], tensors["router_weight"], tensors["lora_a"]
+    assert hidden is not None and router is not None and lora_a is not None
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"norm_project: hidden_in must be [..., d] with d >= 1, got shape {tuple(hidden.shape)}")
+    d = hidden.shape[-1]
+    if lora_a.ndim != 3 or 0 in lora_a.shape[:2]:
+        raise ValueError(
+            f"norm_project: lora_a must be [E, r, d] with E >= 1 and r >= 1, got shape {tuple(lora_a.shape)}"
+        )
+    num_experts, rank = lora_a.shape[:2]
+    wanted = {
+        "norm_weight": (d,),
+        "norm_bias": (d,),
+        "lora_a": (num_experts, rank, d),
+        "lora_n": (num_experts, rank, rank),
+        "router_weight": (num_experts, d),
+    }
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"norm_project: {name} must have shape {shape} for hidden_in {tuple(hidden.shape)} and lora_a "
+                f"{tuple(lora_a.shape)}, got {tuple(tensor.shape)}"
+            )
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"norm_project: {name} must be on hidden_in's device {hidden.device}, got {tensor.device}")
+    if kind not in NORM_KINDS:
+        raise ValueError(f"norm_project: kind must be one of {', '.join(NORM_KINDS)}, got {kind!r}")
+    if kind == "rms" and tensors["norm_bias"] is not None:
+        raise ValueError("norm_project: norm_bias must be None with kind='rms': an RMSNorm has no bias")
+    if not (0 <= eps < math.inf):
+        raise ValueError(f"norm_project: eps must be 0 or more and finite, got {eps}")
+    _check_backend("norm_project", backend)
+
+
+def _check_floats(op: str, tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"hycam_modulation: {name} must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"hycam_modulation: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
-            )
+            raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def _check_backend(op: str, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _check_types(tensors: dict[str, Tensor | None], token_mask: Tensor | None) -> None:
+    _check_floats("hycam_modulation", tensors)
     if token_mask is not None and not isinstance(token_mask, Tensor):
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {type(token_mask).__name__}")
     if token_mask is not None and token_mask.dtype != torch.bool:
@@ -146,8 +196,7 @@ def _check_options(
         raise ValueError(f"hycam_modulation: tau must be above 0 and finite, got {tau}")
     if not math.isfinite(scale):
         raise ValueError(f"hycam_modulation: scale must be finite, got {scale}")
-    if backend not in BACKENDS:
-        raise ValueError(f"hycam_modulation: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _check_backend("hycam_modulation", backend)
     if seed is None:
         return
     check_seed(seed, "hycam_modulation")

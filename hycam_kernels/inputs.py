@@ -9,7 +9,8 @@ from torch import Tensor
 class ModulationInputs(NamedTuple):
     """Arguments of `hycam::modulation`, tokens flattened to T.
 
-    ``compute_dtype`` is the dtype of the matrix products; ``keep`` tells whether S and V are returned for the backward.
+    ``compute_dtype`` is the dtype of the matrix products; ``needs_grad`` tells whether a backward may follow, ``keep``
+    whether S and V are returned for it.
     """
 
     hidden: Tensor  # [T, d]
@@ -34,7 +35,13 @@ class ModulationInputs(NamedTuple):
     scale: float
     compute_dtype: torch.dtype
     keep: bool
+    needs_grad: bool
     backend: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, d]."""
+        return self.hidden.shape
 
     @property
     def num_experts(self) -> int:
@@ -66,3 +73,53 @@ class Saved(NamedTuple):
     v: Tensor  # [T, E * r]  h (N A)^T + N a + n, if kept
     probs: Tensor  # [T, E]
     logits: Tensor  # [T, E]
+
+
+class NormProjectInputs(NamedTuple):
+    """Arguments of `hycam::norm_project`, tokens flattened to T.
+
+    ``compute_dtype`` is the dtype of the two projections.
+    """
+
+    hidden_in: Tensor  # [T, d]
+    norm_weight: Tensor  # [d]
+    norm_bias: Tensor | None  # [d], kind "layer" only
+    lora_a: Tensor  # [E, r, d]
+    lora_n: Tensor  # [E, r, r]
+    router_weight: Tensor  # [E, d]
+    eps: float
+    kind: str
+    compute_dtype: torch.dtype
+    backend: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, d]."""
+        return self.hidden_in.shape
+
+    @property
+    def num_experts(self) -> int:
+        return self.lora_a.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[1]
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """dtype of the normalised input: that of ``weight * x``."""
+        return torch.promote_types(self.hidden_in.dtype, self.norm_weight.dtype)
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """dtype of the statistics."""
+        return torch.promote_types(self.hidden_dtype, torch.float32)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """dtype of the logits: float64 for float64 products, else float32."""
+        return torch.promote_types(self.compute_dtype, torch.float32)
+
+
+# Names of the tensors that can get a gradient, as in DIFFERENTIABLE.
+NORM_DIFFERENTIABLE = NormProjectInputs._fields[: NormProjectInputs._fields.index("eps")]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import torch_backend, triton_backend
 from .checks import check_arguments
 from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
 from .output import HyCAMOutput
@@ -95,8 +95,12 @@ def hycam_modulation(
         call = call._replace(backend="torch" if _triton_refusal(call) else "triton")
     elif call.backend == "triton" and (refusal := _triton_refusal(call)):
         raise RuntimeError(f"hycam_modulation: backend='triton' can't run this call: {refusal}")
-    out, load, router_prob, *_ = torch.ops.hycam.modulation(*call)
-    return HyCAMOutput(out.view(attn_output.shape), load, router_prob, (load * router_prob).sum())
+    if triton_backend.decodes(call):
+        out, load, router_prob, balance_loss = torch.ops.hycam.modulation_decode(*call)
+    else:
+        out, load, router_prob, *_ = torch.ops.hycam.modulation(*call)
+        balance_loss = (load * router_prob).sum()
+    return HyCAMOutput(out.view(attn_output.shape), load, router_prob, balance_loss)
 
 
 def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str:
@@ -112,7 +116,7 @@ def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str
 
 def _triton_refusal(call: ModulationInputs) -> str | None:
     """Why the triton backend can't run the call; None where it can."""
-    return "this version has no fused kernels"
+    return triton_backend.refusal(call)
 
 
 def _prepare(
@@ -153,22 +157,23 @@ def _prepare(
         tau=float(tau),
         hard=bool(hard),
         scale=float(scale),
-        compute_dtype=_compute_dtype(hidden),
+        compute_dtype=compute_dtype(hidden.dtype, hidden.device),
         keep=needs_grad and not recompute,
+        needs_grad=needs_grad,
         backend=backend,
     )
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    # autocast leaves float64 alone
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """dtype of the matrix products for a hidden of ``dtype``: autocast's where it is on (float64 stays), else dtype."""
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 _SCHEMA_TYPES = {"token_mask": "Tensor?", "tau": "float", "hard": "bool", "scale": "float"} | {
-    "compute_dtype": "ScalarType", "keep": "bool", "backend": "str", "hidden": "Tensor", "attn_output": "Tensor",
+    "compute_dtype": "ScalarType", "keep": "bool", "needs_grad": "bool", "backend": "str",
+    "hidden": "Tensor", "attn_output": "Tensor",
 }  # fmt: skip
 _INPUT_SCHEMA = ", ".join(f"{_SCHEMA_TYPES.get(name, 'Tensor?')} {name}" for name in ModulationInputs._fields)
 _SAVED_SCHEMA = ", ".join(f"Tensor {name}" for name in Saved._fields)
@@ -176,11 +181,12 @@ _GRAD_SCHEMA = "Tensor? grad_out, Tensor? grad_load, Tensor? grad_router_prob"
 
 _library = torch.library.Library("hycam", "DEF")
 _library.define(f"modulation({_INPUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"modulation_decode({_INPUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_SCHEMA}, bool[] needs) -> Tensor[]")
 
 
 def _backend(inputs: ModulationInputs):
-    return torch_backend
+    return triton_backend if inputs.backend == "triton" else torch_backend
 
 
 @torch.library.impl("hycam::modulation", "CompositeExplicitAutograd", lib=_library)
@@ -189,6 +195,11 @@ def _modulation(*args) -> tuple[Tensor, ...]:
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         out, load, router_prob, saved = _backend(inputs).forward(inputs)
     return out, load, router_prob, *saved
+
+
+@torch.library.impl("hycam::modulation_decode", "CompositeExplicitAutograd", lib=_library)
+def _modulation_decode(*args) -> tuple[Tensor, ...]:
+    return triton_backend.decode(ModulationInputs(*args))
 
 
 @torch.library.impl("hycam::modulation_backward", "CompositeExplicitAutograd", lib=_library)
@@ -215,6 +226,15 @@ def _modulation_fake(*args) -> tuple[Tensor, ...]:
         *(x.hidden.new_empty(x.num_experts, dtype=x.sum_dtype) for _ in range(2)),
         *(x.hidden.new_empty(shape, dtype=kept) for shape in (s, v)),
         *(x.hidden.new_empty((tokens, x.num_experts), dtype=x.sum_dtype) for _ in range(2)),
+    )
+
+
+@torch.library.register_fake("hycam::modulation_decode", lib=_library)
+def _modulation_decode_fake(*args) -> tuple[Tensor, ...]:
+    x = ModulationInputs(*args)
+    return (
+        torch.empty_like(x.attn_output, memory_format=torch.contiguous_format),
+        *(x.hidden.new_empty(shape, dtype=x.sum_dtype) for shape in (x.num_experts, x.num_experts, ())),
     )
 
 

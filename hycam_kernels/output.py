@@ -22,3 +22,17 @@ class HyCAMOutput(NamedTuple):
     load: Tensor
     router_prob: Tensor
     balance_loss: Tensor
+
+
+class NormProjectOutput(NamedTuple):
+    """Result of `norm_project`.
+
+    Attributes:
+        hidden: [..., d] the normalised input h.
+        v: [..., E, r] its low-rank projections ``h (N_k A_k)^T``.
+        logits: [..., E] router logits ``h W_r^T``, float32 (float64 for float64 products).
+    """
+
+    hidden: Tensor
+    v: Tensor
+    logits: Tensor

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .output import HyCAMOutput
+from .output import HyCAMOutput, NormProjectOutput
 from .philox import gumbel_noise
 
 
@@ -81,6 +81,38 @@ def modulation_reference(
     stream = attn_output if residual is None else residual + attn_output
     out = attn_output + stream * fusion
     return HyCAMOutput(out.to(attn_output.dtype), load, router_prob, (load * router_prob).sum())
+
+
+def norm_project_reference(
+    hidden_in: Tensor,
+    norm_weight: Tensor,
+    lora_a: Tensor,
+    lora_n: Tensor,
+    router_weight: Tensor,
+    *,
+    norm_bias: Tensor | None = None,
+    eps: float,
+    kind: str = "rms",
+) -> NormProjectOutput:
+    """`norm_project` line by line: the op's arguments, shapes and results, without its checks."""
+    x = hidden_in.to(torch.promote_types(hidden_in.dtype, torch.float32))
+    if kind == "rms":
+        # x / sqrt(mean(x^2) + eps), rounded to the input's dtype, times the weight (as Llama does)
+        normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        hidden = norm_weight * normalised.to(hidden_in.dtype)
+    else:
+        # (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+        centred = x - x.mean(-1, keepdim=True)
+        normalised = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        shifted = normalised * norm_weight if norm_bias is None else normalised * norm_weight + norm_bias
+        hidden = shifted.to(torch.promote_types(hidden_in.dtype, norm_weight.dtype))
+
+    dtype = hidden.dtype
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    # V_k = N_k A_k h
+    projections = [F.linear(F.linear(hidden, a.to(dtype)), n.to(dtype)) for a, n in zip(lora_a, lora_n, strict=True)]
+    logits = F.linear(hidden.to(sum_dtype), router_weight.to(dtype).to(sum_dtype))
+    return NormProjectOutput(hidden, torch.stack(projections, -2), logits)
 
 
 def _token_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -115,7 +115,7 @@ def backward(
     if need["hidden"] and d_hidden.value is not None:
         grads["hidden"] = d_hidden.value
 
-    return [_finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
 
 
 class _Sum:
@@ -128,7 +128,7 @@ class _Sum:
         self.value = a @ b if self.value is None else self.value.addmm_(a, b)
 
 
-def _finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
+def finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
     if not needed or of is None:
         return torch.empty(0)
     return torch.zeros_like(of) if grad is None else grad.to(of.dtype)
@@ -171,13 +171,10 @@ def _shared_backward(
 
 
 def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
-    """M [E * r, d] in the compute dtype, M_k = N_k A_k, and its bias N_k a_k + n_k [E * r] or None.
-
-    The product is made in the sum dtype from the weights as they are: it is independent of T, and rounds once.
-    """
+    """M [E * r, d] in the compute dtype, M_k = N_k A_k, and its bias N_k a_k + n_k [E * r] or None."""
     assert x.lora_a is not None and x.lora_n is not None
     lora_n = x.lora_n.to(x.sum_dtype)
-    folded = (lora_n @ x.lora_a.to(x.sum_dtype)).flatten(0, 1).to(x.compute_dtype)
+    folded = fold_weights(x.lora_n, x.lora_a, x.compute_dtype)
     bias = None
     if x.lora_a_bias is not None:
         bias = (lora_n @ x.lora_a_bias.to(x.sum_dtype)[..., None]).flatten()
@@ -185,6 +182,12 @@ def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
         lora_n_bias = x.lora_n_bias.to(x.sum_dtype).flatten()
         bias = lora_n_bias if bias is None else bias + lora_n_bias
     return folded, None if bias is None else bias.to(x.compute_dtype)
+
+
+def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """M [E * r, d], M_k = N_k A_k, made in float32 at least from the weights as they are, and rounded to dtype once."""
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    return (lora_n.to(sum_dtype) @ lora_a.to(sum_dtype)).flatten(0, 1).to(dtype)
 
 
 def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:

@@ -88,13 +88,17 @@ def run(function, arguments: dict, **options) -> dict[str, Tensor]:
 
 def reference_results(arguments: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     """Results of the reference with every float tensor cast to ``dtype``."""
-    cast = {
+    return run(modulation_reference, cast_floats(arguments, dtype))
+
+
+def cast_floats(arguments: dict, dtype: torch.dtype) -> dict:
+    """The arguments with every float tensor as a leaf of ``dtype``."""
+    return {
         name: value.detach().to(dtype).requires_grad_(value.requires_grad)
         if isinstance(value, Tensor) and value.is_floating_point()
         else value
         for name, value in arguments.items()
     }
-    return run(modulation_reference, cast)
 
 
 def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -112,7 +116,9 @@ def errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tu
     return found
 
 
-def assert_as_good_as_eager(function, case: Case, dtype: torch.dtype, weight_dtype=None, draws: int = 4) -> None:
+def assert_as_good_as_eager(
+    function, case, dtype: torch.dtype, weight_dtype=None, draws: int = 4, reference=reference_results
+) -> None:
     """Every error against float64 is at most twice what the reference run eagerly in ``dtype`` makes.
 
     Errors are pooled over ``draws`` inputs, since a single small one can be exact by luck: the root mean square of the
@@ -122,8 +128,8 @@ def assert_as_good_as_eager(function, case: Case, dtype: torch.dtype, weight_dty
     rounding = {}
     for seed in range(draws):
         arguments = case.make(dtype, weight_dtype, seed)
-        truth = reference_results(arguments, torch.float64)
-        eager = errors(reference_results(arguments, dtype), truth)
+        truth = reference(arguments, torch.float64)
+        eager = errors(reference(arguments, dtype), truth)
         results = function(arguments)
         for name, found in errors(results, truth).items():
             pooled.setdefault(name, []).append(torch.tensor([found, eager[name]]))

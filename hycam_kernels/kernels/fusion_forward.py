@@ -1,0 +1,118 @@
+r"""Forward fusion, one pass after the library products S = h W_s^T and V = h M^T.
+
+.. math::
+    h_{out} = h_{att} + x \odot \Big(\mathrm{SiLU}(S) + \sum_k p_k\,\mathrm{SiLU}(s\,(V_k B_k^T + b_k))\Big),
+    \quad x = h_{att} \text{ or } h_{in} + h_{att}
+
+One program makes one [BLOCK_T, BLOCK_D] tile of the output; Z_k lives in registers only.
+"""
+# ruff: noqa: N803 (compile-time constants are in capitals)
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..inputs import ModulationInputs
+from .cost import Cost
+from .launch import Launcher, row_stride
+from .primitives import expert_tile, load_tile, load_weight, sigmoid
+
+
+@triton.jit
+def fusion_forward_kernel(
+    s, v, lora_b, lora_b_bias, weights, attn_output, residual, out,
+    tokens, d, stride_s, stride_v, stride_attn, stride_residual, scale,
+    NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    column_blocks = tl.cdiv(d, BLOCK_D)
+    rows = tl.program_id(0) // column_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    row_mask = rows < tokens
+    col_mask = cols < d
+    mask = row_mask[:, None] & col_mask[None, :]
+
+    fusion = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    if s is not None:
+        s_tile = load_tile(s, rows[:, None], cols[None, :], stride_s, mask)
+        fusion = s_tile * sigmoid(s_tile, FAST_RECIPROCAL)
+    if NUM_EXPERTS > 0:
+        for expert in tl.range(0, NUM_EXPERTS, loop_unroll_factor=1):
+            z = expert_tile(
+                v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
+                RANK, BLOCK_T, BLOCK_D, BLOCK_R, PRECISION,
+            )  # fmt: skip
+            weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
+            fusion += weight[:, None] * (z * sigmoid(z, FAST_RECIPROCAL))
+
+    attn = load_tile(attn_output, rows[:, None], cols[None, :], stride_attn, mask)
+    stream = attn
+    if residual is not None:
+        stream += load_tile(residual, rows[:, None], cols[None, :], stride_residual, mask)
+    result = attn + stream * fusion
+    tl.store(out + rows.to(tl.int64)[:, None] * d + cols[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+def fusion_forward(
+    launch: Launcher, x: ModulationInputs, s: Tensor | None, v: Tensor | None, lora_b: Tensor | None, weights: Tensor
+) -> Tensor:
+    """h_out [T, d] in attn_output's dtype from S [T, d], V [T, E r], contiguous B [E, d, r] and the used p [T, E]."""
+    tokens, d = x.hidden.shape
+    out = torch.empty(tokens, d, dtype=x.attn_output.dtype, device=x.hidden.device)
+    config = launch.config("fusion_forward", x)
+    launch(
+        fusion_forward_kernel,
+        (triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(d, config["BLOCK_D"]),),
+        config,
+        s=s,
+        v=v,
+        lora_b=lora_b,
+        lora_b_bias=x.lora_b_bias,
+        weights=weights,
+        attn_output=x.attn_output,
+        residual=x.residual,
+        out=out,
+        tokens=tokens,
+        d=d,
+        stride_s=row_stride(s),
+        stride_v=row_stride(v),
+        stride_attn=row_stride(x.attn_output),
+        stride_residual=row_stride(x.residual),
+        scale=x.scale,
+        NUM_EXPERTS=x.num_experts,
+        RANK=x.rank,
+        **launch.arithmetic(x),
+    )
+    return out
+
+
+def fusion_forward_reference(
+    s: Tensor | None,
+    v: Tensor | None,
+    lora_b: Tensor | None,
+    lora_b_bias: Tensor | None,
+    weights: Tensor,
+    attn_output: Tensor,
+    residual: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The equation above on [T, d] tensors of one dtype; ``weights`` [T, E] are the p that are used."""
+    fusion = torch.zeros_like(attn_output) if s is None else F.silu(s)
+    if v is not None and lora_b is not None:
+        z = torch.einsum("ter,edr->ted", v.unflatten(1, (lora_b.shape[0], -1)), lora_b)
+        if lora_b_bias is not None:
+            z = z + lora_b_bias
+        fusion = fusion + torch.einsum("te,ted->td", weights, F.silu(scale * z))
+    return attn_output + (attn_output if residual is None else attn_output + residual) * fusion
+
+
+def fusion_forward_cost(tokens: int, d: int, num_experts: int, rank: int, *, residual=False, itemsize=2) -> Cost:
+    """Reads S, h_att (h_in), V, B and p; writes h_out; one product of T d E r."""
+    activations = (3 + residual) * tokens * d + tokens * num_experts * rank
+    return Cost(
+        itemsize * (activations + num_experts * d * rank) + 4 * tokens * num_experts,
+        2 * tokens * d * num_experts * rank,
+        (1 + num_experts) * tokens * d,
+    )

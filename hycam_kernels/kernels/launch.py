@@ -1,0 +1,67 @@
+"""Kernel launches: the configuration of a call from the table of its GPU family, and compile-time constants."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..inputs import ModulationInputs, NormProjectInputs
+from .tables import Config, launch_parameters, load_table, select
+
+# tl.dot needs at least 16 along every dimension
+MIN_DOT = 16
+
+
+def padded_experts(num_experts: int) -> int:
+    """Lanes that hold one token's routing: a power of 2 that `tl.dot` takes as a tile's width."""
+    return max(MIN_DOT, triton.next_power_of_2(num_experts))
+
+
+def row_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+class Launcher:
+    """Launches kernels with the configurations of one GPU family.
+
+    Args:
+        family: name of a table in `hycam_kernels.configs`, as in `tables.family_of`.
+        inline_assembly: whether kernels may use the PTX of NVIDIA GPUs (the interpreter runs none).
+    """
+
+    def __init__(self, family: str, *, inline_assembly: bool) -> None:
+        self.table = load_table(family)
+        self.inline_assembly = inline_assembly
+        self.has_tf32 = family.startswith("sm_")
+
+    def config(self, kernel: str, x: ModulationInputs | NormProjectInputs) -> Config:
+        """Block sizes, warps and stages for the call, BLOCK_R cut to the rank."""
+        index = self.row(kernel, x)
+        if index is None:
+            raise LookupError(f"{kernel}: no configuration for {tuple(x.shape)}, {x.num_experts} x {x.rank}")
+        config = launch_parameters(self.table[kernel][index])
+        if "BLOCK_R" in config:
+            config["BLOCK_R"] = min(config["BLOCK_R"], max(MIN_DOT, triton.next_power_of_2(x.rank)))
+        return config
+
+    def takes(self, kernel: str, x: ModulationInputs) -> bool:
+        """Whether the family has a configuration of an optional kernel for the call."""
+        return self.row(kernel, x) is not None
+
+    def row(self, kernel: str, x: ModulationInputs | NormProjectInputs) -> int | None:
+        """Index of the table's row for the call; None where no row takes it."""
+        tokens, d = x.shape
+        return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank)
+
+    def arithmetic(self, x: ModulationInputs | NormProjectInputs) -> dict[str, Any]:
+        """Compile-time constants of the arithmetic: the sigmoid's reciprocal and the precision of float32 products."""
+        reduced = x.compute_dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        return {
+            "FAST_RECIPROCAL": self.inline_assembly,
+            "PRECISION": "tf32" if reduced and self.has_tf32 else "ieee",
+        }
+
+    def __call__(self, kernel, grid: tuple[int, ...], config: Mapping[str, int], **arguments) -> None:
+        kernel[grid](**arguments, **config)

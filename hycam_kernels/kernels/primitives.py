@@ -1,0 +1,95 @@
+"""Device functions that the fusion kernels share.
+
+Tiles are [BLOCK_T tokens, BLOCK_D features]. ``None`` for a tensor is a compile-time constant in Triton: the branches
+on it leave no instruction behind. Loops over experts and rank blocks are dynamic (``loop_unroll_factor=1``): unrolled
+they keep every tile alive and spill.
+"""
+# ruff: noqa: N803 (compile-time constants are in capitals)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x, FAST_RECIPROCAL: tl.constexpr):
+    """1 / (1 + exp(-x)). A full-range division costs about 12 instructions, NVIDIA's approximate reciprocal one.
+
+    rcp.approx.ftz has a relative error of 2^-23; 1 + exp(-x) is never 0, and its infinity gives the 0 that is wanted.
+    """
+    denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
+    if FAST_RECIPROCAL:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / denominator
+
+
+@triton.jit
+def silu_derivative(activation, gate):
+    """SiLU'(z) from SiLU(z) and sigmoid(z): sigmoid(z) + SiLU(z) (1 - sigmoid(z))."""
+    return gate + activation * (1.0 - gate)
+
+
+@triton.jit
+def load_tile(tensor, rows, cols, stride, mask):
+    """[rows, cols] of a row-strided matrix in float32."""
+    return tl.load(tensor + rows.to(tl.int64) * stride + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_stream(attn_output, residual, rows, cols, stride_attn, stride_residual, mask):
+    """What A_fusion multiplies: h_att, or the residual stream h_in + h_att."""
+    stream = load_tile(attn_output, rows, cols, stride_attn, mask)
+    if residual is not None:
+        stream += load_tile(residual, rows, cols, stride_residual, mask)
+    return stream
+
+
+@triton.jit
+def load_v(v, expert, rows, row_mask, start, stride_v, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[BLOCK_T, BLOCK_R]: columns start.. of V_k, 0 beyond r."""
+    ranks = start + tl.arange(0, BLOCK_R)
+    offsets = rows.to(tl.int64)[:, None] * stride_v + expert * RANK + ranks[None, :]
+    return tl.load(v + offsets, mask=row_mask[:, None] & (ranks < RANK)[None, :], other=0.0)
+
+
+@triton.jit
+def load_b(lora_b, expert, cols, col_mask, start, d, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[BLOCK_D, BLOCK_R]: columns start.. of the contiguous B_k, 0 beyond r."""
+    ranks = start + tl.arange(0, BLOCK_R)
+    offsets = (tl.cast(expert, tl.int64) * d + cols)[:, None] * RANK + ranks[None, :]
+    return tl.load(lora_b + offsets, mask=col_mask[:, None] & (ranks < RANK)[None, :], other=0.0)
+
+
+@triton.jit
+def load_expert_bias(lora_b_bias, expert, cols, col_mask, d):
+    return tl.load(lora_b_bias + expert * d + cols, mask=col_mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def expert_tile(
+    v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
+    RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Z_k = scale * (V_k B_k^T + b_k), [BLOCK_T, BLOCK_D] in float32."""
+    z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    if RANK <= BLOCK_R:
+        v_tile = load_v(v, expert, rows, row_mask, 0, stride_v, RANK, BLOCK_R)
+        b_tile = load_b(lora_b, expert, cols, col_mask, 0, d, RANK, BLOCK_R)
+        z = tl.dot(v_tile, tl.trans(b_tile), z, input_precision=PRECISION)
+    else:
+        for start in tl.range(0, RANK, BLOCK_R, loop_unroll_factor=1):
+            v_tile = load_v(v, expert, rows, row_mask, start, stride_v, RANK, BLOCK_R)
+            b_tile = load_b(lora_b, expert, cols, col_mask, start, d, RANK, BLOCK_R)
+            z = tl.dot(v_tile, tl.trans(b_tile), z, input_precision=PRECISION)
+    if lora_b_bias is not None:
+        z += load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[None, :]
+    return z * scale
+
+
+@triton.jit
+def load_weight(weights, expert, rows, row_mask, NUM_EXPERTS: tl.constexpr):
+    """p_k as the output uses it, [BLOCK_T]."""
+    return tl.load(weights + rows.to(tl.int64) * NUM_EXPERTS + expert, mask=row_mask, other=0.0)

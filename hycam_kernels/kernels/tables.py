@@ -1,0 +1,69 @@
+"""Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
+
+A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
+list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank`` and ``min_rank``; an absent one always holds. The rest
+of a row is what the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and ``SPLITS`` of a sum.
+`row_grad` is optional: where no row takes a call, two other kernels do its work. Every other kernel's last row is
+without limits.
+"""
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+Config = dict[str, Any]
+Table = dict[str, list[Config]]
+
+# the table for TRITON_INTERPRET=1, whose cost goes with the number of programs
+INTERPRETER = "interpreter"
+_FOLDER = resources.files("hycam_kernels") / "configs"
+_LIMITS = ("max_tokens", "max_dim", "max_experts", "max_rank")
+
+
+def families() -> list[str]:
+    """GPU families that have a table."""
+    names = [file.name.removesuffix(".json") for file in _FOLDER.iterdir() if file.name.endswith(".json")]
+    return sorted(set(names) - {INTERPRETER})
+
+
+def family_of(device: torch.device) -> str | None:
+    """The table for a CUDA or ROCm device: its own family's, else the newest older one of its major version."""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return name if name in families() else None
+    return family_of_capability(*torch.cuda.get_device_capability(device))
+
+
+def family_of_capability(major: int, minor: int) -> str | None:
+    known = sorted(int(name.removeprefix("sm_")) for name in families() if name.startswith("sm_"))
+    below = [arch for arch in known if arch // 10 == major and arch <= major * 10 + minor]
+    return f"sm_{below[-1]}" if below else None
+
+
+@cache
+def load_table(family: str) -> Table:
+    return json.loads((_FOLDER / f"{family}.json").read_text())
+
+
+def select(
+    table: Table, kernel: str, dtype: torch.dtype, tokens: int, d: int, num_experts: int, rank: int
+) -> int | None:
+    """Index of the first of the kernel's rows that takes the call, None where none does."""
+    values = dict(zip(_LIMITS, (tokens, d, num_experts, rank), strict=True))
+    name = str(dtype).removeprefix("torch.")
+    for index, row in enumerate(table.get(kernel, [])):
+        if (
+            name in row.get("dtypes", [name])
+            and all(values[key] <= row.get(key, values[key]) for key in _LIMITS)
+            and rank >= row.get("min_rank", rank)
+        ):
+            return index
+    return None
+
+
+def launch_parameters(row: Config) -> Config:
+    """A row without its limits."""
+    return {key: value for key, value in row.items() if key not in ("dtypes", "min_rank", *_LIMITS)}

@@ -1,0 +1,142 @@
+"""The tests of the kernels can fail: each planted fault makes one of them do so."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+FORWARD, BACKWARD, ROUTER, SHARED = (
+    f"hycam_kernels/kernels/{name}.py" for name in ("fusion_forward", "fusion_backward_kernels", "router", "primitives")
+)
+DECODE, NORM = (f"hycam_kernels/kernels/{name}.py" for name in ("decode", "norm_projection"))
+BACKEND, NORM_BACKEND = "hycam_kernels/triton_backend.py", "hycam_kernels/norm_triton_backend.py"
+# what a planted fault breaks: (file, the code, the fault)
+FAULTS = {
+    "fusion forward: no column mask": (FORWARD, "col_mask = cols < d\n", "col_mask = cols < d + 8\n"),
+    "fusion forward: no row mask": (FORWARD, "row_mask = rows < tokens\n", "row_mask = rows < tokens + 1\n"),
+    "fusion forward: last expert dropped": (FORWARD, "range(0, NUM_EXPERTS,", "range(0, NUM_EXPERTS - 1,"),
+    "fusion forward: residual not added": (FORWARD, "stream += load_tile", "load_tile"),
+    "expert tile: scale dropped": (SHARED, "return z * scale", "return z"),
+    "expert tile: rank mask dropped": (
+        SHARED,
+        "row_mask[:, None] & (ranks < RANK)",
+        "row_mask[:, None] & (ranks < 999)",
+    ),
+    "expert tile: last rank block dropped": (SHARED, "range(0, RANK, BLOCK_R,", "range(0, RANK - BLOCK_R, BLOCK_R,"),
+    "hard routing: last of a tie": (ROUTER, "tl.argmax(p, 1)", "tl.argmax(p, 1, tie_break_left=False)"),
+    "stream grad: SiLU' without its second term": (SHARED, "gate + activation * (1.0 - gate)", "gate"),
+    "stream grad: upstream dropped": (BACKWARD, "(grad + through_stream)", "through_stream"),
+    "stream grad: p's gradient weighted": (
+        BACKWARD,
+        "tl.sum(d_fusion * activation, 1)",
+        "tl.sum(grad * activation, 1)",
+    ),
+    "stream grad: column block ignored": (BACKWARD, "column_block.to(tl.int64) * tokens + rows", "rows"),
+    "row grad: last expert dropped": (
+        BACKWARD,
+        "fusion += weight[:, None] * activation\n            next_d_p",
+        "fusion += weight[:, None] * activation * (expert < NUM_EXPERTS - 1)\n            next_d_p",
+    ),
+    "row grad: V's scale dropped": (BACKWARD, "(weight * scale)[:, None]", "weight[:, None]"),
+    "row grad: p's sum of one block": (BACKWARD, "d_p[expert] + tl.sum", "tl.sum"),
+    "v grad: split end ignored": (BACKWARD, "tl.minimum((split + 1) * columns, d)", "d"),
+    "v grad: weight dropped": (
+        BACKWARD,
+        "d_z = grad * stream * weight[:, None] * silu",
+        "d_z = grad * stream * silu",
+    ),
+    "v grad: bias dropped": (BACKWARD, "load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[None, :]", "0"),
+    "b grad: token mask of the tail dropped": (BACKWARD, "row_mask = rows < end\n", "row_mask = rows < end + 1\n"),
+    "b grad: bias sum of one block": (BACKWARD, "d_bias += tl.sum(d_z, 1)", "d_bias = tl.sum(d_z, 1)"),
+    "b grad: bias dropped": (BACKWARD, "load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[:, None]", "0"),
+    "router: noise counter": (ROUTER, "rows[:, None] * NUM_EXPERTS +", "rows[:, None] * 16 +"),
+    "router: temperature dropped": (ROUTER, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
+    "router: bias dropped": (ROUTER, "logit += tl.load(bias", "tl.load(bias"),
+    "router: token mask ignored": (ROUTER, "counted = tl.load(token_mask", "tl.load(token_mask"),
+    "token mean: second expert row": (ROUTER, "partial_sums + NUM_EXPERTS + offsets", "partial_sums + offsets"),
+    "token mean: divided by all tokens": (ROUTER, "return tl.load(count).to(tl.float32)", "return 1.0 * 77"),
+    "router backward: one partial sum": (ROUTER, "for _ in range(partials):", "for _ in range(1):"),
+    "router backward: tau dropped": (ROUTER, "tl.sum(d_p * p, 1)[:, None]) / tau", "tl.sum(d_p * p, 1)[:, None])"),
+    "router backward: q's term dropped": (ROUTER, "d_logit += q * (", "q * ("),
+    "decode: a feature past the split": (DECODE, "inside = (features < end)", "inside = (features < end + 1)"),
+    "decode: last split dropped": (DECODE, "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
+    "decode: products of a wider type": (DECODE, 'if COMPUTE == "bf16":', 'if COMPUTE == "none":'),
+    "decode: router columns misplaced": (DECODE, "first = low_rank\n", "first = low_rank - 1\n"),
+    "decode: token row past the last": (DECODE, "row_mask = rows < tokens\n", "row_mask = rows <= tokens\n"),
+    "decode: column past the last": (DECODE, "col_mask = cols < d\n", "col_mask = cols <= d\n"),
+    "decode: shared bias dropped": (DECODE, "s += tl.load(shared_bias", "tl.load(shared_bias"),
+    "decode: router bias dropped": (DECODE, "logit += tl.load(router_bias", "tl.load(router_bias"),
+    "decode: temperature dropped": (DECODE, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
+    "decode: explicit noise dropped": (DECODE, "noisy += tl.load(gumbel", "tl.load(gumbel"),
+    "decode: token mask ignored": (DECODE, "counted = tl.load(token_mask", "tl.load(token_mask"),
+    "decode: load of the soft p": (DECODE, "share[:, None] * used, 0)", "share[:, None] * p, 0)"),
+    "decode: balance of load alone": (DECODE, "tl.sum(mean_p * mean_q, 0)", "tl.sum(mean_p, 0)"),
+    "decode: output of the soft p": (DECODE, "== expert, used, 0.0)", "== expert, p, 0.0)"),
+    "decode: A's bias dropped": (DECODE, "u += tl.load(lora_a_bias", "tl.load(lora_a_bias"),
+    "decode: N's bias dropped": (DECODE, "v += tl.load(lora_n_bias", "tl.load(lora_n_bias"),
+    "decode: N not transposed": (
+        DECODE,
+        "tl.trans(as_compute(n, COMPUTE)), v,",
+        "as_compute(n, COMPUTE), v,",
+    ),
+    "decode: scale dropped": (DECODE, "z *= scale\n", "z *= 1.0\n"),
+    "decode: residual not added": (DECODE, "stream += load_tile", "load_tile"),
+    "decode: runs where gradients follow": (BACKEND, "not x.needs_grad and 0 < ", "0 < "),
+    "norm: statistics of a padded block": (NORM, "centred = tl.where(col_mask[None, :], x -", "centred = (x -"),
+    "norm: block means not combined": (NORM, "mean += step * share\n", "mean = block_mean\n"),
+    "norm: spread of the block means dropped": (NORM, " + step * step * share * start", ""),
+    "norm: eps dropped": (NORM, "squares / d + eps", "squares / d"),
+    "norm: one rounding where Llama has two": (NORM, ".to(hidden_in.dtype.element_ty).to(tl.float32) *", " *"),
+    "norm: bias dropped": (NORM, "h += tl.load(norm_bias", "tl.load(norm_bias"),
+    "norm: written by no column block": (
+        NORM,
+        "if column_block == 0:\n            tl",
+        "if column_block == 1:\n            tl",
+    ),
+    "norm: logits in V's columns": (NORM, "(columns < LOW_RANK)[None, :]", "(columns <= LOW_RANK)[None, :]"),
+    "norm: column past the last": (NORM, "        col_mask = cols < d\n", "        col_mask = cols <= d\n"),
+    "norm backward: mean of the product dropped": (NORM, "(tl.sum(c * normalised, 0) / d)", "0.0"),
+    "norm backward: mean dropped": (NORM, "inner -= tl.sum(c, 0) / d", "inner -= 0.0"),
+    "norm backward: weight's gradient of one row": (NORM, "d_weight += g * normalised", "d_weight = g * normalised"),
+    "norm backward: bias's gradient of one row": (NORM, "d_bias += g\n", "d_bias = g\n"),
+    "norm backward: rows of the next program": (
+        NORM,
+        "first + rows_per_program, tokens)",
+        "first + rows_per_program + 1, tokens)",
+    ),
+    "norm backward: V's gradient dropped": (NORM_BACKEND, "d_rows[:, :low_rank] = grad_v", "pass"),
+}
+# what runs for a file's faults: tests in guarded memory first, since elsewhere a stray write may end the process
+FUSION_TESTS = (["test_modulation.py", "-k", "memory"], ["test_kernels.py"], ["test_modulation.py"])
+DECODE_TESTS = (["test_decode.py", "-k", "memory"], ["test_decode.py"])
+NORM_TESTS = (["test_norm_projection.py", "-k", "memory"], ["test_norm_projection.py"])
+TESTS = {DECODE: DECODE_TESTS, BACKEND: DECODE_TESTS, NORM: NORM_TESTS, NORM_BACKEND: NORM_TESTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_fails_a_test(name, tmp_path):
+    shutil.copytree(ROOT / "hycam_kernels", tmp_path / "hycam_kernels")
+    shutil.copytree(ROOT / "tests" / "kernels", tmp_path / "tests" / "kernels")
+    for file in ("tests/__init__.py", "tests/conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    path, code, fault = FAULTS[name]
+    source = (tmp_path / path).read_text()
+    assert source.count(code) >= 1, code
+    (tmp_path / path).write_text(source.replace(code, fault))
+    for tests in TESTS.get(path, FUSION_TESTS):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests],
+            cwd=tmp_path / "tests" / "kernels" / "triton",
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
+        if done.returncode:
+            break
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "1 failed" in done.stdout
