@@ -41,8 +41,8 @@ def hotswap_adapter(
         kwargs: passed on to the hub download (`revision`, `token`, `subfolder`, ...).
 
     Raises:
-        InputError: (a ValueError), before any weight is touched, where the adapter isn't loaded or isn't HyCAM, or the saved
-            one has other settings, layers or shapes.
+        InputError: (a ValueError), before any weight is touched, where the adapter isn't loaded or isn't HyCAM, or
+            the saved one has other settings, layers or shapes.
     """
     path = os.fspath(model_name_or_path)
     configs = getattr(model, "peft_config", {})
@@ -78,5 +78,6 @@ def _check_same_shapes(loaded: dict[str, torch.Tensor], saved: dict[str, torch.T
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise InputError(
-                f"model_name_or_path: got shape {theirs.get(name)} for {name}, want {ours.get(name)} as in the loaded adapter"
+                f"model_name_or_path: got shape {theirs.get(name)} for {name}, want {ours.get(name)} as in the loaded "
+                "adapter"
             )

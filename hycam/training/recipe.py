@@ -283,10 +283,11 @@ class _RecipeLoader(yaml.SafeLoader):
     """Safe YAML in which `2e-5` is a number (YAML 1.1 wants a dot) and a key may not come twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for (key, _), value in zip(node.value, keys, strict=True):
-            if keys.count(value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {value!r} comes twice", problem_mark=key.start_mark)
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -1,6 +1,8 @@
 """One run, from a recipe to an adapter and its numbers."""
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainin
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
+from hycam.analysis import prompt_modulation, write_plots
 from hycam.data import Collator
 from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
@@ -22,7 +25,7 @@ from hycam.training.backbone import (
     load_model,
     load_tokenizer,
 )
-from hycam.training.callbacks import FiniteGradients, MetricsFile, SaveOnSignal, finite
+from hycam.training.callbacks import FiniteGradients, MetricsFile, SaveOnSignal, finite, read_metrics
 from hycam.training.folder import check_folder, open_folder
 from hycam.training.measure import measure
 from hycam.training.recipe import Recipe
@@ -32,6 +35,9 @@ from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoi
 ADAPTER_FOLDER = "adapter"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
+PLOTS_FOLDER = "plots"
+_PLOTTED_LAYERS = 4
+_PLOTTED_TOKENS = 80
 
 
 @dataclass(frozen=True)
@@ -46,16 +52,24 @@ class PreparedRun:
     prompts: dict[str, dict[str, Any]] | None
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    announce: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
     """Train the recipe's adapter and measure it on the test split.
 
     The output folder gets `recipe.yaml` and `run.json` (what the run is), `metrics.jsonl` (every log event),
-    TensorBoard events, `checkpoint-*` (adapter and training state), `adapter` (the best one) and `results.json`.
+    TensorBoard events, `checkpoint-*` (adapter and training state), `adapter` (the best one), `results.json` and
+    `plots`.
 
     Args:
         recipe: what to train.
         resume: go on from the last whole checkpoint of the output folder; from the start where it has none.
         overwrite: delete the run that the output folder holds.
+        announce: is told in a line each what the run is about to do.
 
     Returns:
         What `results.json` holds.
@@ -68,11 +82,18 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
     set_seed(recipe.seed)
     model = get_peft_model(load_model(recipe.backbone, prepared.backbone), recipe.method.adapter_config())
     open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
-    state = _fit(recipe, prepared, model, resume=resume)
-    results = _measure_run(recipe, prepared, model) | state
+    trainable, total = model.get_nb_trainable_parameters()
+    announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    checkpoint = last_checkpoint(recipe.output_path) if resume else None
+    if resume:
+        announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
+    state = _fit(recipe, prepared, model, checkpoint)
     if prepared.arguments.should_save:
         model.save_pretrained(str(recipe.output_path / ADAPTER_FOLDER))
+    results = _measure_run(recipe, prepared, model) | state
+    if prepared.arguments.should_save:
         _write_json(recipe.output_path / RESULTS_FILE, results)
+        _draw(recipe, prepared, model, results)
     return results
 
 
@@ -99,10 +120,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
 
 
-def _fit(recipe: Recipe, prepared: PreparedRun, model: PeftModel, *, resume: bool) -> dict[str, Any]:
+def _fit(recipe: Recipe, prepared: PreparedRun, model: PeftModel, checkpoint: Path | None) -> dict[str, Any]:
     """Train `model` in place; it ends with the best weights where the recipe asks for them."""
     folder = recipe.output_path
-    checkpoint = last_checkpoint(folder) if resume else None
     state = None if checkpoint is None else checkpoint_state(checkpoint)
     pad = prepared.tokenizer.pad_token_id
     with SaveOnSignal() as on_signal:
@@ -141,7 +161,9 @@ def _is_finished(recipe: Recipe, state: TrainerState) -> bool:
     """Whether a checkpoint is its run's last: all steps are done, or early stopping ended it."""
     if state.global_step >= state.max_steps:
         return True
-    stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+    # a mapping from callback to state, although transformers annotates a list of callbacks
+    stateful: Any = state.stateful_callbacks
+    stopping = stateful.get("EarlyStoppingCallback")
     if recipe.early_stopping is None or stopping is None:
         return False
     return stopping["attributes"]["early_stopping_patience_counter"] >= recipe.early_stopping.patience
@@ -155,10 +177,10 @@ def _kept(folder: Path) -> str:
 def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dict[str, Any]:
     """The test split's metrics of the backbone alone and of the adapted model, and the experts' load."""
     test, tokenizer = prepared.tokenized["test"], prepared.tokenizer
-    options = {"tokenized": test, "prompts": prepared.prompts, "config": recipe.evaluation}
+    measured = functools.partial(measure, model, tokenizer, test, prepared.prompts, recipe.evaluation)
     with model.disable_adapter():
-        base = measure(model, tokenizer, **options, description="test, backbone")
-    adapted = measure(model, tokenizer, **options, description="test, adapted")
+        base = measured(description="test, backbone")
+    adapted = measured(description="test, adapted")
     trainable, total = model.get_nb_trainable_parameters()
     results: dict[str, Any] = {
         "test": {"base": base, "adapted": adapted},
@@ -176,6 +198,18 @@ def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dic
         collator = Collator(tokenizer.pad_token_id)
         results["expert_load"] = evaluate_expert_load(model, test, collator, batch_size=recipe.evaluation.batch_size)
     return results
+
+
+def _draw(recipe: Recipe, prepared: PreparedRun, model: PeftModel, results: dict[str, Any]) -> None:
+    """Loss curves, experts' load, and the modulation of the beginning of one test row."""
+    row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
+    write_plots(
+        recipe.output_path / PLOTS_FOLDER,
+        metrics=read_metrics(recipe.output_path / METRICS_FILE),
+        loads=results.get("expert_load"),
+        modulation=prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS),
+        tokens=[str(prepared.tokenizer.decode([token])) for token in row],
+    )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -22,13 +22,14 @@ from transformers import (
 from hycam.data.synthetic import general_text
 from hycam.errors import InputError
 
-_PAD, _BOS, _EOS, _USER, _ASSISTANT = "<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
-_SPECIAL = [_PAD, _BOS, _EOS, _USER, _ASSISTANT]
+_PAD, _BOS, _EOS = _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
+# Roles are plain text, as a play's speakers: tokens of their own would be untrained in the frozen backbone.
 _CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() + ':' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 _WARMUP_SHARE = 0.05
 _REPORTED_STEPS = 20
@@ -181,7 +182,6 @@ def train_tokenizer(documents: list[str], config: ScratchConfig) -> PreTrainedTo
         pad_token=_PAD,
         bos_token=_BOS,
         eos_token=_EOS,
-        extra_special_tokens=[_USER, _ASSISTANT],
         model_max_length=config.max_position_embeddings,
         chat_template=_CHAT_TEMPLATE,
     )

@@ -43,6 +43,9 @@ class HyCAMTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=dict(validation), **kwargs)
+        assert self.model is not None
+        self.adapted: nn.Module = self.model
+        self.validation = dict(validation)
         self.evaluation_collator = evaluation_collator
         self.on_signal = on_signal
 
@@ -55,12 +58,16 @@ class HyCAMTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Mapping[str, Dataset] | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Token-weighted loss and perplexity, per task and overall (`eval_loss`, `eval_perplexity`)."""
-        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
+        """Token-weighted loss and perplexity, per task and overall (`eval_loss`, `eval_perplexity`).
+
+        Args:
+            eval_dataset: token rows per task; the validation rows by default.
+        """
+        tasks: Mapping[str, Dataset] = self.validation if eval_dataset is None else eval_dataset
         rows = sum(len(dataset) for dataset in tasks.values())
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         with tqdm(total=rows, desc="validation", unit="row", leave=False, disable=quiet) as bar:
@@ -72,14 +79,14 @@ class HyCAMTrainer(Trainer):
 
             try:
                 report = evaluate_perplexity(
-                    self.model,
+                    self.adapted,
                     tasks,
                     self.evaluation_collator,
                     batch_size=self.args.per_device_eval_batch_size,
                     progress=progress,
                 )
             except _EvaluationInterruptedError:
-                self._save_checkpoint(self.model, trial=None)
+                self._save_checkpoint(self.adapted, trial=None)
                 raise RunStoppedError("a signal came during validation") from None
         metrics = perplexity_metrics(report, metric_key_prefix)
         if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
@@ -91,7 +98,7 @@ class HyCAMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the balance loss, the mean over layers, to the training loss's log."""
         if "loss" in logs:
-            layers = layer_statistics(self.model).values()
+            layers = layer_statistics(self.adapted).values()
             if layers:
                 logs["balance_loss"] = sum(layer["balance_loss"] for layer in layers) / len(layers)
         super().log(logs, start_time)
@@ -99,7 +106,9 @@ class HyCAMTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         # a pickle that nothing here reads: the run's recipe.yaml says the same
-        Path(output_dir or self.args.output_dir, _TRAINING_ARGUMENTS).unlink(missing_ok=True)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        Path(folder, _TRAINING_ARGUMENTS).unlink(missing_ok=True)
 
 
 class _EvaluationInterruptedError(Exception):
