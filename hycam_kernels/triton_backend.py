@@ -8,8 +8,6 @@ triton is imported by the first call, so that a machine without it can import th
 """
 
 import functools
-import importlib.metadata
-import importlib.util
 import os
 from typing import TYPE_CHECKING
 
@@ -58,41 +56,51 @@ def _argument_refusal(x: ModulationInputs) -> str | None:
     return None
 
 
+# torch.compile takes what the next three return as constants
 @torch.compiler.assume_constant_result
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _installation_refusal() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    version = _triton_version()
+    if version is None:
         return "triton is not installed"
-    version = importlib.metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         return f"triton {version} is installed: it needs {'.'.join(map(str, OLDEST_TRITON))} or later"
     return None
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _device_refusal(index: int) -> str | None:
-    from .kernels.tables import families, family_of
+    return None if _family(index) else f"{torch.cuda.get_device_name(index)}: no configurations are shipped for it"
 
-    device = torch.device("cuda", index)
-    if family_of(device) is None:
-        return f"{torch.cuda.get_device_name(device)}: no table of configurations; there are {', '.join(families())}"
-    return None
+
+@functools.cache
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+@functools.cache
+def _family(index: int) -> str | None:
+    from .kernels.tables import family_of
+
+    return family_of(torch.device("cuda", index))
 
 
 @functools.cache
 def _launcher(device: torch.device) -> "Launcher":
     from .kernels.launch import Launcher
-    from .kernels.tables import family_of
+    from .kernels.tables import INTERPRETER
 
     if _interpreting():
-        return Launcher("sm_90", inline_assembly=False)
-    family = family_of(device)
+        return Launcher(INTERPRETER, inline_assembly=False)
+    family = _family(device.index)
     assert family is not None
     return Launcher(family, inline_assembly=family.startswith("sm_"))
 

@@ -173,7 +173,7 @@ def b_grad_kernel(
             z = tl.dot(b_tile, tl.trans(v_tile), input_precision=PRECISION)
         else:
             z = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
-            for part in tl.static_range(0, RANK, BLOCK_R):
+            for part in tl.range(0, RANK, BLOCK_R, loop_unroll_factor=1):
                 b_part = load_b(lora_b, expert, cols, col_mask, part, d, RANK, BLOCK_R)
                 v_part = load_v(v, expert, rows, row_mask, part, stride_v, RANK, BLOCK_R)
                 z = tl.dot(b_part, tl.trans(v_part), z, input_precision=PRECISION)

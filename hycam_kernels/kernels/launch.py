@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from ..inputs import ModulationInputs
-from .tables import Config, load_table, select
+from .tables import Config, launch_parameters, load_table, select
 
 # tl.dot needs at least 16 along every dimension
 MIN_DOT = 16
@@ -38,11 +38,15 @@ class Launcher:
 
     def config(self, kernel: str, x: ModulationInputs) -> Config:
         """Block sizes, warps and stages for the call, BLOCK_R cut to the rank."""
-        tokens, d = x.hidden.shape
-        config = select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank)
+        config = launch_parameters(self.table[kernel][self.row(kernel, x)])
         if "BLOCK_R" in config:
             config["BLOCK_R"] = min(config["BLOCK_R"], max(MIN_DOT, triton.next_power_of_2(x.rank)))
         return config
+
+    def row(self, kernel: str, x: ModulationInputs) -> int:
+        """Index of the table's row for the call."""
+        tokens, d = x.hidden.shape
+        return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank)
 
     def arithmetic(self, x: ModulationInputs) -> dict[str, Any]:
         """Compile-time constants of the arithmetic: the sigmoid's reciprocal and the precision of float32 products."""

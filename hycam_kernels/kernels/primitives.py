@@ -75,10 +75,15 @@ def expert_tile(
 ):  # fmt: skip
     """Z_k = scale * (V_k B_k^T + b_k), [BLOCK_T, BLOCK_D] in float32."""
     z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for start in tl.static_range(0, RANK, BLOCK_R):
-        v_tile = load_v(v, expert, rows, row_mask, start, stride_v, RANK, BLOCK_R)
-        b_tile = load_b(lora_b, expert, cols, col_mask, start, d, RANK, BLOCK_R)
+    if RANK <= BLOCK_R:
+        v_tile = load_v(v, expert, rows, row_mask, 0, stride_v, RANK, BLOCK_R)
+        b_tile = load_b(lora_b, expert, cols, col_mask, 0, d, RANK, BLOCK_R)
         z = tl.dot(v_tile, tl.trans(b_tile), z, input_precision=PRECISION)
+    else:
+        for start in tl.range(0, RANK, BLOCK_R, loop_unroll_factor=1):
+            v_tile = load_v(v, expert, rows, row_mask, start, stride_v, RANK, BLOCK_R)
+            b_tile = load_b(lora_b, expert, cols, col_mask, start, d, RANK, BLOCK_R)
+            z = tl.dot(v_tile, tl.trans(b_tile), z, input_precision=PRECISION)
     if lora_b_bias is not None:
         z += load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[None, :]
     return z * scale

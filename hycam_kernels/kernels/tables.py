@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 Config = dict[str, Any]
-Table = dict[str, list[dict[str, Any]]]
+Table = dict[str, list[Config]]
 
+# the table for TRITON_INTERPRET=1, whose cost goes with the number of programs
+INTERPRETER = "interpreter"
 _FOLDER = resources.files("hycam_kernels") / "configs"
 _LIMITS = ("max_tokens", "max_dim", "max_experts", "max_rank")
 
 
 def families() -> list[str]:
-    """Names of the shipped tables."""
-    return sorted(file.name.removesuffix(".json") for file in _FOLDER.iterdir() if file.name.endswith(".json"))
+    """GPU families that have a table."""
+    names = [file.name.removesuffix(".json") for file in _FOLDER.iterdir() if file.name.endswith(".json")]
+    return sorted(set(names) - {INTERPRETER})
 
 
 def family_of(device: torch.device) -> str | None:
@@ -45,15 +48,20 @@ def load_table(family: str) -> Table:
 
 def select(
     table: Table, kernel: str, dtype: torch.dtype, tokens: int, d: int, num_experts: int, rank: int
-) -> Config:
-    """The launch parameters of the first row that takes the call.
+) -> int:
+    """Index of the first of the kernel's rows that takes the call.
 
     Raises:
-        LookupError: no row does; the last row of every kernel in a shipped table is without limits.
+        LookupError: none does; the last row of every kernel in a shipped table is without limits.
     """
     values = dict(zip(_LIMITS, (tokens, d, num_experts, rank), strict=True))
     name = str(dtype).removeprefix("torch.")
-    for row in table[kernel]:
-        if name in row.get("dtypes", [name]) and all(values[limit] <= row.get(limit, values[limit]) for limit in _LIMITS):
-            return {key: value for key, value in row.items() if key != "dtypes" and key not in _LIMITS}
+    for index, row in enumerate(table[kernel]):
+        if name in row.get("dtypes", [name]) and all(values[key] <= row.get(key, values[key]) for key in _LIMITS):
+            return index
     raise LookupError(f"{kernel}: no configuration for {values}, {name}")
+
+
+def launch_parameters(row: Config) -> Config:
+    """A row without its limits."""
+    return {key: value for key, value in row.items() if key != "dtypes" and key not in _LIMITS}

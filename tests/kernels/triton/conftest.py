@@ -5,7 +5,6 @@ The variable must be set before triton is imported, so these tests need a pytest
 """
 
 import os
-import sys
 
 import pytest
 import torch
@@ -22,13 +21,8 @@ if INTERPRETING:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    from hycam_kernels.kernels.primitives import sigmoid
+
+    if INTERPRETING and type(sigmoid).__name__ != "InterpretedFunction":
+        pytest.fail("triton was imported before TRITON_INTERPRET=1 was set: run `pytest tests/kernels/triton` alone")
     return torch.device("cpu" if INTERPRETING else "cuda")
-
-
-def pytest_collection_modifyitems(items):
-    if INTERPRETING and isinstance(sys.modules["triton"].jit(_identity), sys.modules["triton"].JITFunction):
-        raise pytest.UsageError("triton was imported without TRITON_INTERPRET=1: run `pytest tests/kernels/triton` alone")
-
-
-def _identity(x):
-    return x

@@ -1,0 +1,55 @@
+"""Memory in which a stray read gives NaN and a stray write shows.
+
+Every byte around a tensor is 0xFF, which is NaN in each float format.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+BAND = 256
+
+
+class Guards:
+    """Guarded tensors, and the check that nothing around them was written."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device, gap: int = 0) -> Tensor:
+        """Poisoned tensor whose rows (last dimension) are ``gap`` elements apart, with a band on either side."""
+        width = shape[-1] if shape else 1
+        rows = torch.Size(shape[:-1]).numel()
+        count = rows * (width + gap) + 2 * BAND
+        buffer = torch.full((count * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device)
+        wide = buffer.view(dtype)[BAND : count - BAND].view(rows, width + gap)
+        used = torch.zeros(count, dtype=torch.bool, device=device)
+        used[BAND : count - BAND].view(rows, width + gap)[:, :width] = True
+        self.buffers.append((buffer.view(count, dtype.itemsize), used))
+        return wide[:, :width].unflatten(0, shape[:-1]) if len(shape) > 1 else wide[0, :width].reshape(shape)
+
+    def copy(self, tensor: Tensor, gap: int = 0) -> Tensor:
+        guarded = self.empty(*tensor.shape, dtype=tensor.dtype, device=tensor.device, gap=gap)
+        return guarded.copy_(tensor.detach())
+
+    def check(self) -> None:
+        for buffer, used in self.buffers:
+            assert (buffer[~used] == 0xFF).all(), "written outside a tensor"
+
+
+class GuardedAllocations(TorchDispatchMode):
+    """Give guarded memory to every ``torch.empty`` and ``torch.empty_like`` in the block."""
+
+    def __init__(self, guards: Guards) -> None:
+        super().__init__()
+        self.guards = guards
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func not in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default) or not result.numel():
+            return result
+        if not result.is_floating_point():
+            return result
+        self.count += 1
+        return self.guards.empty(*result.shape, dtype=result.dtype, device=result.device)
