@@ -3,11 +3,15 @@
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
 list), ``max_tokens``, ``max_dim``, ``max_experts`` and ``max_rank``; an absent one always holds. The rest of a row is what
 the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and launch-time numbers such as ``SPLITS``.
+A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
+shipped one.
 """
 
 import json
+import os
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +47,9 @@ def family_of_capability(major: int, minor: int) -> str | None:
 
 @cache
 def load_table(family: str) -> Table:
-    return json.loads((_FOLDER / f"{family}.json").read_text())
+    own = Path(os.environ.get("HYCAM_KERNELS_TABLES", ""), f"{family}.json")
+    file = own if "HYCAM_KERNELS_TABLES" in os.environ and own.exists() else _FOLDER / f"{family}.json"
+    return json.loads(file.read_text())
 
 
 def select(
