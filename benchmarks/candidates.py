@@ -9,7 +9,7 @@ import torch
 from hycam_kernels.kernels.tables import family_of, load_table
 from hycam_kernels.tune import DECODE_TOKENS, Size, Tuner, make_call, table_text, winners
 
-from .measure import Session
+from .measure import Session, dtype_name
 from .shapes import DECODE, TRAINING, Shape
 from .structures import measure_structures
 
@@ -27,11 +27,11 @@ def measure_candidates(session: Session, out: Path) -> None:
     (out / f"{family}.json").write_text(table_text(winners(tuner.found, tuner.table)))
 
 
-def search(tuner: Tuner, session: Session, sizes: Sequence[Size]) -> None:
+def search(tuner: Tuner, session: Session, sizes: Sequence[Size], dtype: torch.dtype = DTYPE) -> None:
     """Measure every candidate at every size, as far as the budget lasts."""
 
     def call(size: Size):
-        return make_call(size, DTYPE, session.device, training=size.tokens > DECODE_TOKENS)
+        return make_call(size, dtype, session.device, training=size.tokens > DECODE_TOKENS)
 
     candidates = tuner.candidates(sizes, call)
     for size in sizes:
@@ -44,8 +44,8 @@ def search(tuner: Tuner, session: Session, sizes: Sequence[Size]) -> None:
         tuner.run(size, x, candidates)
         for found in tuner.found[done:]:
             session.add(
-                "candidate", shape, dtype="bfloat16", kernel=found.kernel, row=found.row, **{"pass": found.pass_},
-                median_us=found.median_us, refusal=found.refusal,
+                "candidate", shape, dtype=dtype_name(dtype), **{"pass": found.pass_}, kernel=found.kernel,
+                row=found.row, median_us=found.median_us, refusal=found.refusal,
             )  # fmt: skip
         if not tuner.keep_on():
             session.add("candidate", shape, skipped="out of time: not every candidate was measured")

@@ -1,8 +1,8 @@
 """Device functions that the fusion kernels share.
 
-Tiles are [BLOCK_T tokens, BLOCK_D features]. ``None`` for a tensor is a compile-time constant in Triton: the branches on
-it leave no instruction behind. Expert loops are dynamic (``tl.range(..., loop_unroll_factor=1)``): unrolled they keep
-every expert's tile alive and spill.
+Tiles are [BLOCK_T tokens, BLOCK_D features]. ``None`` for a tensor is a compile-time constant in Triton: the branches
+on it leave no instruction behind. Loops over experts and rank blocks are dynamic (``loop_unroll_factor=1``): unrolled
+they keep every tile alive and spill.
 """
 # ruff: noqa: N803 (compile-time constants are in capitals)
 

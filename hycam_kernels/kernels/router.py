@@ -5,8 +5,8 @@ r"""Router: logits, Gumbel-softmax, and the two token means of the balance loss,
     \mathrm{load} = \frac{1}{n}\sum_t m_t \hat p_t,\quad \mathrm{router\_prob} = \frac{1}{n}\sum_t m_t q_t
 
 with the token mask m, n = max(sum m, 1) and the p that is used: p, or one-hot at its first largest entry. The noise
-g = -log(-log u) comes from Philox at the counter t E + k and is never stored. Sums over tokens run in two stages, blocks
-then their partial sums in a fixed order, without atomics: they are bit-equal from run to run.
+g = -log(-log u) comes from Philox at the counter t E + k and is never stored. Sums over tokens run in two stages,
+blocks then their partial sums in a fixed order, without atomics: they are bit-equal from run to run.
 
 Backward, for the gradients of p (partial sums over column blocks), load and router_prob:
 
@@ -145,7 +145,7 @@ def router_backward_kernel(
     d_p = tl.zeros((BLOCK_T, PADDED_EXPERTS), tl.float32)
     partial = partial_d_probs
     if partial_d_probs is not None:
-        for _ in range(0, partials):
+        for _ in range(partials):
             d_p += tl.load(partial + offsets, mask=mask, other=0.0)
             partial += tl.cast(tokens, tl.int64) * NUM_EXPERTS
     if grad_load is not None:
@@ -272,7 +272,13 @@ def route_reference(
 
 
 def route_backward_reference(
-    d_probs: Tensor, probs: Tensor, logits: Tensor, grad_load: Tensor, grad_router_prob: Tensor, mask: Tensor, tau: float
+    d_probs: Tensor,
+    probs: Tensor,
+    logits: Tensor,
+    grad_load: Tensor,
+    grad_router_prob: Tensor,
+    mask: Tensor,
+    tau: float,
 ) -> Tensor:
     """The backward equation in the tensors' dtype."""
     share = (mask.to(probs.dtype) / mask.sum().clamp_min(1))[:, None]

@@ -1,10 +1,10 @@
 """Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
 
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
-list), ``max_tokens``, ``max_dim``, ``max_experts`` and ``max_rank``; an absent one always holds. The rest of a row is what
-the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and launch-time numbers such as ``SPLITS``.
+list), ``max_tokens``, ``max_dim``, ``max_experts`` and ``max_rank``; an absent one always holds. The rest of a row is
+what the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and ``SPLITS`` of a sum.
 A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
-shipped one.
+shipped one of its family.
 """
 
 import json
@@ -47,14 +47,17 @@ def family_of_capability(major: int, minor: int) -> str | None:
 
 @cache
 def load_table(family: str) -> Table:
-    own = Path(os.environ.get("HYCAM_KERNELS_TABLES", ""), f"{family}.json")
-    file = own if "HYCAM_KERNELS_TABLES" in os.environ and own.exists() else _FOLDER / f"{family}.json"
-    return json.loads(file.read_text())
+    """The user's own table of a family, else the shipped one."""
+    folder = os.environ.get("HYCAM_KERNELS_TABLES")
+    if folder is None:
+        return json.loads((_FOLDER / f"{family}.json").read_text())
+    if not Path(folder).is_dir():
+        raise ValueError(f"HYCAM_KERNELS_TABLES must name a folder of tables, got {folder!r}")
+    own = Path(folder, f"{family}.json")
+    return json.loads((own if own.exists() else _FOLDER / own.name).read_text())
 
 
-def select(
-    table: Table, kernel: str, dtype: torch.dtype, tokens: int, d: int, num_experts: int, rank: int
-) -> int:
+def select(table: Table, kernel: str, dtype: torch.dtype, tokens: int, d: int, num_experts: int, rank: int) -> int:
     """Index of the first of the kernel's rows that takes the call.
 
     Raises:

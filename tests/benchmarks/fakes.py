@@ -1,4 +1,4 @@
-"""A timer that runs the work once and answers with times of its own: the only thing that a test without a GPU replaces."""
+"""A timer that runs the work once and answers with times of its own: all that a test without a GPU replaces."""
 
 import itertools
 from collections.abc import Callable

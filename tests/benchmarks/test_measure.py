@@ -131,7 +131,7 @@ def test_arithmetic_and_traffic_are_those_on_paper():
 
 
 def test_flops_are_those_of_the_products():
-    """Against torch's own counter on the torch backend, whose products are all needed; folding N into A comes on top."""
+    """Against torch's own counter on the torch backend, whose products are all needed; folding N into A adds to it."""
     shape = Shape(512, 64, num_experts=3, rank=16)
     arguments = make_arguments(shape, torch.float32, torch.device("cpu"))
     del arguments["gumbel"]

@@ -1,0 +1,222 @@
+"""Each kernel against the equation beside it, with the configurations of every GPU family; and what it must move."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from hycam_kernels import gumbel_noise, triton_backend
+from hycam_kernels.modulation import _prepare
+from tests.kernels.cases import Case
+
+fusion_forward = pytest.importorskip("hycam_kernels.kernels.fusion_forward")
+from hycam_kernels.kernels import fusion_backward, router  # noqa: E402
+from hycam_kernels.kernels.launch import Launcher  # noqa: E402
+from hycam_kernels.kernels.tables import families, load_table  # noqa: E402
+
+CASES = {
+    "paper": Case((77,), 96, 3, 16),
+    "ragged": Case((70,), 200, 2, 5, biases=True, residual=True, masked=True, options={"scale": 4.0}),
+    "hard": Case((33,), 80, 5, 64, masked=True, options={"hard": True}),
+    "rank-over-a-block": Case((33,), 80, 2, 144, biases=True),
+    "experts-only": Case((33,), 80, 1, 4, shared=False),
+    "shared-only": Case((33,), 80, experts=None, residual=True),
+}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+class Setting:
+    """A call with S, V and p given, and the same tensors in float64 for the equations."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int | None = 7) -> None:
+        arguments = case.make(dtype)
+        arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        if case.experts:
+            arguments["seed"] = seed
+        self.x = _prepare(**arguments, backend="triton")
+        x, T, E = self.x, self.x.hidden.shape[0], self.x.num_experts
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+        self.s = draw(T, case.d).to(dtype) if case.shared else None
+        self.v = draw(T, E * x.rank).to(dtype) if E else None
+        self.probs = torch.softmax(draw(T, E), -1).float()
+        self.logits = draw(T, E).float()
+        self.grad_out = draw(T, case.d).to(dtype)
+        self.mask = x.token_mask if x.token_mask is not None else torch.ones(T, dtype=torch.bool, device=device)
+        used = self.probs
+        if x.hard and E:
+            used = torch.nn.functional.one_hot(self.probs.argmax(-1), E)
+        double = lambda tensor: None if tensor is None else tensor.double()  # noqa: E731
+        self.equation = {
+            "s": double(self.s),
+            "v": double(self.v),
+            "lora_b": double(x.lora_b),
+            "lora_b_bias": double(x.lora_b_bias),
+            "weights": used.double(),
+            "attn_output": x.attn_output.double(),
+            "residual": double(x.residual),
+            "scale": x.scale,
+        }
+
+
+def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """In relative norm, of the whole and of each row against the typical row."""
+    difference = (got.double() - want).reshape(-1, want.shape[-1])
+    size = want.norm() + 1e-30
+    assert difference.norm() <= TOLERANCE[dtype] * size
+    assert difference.norm(dim=-1).max() * difference.shape[0] ** 0.5 <= 8 * TOLERANCE[dtype] * size
+
+
+def launchers() -> list[str]:
+    return ["interpreter", *(pytest.param(family, marks=pytest.mark.slow) for family in families())]
+
+
+@pytest.fixture(params=launchers())
+def launch(request, device) -> Launcher:
+    """The configurations of a family; on a GPU only its own."""
+    own = triton_backend._launcher(device)
+    if request.param == "interpreter":
+        return own
+    if device.type == "cuda":
+        pytest.skip("the tiles of another family needn't fit this GPU")
+    return Launcher(request.param, inline_assembly=False)
+
+
+COVERING = [(name, torch.float32) for name in CASES] + [
+    ("ragged", torch.bfloat16),
+    ("rank-over-a-block", torch.float16),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), COVERING)
+def test_fusion_forward(name, dtype, launch, device):
+    at = Setting(CASES[name], dtype, device)
+    got = fusion_forward.fusion_forward(launch, at.x, at.s, at.v, at.x.lora_b, at.probs)
+    assert_near(got, fusion_forward.fusion_forward_reference(**at.equation), dtype)
+
+
+@pytest.mark.parametrize(("name", "dtype"), COVERING)
+def test_fusion_backward(name, dtype, launch, device):
+    at = Setting(CASES[name], dtype, device)
+    backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.probs)
+    want = fusion_backward.fusion_backward_reference(at.grad_out.double(), **at.equation)
+    d_attn, d_residual, d_s, partial_d_probs = backward.stream(attn=True, residual=at.x.residual is not None)
+    got = {"attn_output": d_attn, "residual": d_residual, "s": d_s}
+    if at.x.num_experts:
+        got |= {"probs": partial_d_probs.sum(0), "v": backward.v()}
+        got["lora_b"], got["lora_b_bias"] = backward.b()
+    checked = {name for name, value in got.items() if value is not None}
+    assert checked >= {"attn_output"} | ({"probs", "v", "lora_b"} if at.x.num_experts else set())
+    for result in checked:
+        assert got[result].isfinite().all(), result
+        assert_near(got[result], want[result], dtype)
+
+
+@pytest.mark.parametrize("noise", ["none", "seed", "explicit"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("paper", torch.float32), ("ragged", torch.bfloat16), ("hard", torch.float32)]
+)
+def test_router(name, dtype, noise, launch, device):
+    at = Setting(CASES[name], dtype, device, seed=7 if noise == "seed" else None)
+    x = at.x
+    drawn = None if noise == "none" else gumbel_noise(7, x.hidden.shape[0], x.num_experts, device)
+    if noise == "explicit":
+        x = x._replace(gumbel=drawn)
+    bias = None if x.router_bias is None else x.router_bias.double()
+    want = router.route_reference(
+        x.hidden.double(), x.router_weight.double(), bias, drawn, x.tau, x.hard, at.mask.double()
+    )
+    for got, expected in zip(router.route(launch, x, x.hidden), want, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("absent", [(), ("load",), ("probs", "router_prob"), ("probs", "load", "router_prob")])
+@pytest.mark.parametrize("name", ["paper", "ragged"])
+def test_router_backward(name, absent, launch, device):
+    at = Setting(CASES[name], torch.float32, device)
+    T, E = at.probs.shape
+    given = {
+        "probs": torch.randn(3, T, E, device=device),
+        "load": torch.randn(E, device=device),
+        "router_prob": torch.randn(E, device=device),
+    }
+    given |= dict.fromkeys(absent)
+    got = router.route_backward(launch, at.x, at.probs, at.logits, *given.values())
+    d_probs, grad_load, grad_router_prob = (
+        torch.zeros(E, dtype=torch.float64, device=device) if value is None else value.double()
+        for value in given.values()
+    )
+    want = router.route_backward_reference(
+        d_probs.sum(0) if d_probs.ndim == 3 else d_probs, at.probs.double(), at.logits.double(),
+        grad_load, grad_router_prob, at.mask.double(), at.x.tau,
+    )  # fmt: skip
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tie_goes_to_the_first_expert(device):
+    """As `torch.argmax` decides it, in the router and in the fusion alike."""
+    at = Setting(CASES["hard"], torch.float32, device, seed=None)
+    x = at.x._replace(router_weight=torch.zeros_like(at.x.router_weight))
+    launch = triton_backend._launcher(device)
+    _, probs, load, _ = router.route(launch, x, x.hidden)
+    assert load.tolist() == [1, 0, 0, 0, 0]
+    got = fusion_forward.fusion_forward(launch, x, at.s, at.v, x.lora_b, probs)
+    first = torch.zeros_like(probs, dtype=torch.float64)
+    first[:, 0] = 1
+    assert_near(got, fusion_forward.fusion_forward_reference(**at.equation | {"weights": first}), torch.float32)
+
+
+class Traffic(Launcher):
+    """Counts the bytes of the tensors that kernels are given, without launching."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__(family, inline_assembly=False)
+        self.bytes: dict[str, int] = {}
+
+    def __call__(self, kernel, grid, config, **arguments) -> None:
+        tensors = (value for value in arguments.values() if isinstance(value, Tensor))
+        self.bytes[kernel.__name__] = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_costs_count_every_tensor_once(residual, device):
+    """At one block a dimension nothing is a partial sum, so what a launch is given is what it must move."""
+    T, d, E, r = 16, 32, 3, 8
+    at = Setting(Case((T,), d, E, r, residual=residual), torch.bfloat16, device, seed=None)
+    launch = Traffic("sm_90")
+    fusion_forward.fusion_forward(launch, at.x, at.s, at.v, at.x.lora_b, at.probs)
+    backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.probs)
+    backward.stream(attn=True, residual=residual)
+    backward.v()
+    backward.b()
+    costs = {
+        "fusion_forward_kernel": fusion_forward.fusion_forward_cost,
+        "stream_grad_kernel": fusion_backward.stream_grad_cost,
+        "v_grad_kernel": fusion_backward.v_grad_cost,
+        "b_grad_kernel": fusion_backward.b_grad_cost,
+    }
+    assert launch.bytes == {name: cost(T, d, E, r, residual=residual).bytes for name, cost in costs.items()}
+    router.route(launch, at.x, at.x.hidden)
+    sums = (2 * E + 2 * E + 2 * E) * 4
+    assert launch.bytes["router_kernel"] == router.route_cost(T, d, E).bytes + 2 * E * 4
+    assert launch.bytes["token_mean_kernel"] == sums - 2 * E * 4
+    router.route_backward(launch, at.x, at.probs, at.logits, at.probs[None], None, None)
+    assert launch.bytes["router_backward_kernel"] == router.route_backward_cost(T, E, 1).bytes
+
+
+@pytest.mark.parametrize("family", [*families(), "interpreter"])
+def test_every_table_takes_every_call(family):
+    table = load_table(family)
+    launcher = Launcher(family, inline_assembly=False)
+    for dtype, tokens, rank in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 10**6), (1, 256)):
+        x = _prepare(**Case((1,), 16, 1, 1).make(dtype))
+        x = x._replace(hidden=torch.empty(tokens, 1, dtype=dtype, device="meta"))
+        x = x._replace(lora_a=torch.empty(16, rank, 1, dtype=dtype, device="meta"))
+        for kernel in table:
+            config = launcher.config(kernel, x)
+            assert all(isinstance(value, int) and value > 0 for value in config.values())
+            assert config.get("BLOCK_R", 16) >= 16
