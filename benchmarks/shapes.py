@@ -23,6 +23,7 @@ class Shape:
 TRAINING = (Shape(8192, 4096), Shape(2400, 2048), Shape(2400, 4096), Shape(8192, 5120), Shape(2400, 3584))
 DECODE = (Shape(1, 4096), Shape(16, 4096), Shape(64, 4096))
 CPU = (Shape(1024, 1024), Shape(300, 512))
+CPU_QUICK = CPU[1]
 # so small that the device always waits for the host
 LAUNCH = Shape(80, 128, rank=16)
 

@@ -142,6 +142,27 @@ def _between_events(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) * 1e3
 
 
+def device_clock(device: torch.device) -> Callable[[], float]:
+    """A clock in seconds of what the device has done: on CUDA each reading waits for all work queued before it."""
+    if device.type == "cpu":
+        return time.perf_counter
+    last = torch.cuda.Event(enable_timing=True)
+    last.record()
+    reading = 0.0
+
+    def read() -> float:
+        nonlocal last, reading
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        # from one reading to the next: events give float32, too coarse since a far origin
+        reading += last.elapsed_time(event) / 1e3
+        last = event
+        return reading
+
+    return read
+
+
 def alternate(samplers: Mapping[str, Sampler], rounds: int, keep_on: Callable[[], bool]) -> dict[str, list[float]]:
     """One sample of each in turn, ``rounds`` times while ``keep_on()``: what disturbs the machine disturbs all."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
