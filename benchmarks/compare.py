@@ -1,9 +1,9 @@
 """``python -m benchmarks.compare OLD NEW [--relative] [--threshold 0.03]``: ratios of two records, and a gate.
 
 Prints new / old of every median with the 95 % interval that its samples leave (bootstrap). Exit status 1 where one of
-the package's own peers is slower or keeps more memory than before beyond threshold and noise, or has no result any more;
-2 for records that can't be compared. On a shared machine use ``--relative``: each sample is divided by that of the
-first peer it took turns with.
+the package's own peers is slower or keeps more memory than before, beyond threshold and noise, or has no result any
+more; 2 for records that can't be compared. On a shared machine use ``--relative``: each sample is divided by that of
+the first peer it took turns with.
 """
 
 import argparse
