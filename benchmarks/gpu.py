@@ -22,7 +22,6 @@ from .kernel_tests import run_tests, wait
 from .measure import (
     Session,
     measure_decode_floors,
-    measure_memory,
     measure_op,
     measure_overhead,
     measure_rates,
@@ -54,7 +53,6 @@ def times_phase(
     for shape in training:
         measure_op(session, shape, dtype, OUR_PEERS)
         measure_op(session, shape, dtype, RELEASED_PEERS)
-        measure_memory(session, shape, dtype, (*OUR_PEERS, *RELEASED_PEERS))
     measure_decode_floors(session, dtype, decode)
     for shape in decode:
         measure_op(
@@ -64,8 +62,6 @@ def times_phase(
     for shape in training:
         for name in COMPILE_SECONDS:
             measure_op(session, shape, dtype, ("fused", name), seconds=COMPILE_SECONDS[name])
-            if session.budget.lasts(COMPILE_SECONDS[name]):
-                measure_memory(session, shape, dtype, (name,))
 
 
 def _times_on_gpu(record: Record, budget: Budget, out: Path) -> None:

@@ -56,7 +56,7 @@ def measure_op(
     group: str = "op",
     seconds: float = 5.0,
 ) -> None:
-    """Check the peers, then time them in turn.
+    """Check the peers, then measure the memory of a training step and time them in turn.
 
     Args:
         names: of peers, all of one variant.
@@ -78,6 +78,8 @@ def measure_op(
     first = make(0)
     sets = [first, *(make(seed) for seed in range(1, sets_beyond_cache(first, session.device)))]
     peers = _right_ones(session, shape, labels, peers, Oracle(first, variant, inference=inference), group)
+    if not inference:
+        _measure_memory(session, shape, dtype, peers, first)
     for timer in session.timers:
         for pass_ in passes:
             _time(session, shape, labels | {"pass": pass_, "method": timer.method}, peers, sets, timer, group)
@@ -132,24 +134,20 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def measure_memory(session: Session, shape: Shape, dtype: torch.dtype, names: Sequence[str]) -> None:
-    """Bytes kept for the backward and, on CUDA, the peak of a training step of the op."""
-    for name in names:
-        if not session.starts(3, "memory", shape, peer=name):
-            return
-        candidate = peer(name)
-        arguments = make_arguments(shape, dtype, session.device, candidate.variant)
-        activation = arguments["hidden"].numel() * arguments["hidden"].element_size()
+def _measure_memory(
+    session: Session, shape: Shape, dtype: torch.dtype, peers: Sequence[Peer], arguments: Arguments
+) -> None:
+    """Bytes kept for the backward and, on CUDA, the peak of a forward and backward."""
+    for candidate in peers:
+        labels = {"dtype": dtype_name(dtype), "peer": candidate.name}
         try:
             kept = kept_bytes(candidate.call, arguments)
             peak = peak_bytes(candidate.call, arguments) if session.device.type == "cuda" else None
         except Exception as error:  # as in timing: one peer's failure is recorded, the others are measured
-            session.add("memory", shape, peer=name, error=_describe(error))
+            session.add("memory", shape, **labels, error=_describe(error))
             continue
-        session.add(
-            "memory", shape, dtype=dtype_name(dtype), peer=name, kept_bytes=kept, peak_bytes=peak,
-            activation_bytes=activation,
-        )  # fmt: skip
+        activation = arguments["hidden"].nbytes
+        session.add("memory", shape, **labels, kept_bytes=kept, peak_bytes=peak, activation_bytes=activation)
 
 
 def measure_rates(session: Session, dtype: torch.dtype, shapes: Sequence[Shape], copy_bytes: int) -> None:

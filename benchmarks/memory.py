@@ -9,7 +9,15 @@ from .peers import Arguments, Outputs, leaves, upstream
 
 
 def kept_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
-    """Bytes of the storages that autograd keeps for the backward, those of the arguments and the outputs left out."""
+    """Bytes that stay for the backward after a forward, the arguments and the outputs left out.
+
+    On CUDA what the allocator holds more than before; on a CPU the storages that autograd saves.
+    """
+    if arguments["hidden"].device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        outputs = call(arguments)
+        return torch.cuda.memory_allocated() - before - sum(output.untyped_storage().nbytes() for output in outputs)
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -163,8 +163,7 @@ def work(call: Callable[[Arguments], Outputs], sets: list[Arguments], pass_: str
         return Work(lambda i: sets[i], call, len(sets))
     if pass_ == "inference":
         return Work(lambda i: sets[i], infer, len(sets))
-    with torch.no_grad():
-        grads = upstream(call(sets[0]))
+    grads = upstream(call(sets[0]))
     inputs = [leaves(arguments) for arguments in sets]
 
     def backward(state: tuple[Outputs, list[Tensor]]) -> tuple[Tensor, ...]:

@@ -73,9 +73,9 @@ def op_ratios(record: Entry) -> str:
         (beside,) = [other for other in timed(record, peer=first) if key(other) == key(entry | {"peer": first})]
         rows.append(
             [size(entry), entry["dtype"], entry["pass"], entry["peer"], time_ms(entry), f"{first}: {time_ms(beside)}",
-             quartiles(relative[key(entry)])]
+             quartiles(relative[key(entry)]), entry["method"]]
         )  # fmt: skip
-    return markdown(["T, d", "dtype", "pass", "peer", "ms", "beside, ms", "ratio [quartiles]"], rows)
+    return markdown(["T, d", "dtype", "pass", "peer", "ms", "beside, ms", "ratio [quartiles]", "clock"], rows)
 
 
 def memory(record: Entry) -> str:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from benchmarks.gpu import times_phase
-from benchmarks.measure import Session, measure_decode_floors, measure_memory, measure_op, measure_rates
+from benchmarks.measure import Session, measure_decode_floors, measure_op, measure_rates
 from benchmarks.peers import Peer, eager, make_arguments, peer
 from benchmarks.record import Budget, Record, environment
 from benchmarks.shapes import PASSES, Shape, decode_traffic, floor_us, flops, traffic
@@ -31,7 +31,7 @@ def test_every_sample_is_recorded(tmp_path):
     session = make_session(tmp_path / "r.json")
     measure_op(session, SHAPE, torch.float32, ("eager", "torch"))
     for name in ("eager", "torch"):
-        entries = of_peer(session, name)
+        entries = [entry for entry in of_peer(session, name) if entry["group"] == "op"]
         assert [entry["pass"] for entry in entries] == list(PASSES)
         for entry in entries:
             assert entry["samples_us"] == [1.0, 2.0, 3.0]
@@ -51,18 +51,16 @@ def test_a_wrong_peer_is_not_timed(tmp_path, monkeypatch):
     (entry,) = of_peer(session, "torch")
     assert "relative error" in entry["wrong"]
     assert "samples_us" not in entry
-    assert len(of_peer(session, "eager")) == 3
+    assert [entry["group"] for entry in of_peer(session, "eager")] == ["memory", *["op"] * 3]
 
 
 def test_a_failing_peer_leaves_the_others(tmp_path):
     """The fused backend can't run on a CPU: its reason is recorded."""
     session = make_session(tmp_path / "r.json")
     measure_op(session, SHAPE, torch.float32, ("fused", "torch"))
-    measure_memory(session, SHAPE, torch.float32, ("fused", "torch"))
-    timed, remembered = of_peer(session, "fused")
-    assert "CUDA device" in timed["error"]
-    assert "CUDA device" in remembered["error"]
-    assert len(of_peer(session, "torch")) == 4
+    (entry,) = of_peer(session, "fused")
+    assert "CUDA device" in entry["error"]
+    assert [entry["group"] for entry in of_peer(session, "torch")] == ["memory", *["op"] * 3]
 
 
 def test_what_does_not_fit_the_budget_is_named(tmp_path):
@@ -92,11 +90,16 @@ def test_host_timer_counts_the_run_alone():
     assert seen == [0, 1, 2, 0, 1, 2]
 
 
+def test_cpu_time_does_not_count_waiting():
+    sample = HostTimer(warmup=0, cpu_time=True).prepare(Work(lambda i: i, lambda state: time.sleep(0.05), sets=1))
+    assert sample() < 25_000
+
+
 def test_memory_is_that_of_the_derivation(tmp_path):
     """The op keeps S, V and the routing; plain autograd more than six times that."""
     session = make_session(tmp_path / "r.json")
     shape = Shape(256, 64, num_experts=3, rank=8)
-    measure_memory(session, shape, torch.bfloat16, ("torch", "torch-recompute", "eager"))
+    measure_op(session, shape, torch.bfloat16, ("torch", "torch-recompute", "eager"), passes=())
     kept = {entry["peer"]: entry["kept_bytes"] for entry in session.record.entries}
     activation = 256 * 64 * 2
     routing = 2 * 256 * 3 * 4 + 2 * 3 * 4  # logits, p, and the two means

@@ -83,7 +83,7 @@ def test_every_number_is_traceable_to_the_record(results):
             entry["samples_us"] = [4000.0, 8000.0, 6000.0]
     path.write_text(json.dumps(record))
     shown = fill(EMPTY, results)
-    assert "| 40, 32 | float32 | both | torch | 6.0 | eager: 0.0 | 4000.00 [2000.00, 4000.00] |" in shown
+    assert "| 40, 32 | float32 | both | torch | 6.0 | eager: 0.0 | 4000.00 [2000.00, 4000.00] | count |" in shown
     assert "`benchmarks/results/cpu/2026-01-01.json`" in shown
     assert "sources ffffffffffff (clean)" in shown
     assert shown.startswith("before\n")
