@@ -19,8 +19,8 @@ _NOTHING_COLLECTED = 5
 def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDER) -> Entry:
     """Run the tests of a folder, those that need triton in shards: counts, failures' names, and whether all passed.
 
-    All passed means: every process ended in time with pytest's success, and at least one test ran. A shard may be
-    empty.
+    All passed means: every process ended in time with pytest's success and its report, and at least one test ran. A shard
+    may be empty.
     """
     triton_folder = folder / "triton"
     jobs: list[tuple[Sequence[str | Path], str]] = []
@@ -34,9 +34,11 @@ def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDE
         running = [_start(*job, report, output) for job, report, output in zip(jobs, reports, outputs, strict=True)]
         codes = [wait(process, start + seconds) for process in running]
         log.write_text("\n".join(output.read_text(errors="replace") for output in outputs))
-        counts = _count(report for report in reports if report.exists())
+        reported = [report for report, code in zip(reports, codes, strict=True) if code is not None and report.exists()]
+        counts = _count(reported)
     in_time = None not in codes
-    passed = in_time and set(codes) <= {0, _NOTHING_COLLECTED} and counts["passed"] > 0 and not counts["failures"]
+    ended = set(codes) <= {0, _NOTHING_COLLECTED} and reported == reports
+    passed = in_time and ended and counts["passed"] > 0 and not counts["failures"]
     return {"passed_all": passed, "in_time": in_time, "seconds": round(time.monotonic() - start, 1)} | counts
 
 

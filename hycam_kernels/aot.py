@@ -10,6 +10,7 @@ argument.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -83,9 +84,10 @@ class Recorder(Launcher):
         self.launches: dict[Launch, None] = {}
         self.used_rows: set[tuple[str, int]] = set()
 
-    def row(self, kernel: str, x: ModulationInputs) -> int:
+    def row(self, kernel: str, x: ModulationInputs) -> int | None:
         index = super().row(kernel, x)
-        self.used_rows.add((kernel, index))
+        if index is not None:
+            self.used_rows.add((kernel, index))
         return index
 
     def unused_rows(self) -> list[tuple[str, int]]:
@@ -119,12 +121,14 @@ def _specialise(kernel, config: dict[str, int], arguments: dict[str, Any]) -> La
 
 def _calls() -> Iterator[ModulationInputs]:
     """The paper's op and the released code's, over the ranks, token counts and dtypes that the tables tell apart."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for tokens in (512, 2400, 8192):
-            for rank in (16, 64, 256):
-                yield _call(tokens, rank, dtype)
-        for rank in (64, 256):
-            yield _call(2400, rank, dtype, released=True)
+    for dtype, tokens, rank in itertools.product((torch.bfloat16, torch.float32), (512, 2400, 8192), (64, 256)):
+        yield _call(tokens, rank, dtype)
+    for experts, tokens in itertools.product((1, 16), (512, 2400, 8192)):
+        yield _call(tokens, 64, torch.bfloat16, experts=experts)
+    for rank in (16, 64, 256):
+        yield _call(2400, rank, torch.bfloat16, released=True)
+    yield _call(2400, 16, torch.bfloat16)
+    yield _call(2400, 64, torch.float32, released=True)
     yield _call(2400, 64, torch.float16)
     yield _call(2400, 64, torch.bfloat16, shared=False)
     yield _call(2400, 0, torch.bfloat16)

@@ -134,7 +134,7 @@ def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor
     hidden = x.hidden.to(x.compute_dtype)
     s, v = _shared_product(x, hidden), _folded_product(x, hidden)
     logits, probs, load, router_prob = route(launch, x, hidden)
-    out = fusion_forward(launch, x, s, v, _cast(x, x.lora_b), probs)
+    out = fusion_forward(launch, x, s, v, _cast(x, x.lora_b), _used_weights(x, probs))
     saved = Saved(
         s if x.keep and s is not None else hidden.new_empty(0),
         v if x.keep and v is not None else hidden.new_empty(0),
@@ -170,19 +170,23 @@ def run_backward(
         v = saved.v if saved.v.numel() else _folded_product(x, hidden)
         if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
-        fusion = FusionBackward(launch, x, grad_out, s, v, _cast(x, x.lora_b), saved.probs)
-        grads["attn_output"], grads["residual"], d_s, partial_d_probs = fusion.stream(
-            attn=need["attn_output"], residual=need["residual"]
-        )
+        fusion = FusionBackward(launch, x, grad_out, s, v, _cast(x, x.lora_b), _used_weights(x, saved.probs))
+        folded_wanted = any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias"))
+        v_wanted = v is not None and (need["hidden"] or folded_wanted)
+        d_v = None
+        streams = {"attn": need["attn_output"], "residual": need["residual"]}
+        if v_wanted and launch.takes("row_grad", x):
+            grads["attn_output"], grads["residual"], d_s, partial_d_probs, d_v = fusion.stream_and_v(**streams)
+        else:
+            grads["attn_output"], grads["residual"], d_s, partial_d_probs = fusion.stream(**streams)
+            d_v = fusion.v() if v_wanted else None
         if d_s is not None and x.shared_weight is not None:
             products.append((d_s, x.shared_weight.to(x.compute_dtype)))
             if need["shared_weight"]:
                 grads["shared_weight"] = d_s.T @ hidden
             if need["shared_bias"]:
                 grads["shared_bias"] = d_s.sum(0, dtype=torch.float32)
-        folded_wanted = any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias"))
-        if v is not None and (need["hidden"] or folded_wanted):
-            d_v = fusion.v()
+        if d_v is not None:
             products.append((d_v, fold(x)[0]))
             if folded_wanted:
                 d_folded = (d_v.T @ hidden).to(torch.float32)
@@ -224,6 +228,13 @@ def _shared_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
 def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
     """V = h M^T + bias, [T, E r]; None without experts."""
     return None if x.lora_a is None else F.linear(hidden, *fold(x))
+
+
+def _used_weights(x: ModulationInputs, probs: Tensor) -> Tensor:
+    """p as the output uses it: soft, or one-hot at the first largest entry."""
+    if not (x.hard and x.num_experts):
+        return probs
+    return torch.zeros_like(probs).scatter_(1, probs.argmax(-1, keepdim=True), 1)
 
 
 def _sum_of_products(products: list[tuple[Tensor, Tensor]]) -> Tensor | None:

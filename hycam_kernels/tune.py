@@ -5,7 +5,8 @@
 The table is used by processes that have ``HYCAM_KERNELS_TABLES=FOLDER`` in their environment. Candidates of a kernel
 are the rows that the present table picks at the measured sizes and their neighbours, one number changed. A candidate is
 timed as part of the whole pass, as a CUDA graph; one that spills registers, fails to compile, or changes the pass's
-results by more than a rounding can't win.
+results by more than a rounding can't win. Where a table may leave a kernel out, so that others do its work, leaving it
+out is a candidate too.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch import Tensor
 from . import triton_backend
 from .inputs import DIFFERENTIABLE, ModulationInputs
 from .kernels.launch import Launcher
-from .kernels.tables import Config, Table, family_of, launch_parameters, load_table
+from .kernels.tables import Config, Table, family_of, launch_parameters, load_table, select
 from .modulation import _prepare
 
 # a candidate must be this much faster than the shipped row to replace it
@@ -35,6 +36,9 @@ ROUNDING = 2**-7
 DECODE_TOKENS = 64
 _WHOLE_NUMBERS = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4), "SPLITS": (1, 2, 3, 4, 6, 8)}
 _BLOCKS = (16, 32, 64, 128, 256)
+# kernels that a table may leave out; LEFT_OUT stands for the row of one that it leaves out
+OPTIONAL = ("row_grad",)
+LEFT_OUT: Config = {}
 
 
 class Size(NamedTuple):
@@ -66,10 +70,12 @@ class RowLauncher(Launcher):
         self.asked: dict[str, Config] = {}
         self.spills: dict[str, int] = {}
 
-    def row(self, kernel: str, x: ModulationInputs) -> int:
-        index = super().row(kernel, x)
+    def config(self, kernel: str, x: ModulationInputs) -> Config:
+        config = super().config(kernel, x)
+        index = self.row(kernel, x)
+        assert index is not None
         self.asked[kernel] = launch_parameters(self.table[kernel][index])
-        return index
+        return config
 
     def __call__(self, kernel, grid, config, **arguments) -> None:
         compiled = kernel[grid](**arguments, **config)
@@ -165,52 +171,63 @@ class Tuner:
         """By kernel, without repetition: the rows that the sizes pick now, then their neighbours."""
         by_kernel: dict[str, list[Config]] = {}
         for size in sizes:
-            for kernel, row in self._asked(calls(size), training=size.tokens > DECODE_TOKENS).items():
-                rows = by_kernel.setdefault(kernel, [])
-                rows += [row] if row not in rows else []
+            x = calls(size)
+            for table in self._structures():
+                for kernel, row in self._asked(x, table, training=size.tokens > DECODE_TOKENS).items():
+                    rows = by_kernel.setdefault(kernel, [])
+                    rows += [row] if row not in rows else []
         for rows in by_kernel.values():
             for row in list(rows):
                 rows += [candidate for candidate in neighbours(row) if candidate not in rows]
         return by_kernel
 
-    def _asked(self, x: ModulationInputs, *, training: bool) -> dict[str, Config]:
-        launch = self._launcher()
+    def _structures(self) -> list[Table]:
+        """The table, and without each kernel that it may leave out."""
+        return [self.table, *(_without(self.table, kernel) for kernel in OPTIONAL if kernel in self.table)]
+
+    def _asked(self, x: ModulationInputs, table: Table, *, training: bool) -> dict[str, Config]:
+        launch = RowLauncher(table, inline_assembly=self.inline_assembly)
         for run in make_passes(x, training=training).values():
             run(launch)
         return launch.asked
-
-    def _launcher(self, **rows: Config) -> RowLauncher:
-        """A launcher with other rows for the kernels named."""
-        table = self.table | {kernel: [row] for kernel, row in rows.items()}
-        return RowLauncher(table, inline_assembly=self.inline_assembly)
 
     def compile_ahead(self, size: Size, x: ModulationInputs, candidates: dict[str, list[Config]], workers: int) -> None:
         """Compile the candidates of the kernels that this size launches in parallel threads, into triton's cache."""
         import triton
 
         training = size.tokens > DECODE_TOKENS
-        asked = self._asked(x, training=training)
+        asked = [(table, kernel) for table in self._structures() for kernel in self._asked(x, table, training=training)]
+        passes = make_passes(x, training=training).values()
         with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-            for kernel in asked:
+            for table, kernel in asked:
                 for row in candidates[kernel]:
-                    launch = WarmUpLauncher(self.table | {kernel: [row]}, inline_assembly=self.inline_assembly)
-                    for run in make_passes(x, training=training).values():
+                    launch = WarmUpLauncher(table | {kernel: [row]}, inline_assembly=self.inline_assembly)
+                    for run in passes:
                         run(launch)
 
     def run(self, size: Size, x: ModulationInputs, candidates: dict[str, list[Config]]) -> None:
         """Measure every candidate of the kernels that this size launches."""
         for pass_, run in make_passes(x, training=size.tokens > DECODE_TOKENS).items():
-            shipped = self._launcher()
+            shipped = RowLauncher(self.table, inline_assembly=self.inline_assembly)
             expected = [result.clone() for result in run(shipped)]
-            for kernel in shipped.asked:
-                for row in candidates[kernel]:
-                    if not self.keep_on():
-                        return
-                    self.found.append(self._measure(kernel, pass_, size, row, run, expected))
+            plan = [(kernel, row, self.table) for kernel in shipped.asked for row in candidates[kernel]]
+            for optional in OPTIONAL:
+                if optional in shipped.asked:
+                    table = _without(self.table, optional)
+                    others = RowLauncher(table, inline_assembly=self.inline_assembly)
+                    run(others)
+                    plan.append((optional, LEFT_OUT, table))
+                    only_there = [kernel for kernel in others.asked if kernel not in shipped.asked]
+                    plan += [(kernel, row, table) for kernel in only_there for row in candidates[kernel]]
+            for kernel, row, table in plan:
+                if not self.keep_on():
+                    return
+                self.found.append(self._measure(Measurement(kernel, pass_, size, row), table, run, expected))
 
-    def _measure(self, kernel, pass_, size, row, run, expected: list[Tensor]) -> Measurement:
-        result = Measurement(kernel, pass_, size, row)
-        launch = self._launcher(**{kernel: row})
+    def _measure(self, result: Measurement, table: Table, run, expected: list[Tensor]) -> Measurement:
+        if result.row != LEFT_OUT:
+            table = table | {result.kernel: [result.row]}
+        launch = RowLauncher(table, inline_assembly=self.inline_assembly)
         try:
             got = run(launch)
             result.refusal = _difference(got, expected) or _spill(launch.spills)
@@ -236,23 +253,36 @@ def _spill(spills: dict[str, int]) -> str | None:
     return f"spills registers: {spilled}" if spilled else None
 
 
+def _without(table: Table, kernel: str) -> Table:
+    return {name: rows for name, rows in table.items() if name != kernel}
+
+
 def winners(found: Sequence[Measurement], table: Table) -> Table:
     """The table with the best row of each kernel, by range of tokens, before its present rows.
 
     Ranges end at the power of two after each measured number of tokens; the largest has no end. Within a range the row
-    wins whose times, relative to each size's best, have the smallest geometric mean over all sizes of the range.
-    Winning rows are for 16-bit floats and ranks up to the largest measured; earlier rows of the same limits go.
+    with the smallest geometric mean of times wins. Winning rows take 16-bit floats, ranks up to the largest measured,
+    and what else the present row is limited to; earlier rows of the same limits go. An optional kernel that is better
+    left out over all sizes loses all its rows.
     """
     tuned = {kernel: list(rows) for kernel, rows in table.items()}
     for kernel in dict.fromkeys(m.kernel for m in found):
         measured = [m for m in found if m.kernel == kernel]
+        if _best(measured, table) == LEFT_OUT:
+            del tuned[kernel]
+            continue
+        measured = [m for m in measured if m.row != LEFT_OUT]
         tokens = sorted({m.size.tokens for m in measured})
         rows: list[Config] = []
         for index, count in enumerate(tokens):
-            best = _best([m for m in measured if m.size.tokens == count])
+            of_range = [m for m in measured if m.size.tokens == count]
+            best = _best(of_range, table)
             if best is None:
                 continue
-            limits: Config = {"dtypes": ["bfloat16", "float16"], "max_rank": max(m.size.rank for m in measured)}
+            limits: Config = {"dtypes": ["bfloat16", "float16"]}
+            limits |= _limits(_present(table, of_range[0]))
+            limits["max_rank"] = min(limits.get("max_rank", 1 << 30), max(m.size.rank for m in measured))
+            limits.pop("max_tokens", None)
             if index + 1 < len(tokens):
                 limits["max_tokens"] = 1 << (count - 1).bit_length()
             rows.append(limits | best)
@@ -262,19 +292,27 @@ def winners(found: Sequence[Measurement], table: Table) -> Table:
     return tuned
 
 
-def _best(measured: list[Measurement]) -> Config | None:
-    """The fastest row over all the sizes; the first, which is the shipped one, unless another is worth the change."""
+def _present(table: Table, m: Measurement) -> Config:
+    """The row that the table has for a measurement's kernel and size, its limits included."""
+    index = select(table, m.kernel, torch.bfloat16, *m.size)
+    return {} if index is None else table[m.kernel][index]
+
+
+def _best(measured: list[Measurement], table: Table) -> Config | None:
+    """The fastest row over all the sizes; the present one of the first size, unless another is worth the change."""
     sizes = list(dict.fromkeys(m.size for m in measured))
     times: dict[str, dict[Size, float]] = {}
     for m in measured:
         if m.median_us is not None:
             times.setdefault(json.dumps(m.row), {})[m.size] = m.median_us
-    complete = {row: by_size for row, by_size in times.items() if len(by_size) == len(sizes)}
-    if not complete:
+    means = {
+        row: statistics.geometric_mean(by_size.values()) for row, by_size in times.items() if len(by_size) == len(sizes)
+    }
+    if not means:
         return None
-    means = {row: statistics.geometric_mean(by_size.values()) for row, by_size in complete.items()}
-    first, fastest = next(iter(means)), min(means, key=means.__getitem__)
-    return json.loads(fastest if means[fastest] < WORTHWHILE * means[first] else first)
+    fastest = min(means, key=means.__getitem__)
+    present = json.dumps(launch_parameters(_present(table, measured[0])))
+    return json.loads(present if means[fastest] >= WORTHWHILE * means.get(present, float("inf")) else fastest)
 
 
 def _merge_equal(rows: list[Config]) -> list[Config]:

@@ -9,197 +9,24 @@ With F = G \odot x, the gradient of A_fusion, and Z_k = s (V_k B_k^T + b_k), whi
     D_k &= s\,p_k\, F \odot \mathrm{SiLU}'(Z_k),\quad \bar V_k = D_k B_k && \text{v\_grad\_kernel} \\
     \bar B_k &= D_k^T V_k,\quad \bar b_k = \textstyle\sum_t D_{kt} && \text{b\_grad\_kernel}
 
-Sums that cross programs (p over column blocks, V over splits of d, B over splits of T) are partial sums in float32,
-added in a fixed order: no atomics.
+`row_grad_kernel` makes the first two in one pass, with Z_k once instead of twice; the table of the GPU family says for
+which calls (it keeps every expert's sums in registers). Sums that cross programs (p over column blocks or splits of d,
+V over splits of d, B over splits of T) are partial sums in float32, added in a fixed order: no atomics.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..inputs import ModulationInputs
 from .cost import Cost
-from .launch import Launcher, padded_experts, row_stride
-from .primitives import (
-    chosen_expert,
-    expert_tile,
-    load_b,
-    load_expert_bias,
-    load_stream,
-    load_tile,
-    load_v,
-    load_weight,
-    sigmoid,
-    silu_derivative,
-)
-
-
-@triton.jit
-def stream_grad_kernel(
-    grad_out, s, v, lora_b, lora_b_bias, probs, attn_output, residual, d_attn, d_residual, d_s, partial_d_probs,
-    tokens, d, stride_grad, stride_s, stride_v, stride_attn, stride_residual, scale,
-    NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, RANK: tl.constexpr, HARD: tl.constexpr,
-    FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    column_blocks = tl.cdiv(d, BLOCK_D)
-    column_block = tl.program_id(0) % column_blocks
-    rows = tl.program_id(0) // column_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    row_mask = rows < tokens
-    col_mask = cols < d
-    mask = row_mask[:, None] & col_mask[None, :]
-
-    grad = load_tile(grad_out, rows[:, None], cols[None, :], stride_grad, mask)
-    stream = load_stream(attn_output, residual, rows[:, None], cols[None, :], stride_attn, stride_residual, mask)
-    d_fusion = grad * stream
-    contiguous = rows.to(tl.int64)[:, None] * d + cols[None, :]
-
-    fusion = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    if s is not None:
-        s_tile = load_tile(s, rows[:, None], cols[None, :], stride_s, mask)
-        gate = sigmoid(s_tile, FAST_RECIPROCAL)
-        fusion = s_tile * gate
-        tl.store(d_s + contiguous, (d_fusion * silu_derivative(fusion, gate)).to(d_s.dtype.element_ty), mask=mask)
-    if NUM_EXPERTS > 0:
-        chosen = 0
-        if HARD:
-            chosen = chosen_expert(probs, rows, row_mask, NUM_EXPERTS, PADDED_EXPERTS)
-        partial = partial_d_probs + (column_block.to(tl.int64) * tokens + rows) * NUM_EXPERTS
-        for expert in tl.range(0, NUM_EXPERTS, loop_unroll_factor=1):
-            z = expert_tile(
-                v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
-                RANK, BLOCK_T, BLOCK_D, BLOCK_R, PRECISION,
-            )  # fmt: skip
-            activation = z * sigmoid(z, FAST_RECIPROCAL)
-            tl.store(partial + expert, tl.sum(d_fusion * activation, 1), mask=row_mask)
-            weight = load_weight(probs, chosen, expert, rows, row_mask, NUM_EXPERTS, HARD)
-            fusion += weight[:, None] * activation
-
-    # read again: held through the loop it would cost a tile of registers
-    grad = load_tile(grad_out, rows[:, None], cols[None, :], stride_grad, mask)
-    through_stream = grad * fusion
-    if d_residual is not None:
-        tl.store(d_residual + contiguous, through_stream.to(d_residual.dtype.element_ty), mask=mask)
-    if d_attn is not None:
-        tl.store(d_attn + contiguous, (grad + through_stream).to(d_attn.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def v_grad_kernel(
-    grad_out, v, lora_b, lora_b_bias, probs, attn_output, residual, partial_d_v,
-    tokens, d, columns, stride_grad, stride_v, stride_attn, stride_residual, scale,
-    NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, RANK: tl.constexpr, HARD: tl.constexpr,
-    FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One (expert, rank block, token block) over ``columns`` features from split program_id(1) on."""
-    rank_blocks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-    expert = tl.program_id(0) % NUM_EXPERTS
-    rank_start = tl.program_id(0) // NUM_EXPERTS % rank_blocks * BLOCK_R
-    rows = tl.program_id(0) // (NUM_EXPERTS * rank_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
-    split = tl.program_id(1)
-    row_mask = rows < tokens
-    chosen = 0
-    if HARD:
-        chosen = chosen_expert(probs, rows, row_mask, NUM_EXPERTS, PADDED_EXPERTS)
-    weight = load_weight(probs, chosen, expert, rows, row_mask, NUM_EXPERTS, HARD) * scale
-    if rank_blocks == 1:
-        v_tile = load_v(v, expert, rows, row_mask, 0, stride_v, RANK, BLOCK_R)
-
-    d_v = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    end = tl.minimum((split + 1) * columns, d)
-    for start in range(split * columns, end, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        col_mask = cols < end
-        mask = row_mask[:, None] & col_mask[None, :]
-        grad = load_tile(grad_out, rows[:, None], cols[None, :], stride_grad, mask)
-        stream = load_stream(attn_output, residual, rows[:, None], cols[None, :], stride_attn, stride_residual, mask)
-        b_tile = load_b(lora_b, expert, cols, col_mask, rank_start, d, RANK, BLOCK_R)
-        if rank_blocks == 1:
-            z = tl.dot(v_tile, tl.trans(b_tile), input_precision=PRECISION)
-            if lora_b_bias is not None:
-                z += load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[None, :]
-            z *= scale
-        else:
-            z = expert_tile(
-                v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
-                RANK, BLOCK_T, BLOCK_D, BLOCK_R, PRECISION,
-            )  # fmt: skip
-        gate = sigmoid(z, FAST_RECIPROCAL)
-        d_z = grad * stream * weight[:, None] * silu_derivative(z * gate, gate)
-        d_v = tl.dot(d_z.to(b_tile.dtype), b_tile, d_v, input_precision=PRECISION)
-
-    ranks = rank_start + tl.arange(0, BLOCK_R)
-    offsets = (split.to(tl.int64) * tokens + rows)[:, None] * (NUM_EXPERTS * RANK) + expert * RANK + ranks[None, :]
-    tl.store(partial_d_v + offsets, d_v, mask=row_mask[:, None] & (ranks < RANK)[None, :])
-
-
-@triton.jit
-def b_grad_kernel(
-    grad_out, v, lora_b, lora_b_bias, probs, attn_output, residual, partial_d_b, partial_d_bias,
-    tokens, d, tokens_per_split, stride_grad, stride_v, stride_attn, stride_residual, scale,
-    NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, RANK: tl.constexpr, HARD: tl.constexpr,
-    FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One (expert, rank block, feature block) over the tokens of split program_id(1).
-
-    Tiles are transposed, [BLOCK_D, BLOCK_T]: Z^T = B V^T, so that dZ^T is the second product's left operand as it lies.
-    """
-    rank_blocks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-    expert = tl.program_id(0) % NUM_EXPERTS
-    rank_start = tl.program_id(0) // NUM_EXPERTS % rank_blocks * BLOCK_R
-    cols = tl.program_id(0) // (NUM_EXPERTS * rank_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1)
-    col_mask = cols < d
-    if rank_blocks == 1:
-        b_tile = load_b(lora_b, expert, cols, col_mask, 0, d, RANK, BLOCK_R)
-
-    d_b = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
-    d_bias = tl.zeros((BLOCK_D,), tl.float32)
-    end = tl.minimum((split + 1) * tokens_per_split, tokens)
-    for start in range(split * tokens_per_split, end, BLOCK_T):
-        rows = start + tl.arange(0, BLOCK_T)
-        row_mask = rows < end
-        mask = col_mask[:, None] & row_mask[None, :]
-        grad = load_tile(grad_out, rows[None, :], cols[:, None], stride_grad, mask)
-        stream = load_stream(attn_output, residual, rows[None, :], cols[:, None], stride_attn, stride_residual, mask)
-        v_tile = load_v(v, expert, rows, row_mask, rank_start, stride_v, RANK, BLOCK_R)
-        if rank_blocks == 1:
-            z = tl.dot(b_tile, tl.trans(v_tile), input_precision=PRECISION)
-        else:
-            z = tl.zeros((BLOCK_D, BLOCK_T), tl.float32)
-            for part in tl.range(0, RANK, BLOCK_R, loop_unroll_factor=1):
-                b_part = load_b(lora_b, expert, cols, col_mask, part, d, RANK, BLOCK_R)
-                v_part = load_v(v, expert, rows, row_mask, part, stride_v, RANK, BLOCK_R)
-                z = tl.dot(b_part, tl.trans(v_part), z, input_precision=PRECISION)
-        if lora_b_bias is not None:
-            z += load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[:, None]
-        z *= scale
-        chosen = 0
-        if HARD:
-            chosen = chosen_expert(probs, rows, row_mask, NUM_EXPERTS, PADDED_EXPERTS)
-        weight = load_weight(probs, chosen, expert, rows, row_mask, NUM_EXPERTS, HARD) * scale
-        gate = sigmoid(z, FAST_RECIPROCAL)
-        d_z = grad * stream * weight[None, :] * silu_derivative(z * gate, gate)
-        if partial_d_bias is not None:
-            d_bias += tl.sum(d_z, 1)
-        d_b = tl.dot(d_z.to(v_tile.dtype), v_tile, d_b, input_precision=PRECISION)
-
-    ranks = rank_start + tl.arange(0, BLOCK_R)
-    features = (split.to(tl.int64) * NUM_EXPERTS + expert) * d + cols
-    mask = col_mask[:, None] & (ranks < RANK)[None, :]
-    tl.store(partial_d_b + features[:, None] * RANK + ranks[None, :], d_b, mask=mask)
-    if partial_d_bias is not None:
-        tl.store(partial_d_bias + features, d_bias, mask=col_mask & (rank_start == 0))
+from .fusion_backward_kernels import b_grad_kernel, row_grad_kernel, stream_grad_kernel, v_grad_kernel
+from .launch import Launcher, row_stride
 
 
 class FusionBackward:
-    """Launches the backward kernels of one call; every tensor as the forward had it, grad_out [T, d]."""
+    """Launches the backward kernels of one call; grad_out [T, d], the other tensors as the forward had them."""
 
     def __init__(
         self,
@@ -209,7 +36,7 @@ class FusionBackward:
         s: Tensor | None,
         v: Tensor | None,
         lora_b: Tensor | None,
-        probs: Tensor,
+        weights: Tensor,
     ) -> None:
         self.launch = launch
         self.x = x
@@ -219,7 +46,7 @@ class FusionBackward:
             "v": v,
             "lora_b": lora_b,
             "lora_b_bias": x.lora_b_bias,
-            "probs": probs,
+            "weights": weights,
             "attn_output": x.attn_output,
             "residual": x.residual,
             "tokens": grad_out.shape[0],
@@ -230,9 +57,7 @@ class FusionBackward:
             "stride_residual": row_stride(x.residual),
             "scale": x.scale,
             "NUM_EXPERTS": x.num_experts,
-            "PADDED_EXPERTS": padded_experts(x.num_experts),
             "RANK": x.rank,
-            "HARD": x.hard,
             **launch.arithmetic(x),
         }
 
@@ -247,9 +72,7 @@ class FusionBackward:
         tokens, d = x.hidden.shape
         config = self.launch.config("stream_grad", x)
         column_blocks = triton.cdiv(d, config["BLOCK_D"])
-        d_attn = self._empty(tokens, d, dtype=x.attn_output.dtype) if attn else None
-        d_residual = self._empty(tokens, d, dtype=x.residual.dtype) if residual and x.residual is not None else None
-        d_s = None if self.s is None else self._empty(tokens, d, dtype=x.compute_dtype)
+        d_attn, d_residual, d_s = self._stream_grads(attn, residual)
         partial_d_probs = self._empty(column_blocks, tokens, x.num_experts) if x.num_experts else None
         self.launch(
             stream_grad_kernel,
@@ -264,6 +87,41 @@ class FusionBackward:
             **self.arguments,
         )
         return d_attn, d_residual, d_s, partial_d_probs
+
+    def stream_and_v(
+        self, *, attn: bool, residual: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
+        """What `stream` and `v` give, by one kernel; p's gradient in parts over splits of d."""
+        x = self.x
+        tokens, d = x.hidden.shape
+        config = self.launch.config("row_grad", x)
+        columns, splits = _split(d, config.pop("SPLITS"), config["BLOCK_D"])
+        d_attn, d_residual, d_s = self._stream_grads(attn, residual)
+        partial_d_probs = self._empty(splits, tokens, x.num_experts)
+        partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
+        self.launch(
+            row_grad_kernel,
+            (triton.cdiv(tokens, config["BLOCK_T"]), splits),
+            config,
+            s=self.s,
+            d_attn=d_attn,
+            d_residual=d_residual,
+            d_s=d_s,
+            partial_d_probs=partial_d_probs,
+            partial_d_v=partial_d_v,
+            columns=columns,
+            stride_s=row_stride(self.s),
+            **self.arguments,
+        )
+        return d_attn, d_residual, d_s, partial_d_probs, _add_parts(partial_d_v).to(x.compute_dtype)
+
+    def _stream_grads(self, attn: bool, residual: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, shape = self.x, self.x.hidden.shape
+        return (
+            self._empty(*shape, dtype=x.attn_output.dtype) if attn else None,
+            self._empty(*shape, dtype=x.residual.dtype) if residual and x.residual is not None else None,
+            None if self.s is None else self._empty(*shape, dtype=x.compute_dtype),
+        )
 
     def v(self) -> Tensor:
         """Gradient of V, [T, E r] in the compute dtype."""
@@ -350,6 +208,13 @@ def stream_grad_cost(tokens: int, d: int, num_experts: int, rank: int, *, residu
         2 * tokens * d * num_experts * rank,
         (1 + num_experts) * tokens * d,
     )
+
+
+def row_grad_cost(tokens: int, d: int, num_experts: int, rank: int, *, residual=False, itemsize=2) -> Cost:
+    """What `stream_grad_cost` and `v_grad_cost` count, with G, h_att (h_in), V, B and p read, and Z made, once."""
+    stream = stream_grad_cost(tokens, d, num_experts, rank, residual=residual, itemsize=itemsize)
+    products = tokens * num_experts * rank
+    return Cost(stream.bytes + 4 * products, 4 * d * products, stream.sigmoids)
 
 
 def v_grad_cost(tokens: int, d: int, num_experts: int, rank: int, *, residual=False, itemsize=2) -> Cost:

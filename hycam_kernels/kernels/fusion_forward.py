@@ -16,16 +16,15 @@ from torch import Tensor
 
 from ..inputs import ModulationInputs
 from .cost import Cost
-from .launch import Launcher, padded_experts, row_stride
-from .primitives import chosen_expert, expert_tile, load_tile, load_weight, sigmoid
+from .launch import Launcher, row_stride
+from .primitives import expert_tile, load_tile, load_weight, sigmoid
 
 
 @triton.jit
 def fusion_forward_kernel(
-    s, v, lora_b, lora_b_bias, probs, attn_output, residual, out,
+    s, v, lora_b, lora_b_bias, weights, attn_output, residual, out,
     tokens, d, stride_s, stride_v, stride_attn, stride_residual, scale,
-    NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, RANK: tl.constexpr, HARD: tl.constexpr,
-    FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     column_blocks = tl.cdiv(d, BLOCK_D)
@@ -40,15 +39,12 @@ def fusion_forward_kernel(
         s_tile = load_tile(s, rows[:, None], cols[None, :], stride_s, mask)
         fusion = s_tile * sigmoid(s_tile, FAST_RECIPROCAL)
     if NUM_EXPERTS > 0:
-        chosen = 0
-        if HARD:
-            chosen = chosen_expert(probs, rows, row_mask, NUM_EXPERTS, PADDED_EXPERTS)
         for expert in tl.range(0, NUM_EXPERTS, loop_unroll_factor=1):
             z = expert_tile(
                 v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
                 RANK, BLOCK_T, BLOCK_D, BLOCK_R, PRECISION,
             )  # fmt: skip
-            weight = load_weight(probs, chosen, expert, rows, row_mask, NUM_EXPERTS, HARD)
+            weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
             fusion += weight[:, None] * (z * sigmoid(z, FAST_RECIPROCAL))
 
     attn = load_tile(attn_output, rows[:, None], cols[None, :], stride_attn, mask)
@@ -60,9 +56,9 @@ def fusion_forward_kernel(
 
 
 def fusion_forward(
-    launch: Launcher, x: ModulationInputs, s: Tensor | None, v: Tensor | None, lora_b: Tensor | None, probs: Tensor
+    launch: Launcher, x: ModulationInputs, s: Tensor | None, v: Tensor | None, lora_b: Tensor | None, weights: Tensor
 ) -> Tensor:
-    """h_out [T, d] in attn_output's dtype from S [T, d], V [T, E r], contiguous B [E, d, r] and p [T, E]."""
+    """h_out [T, d] in attn_output's dtype from S [T, d], V [T, E r], contiguous B [E, d, r] and the used p [T, E]."""
     tokens, d = x.hidden.shape
     out = torch.empty(tokens, d, dtype=x.attn_output.dtype, device=x.hidden.device)
     config = launch.config("fusion_forward", x)
@@ -74,7 +70,7 @@ def fusion_forward(
         v=v,
         lora_b=lora_b,
         lora_b_bias=x.lora_b_bias,
-        probs=probs,
+        weights=weights,
         attn_output=x.attn_output,
         residual=x.residual,
         out=out,
@@ -86,9 +82,7 @@ def fusion_forward(
         stride_residual=row_stride(x.residual),
         scale=x.scale,
         NUM_EXPERTS=x.num_experts,
-        PADDED_EXPERTS=padded_experts(x.num_experts),
         RANK=x.rank,
-        HARD=x.hard,
         **launch.arithmetic(x),
     )
     return out

@@ -38,13 +38,20 @@ class Launcher:
 
     def config(self, kernel: str, x: ModulationInputs) -> Config:
         """Block sizes, warps and stages for the call, BLOCK_R cut to the rank."""
-        config = launch_parameters(self.table[kernel][self.row(kernel, x)])
+        index = self.row(kernel, x)
+        if index is None:
+            raise LookupError(f"{kernel}: no configuration for {tuple(x.hidden.shape)}, {x.num_experts} x {x.rank}")
+        config = launch_parameters(self.table[kernel][index])
         if "BLOCK_R" in config:
             config["BLOCK_R"] = min(config["BLOCK_R"], max(MIN_DOT, triton.next_power_of_2(x.rank)))
         return config
 
-    def row(self, kernel: str, x: ModulationInputs) -> int:
-        """Index of the table's row for the call."""
+    def takes(self, kernel: str, x: ModulationInputs) -> bool:
+        """Whether the family has a configuration of an optional kernel for the call."""
+        return self.row(kernel, x) is not None
+
+    def row(self, kernel: str, x: ModulationInputs) -> int | None:
+        """Index of the table's row for the call; None where no row takes it."""
         tokens, d = x.hidden.shape
         return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank)
 

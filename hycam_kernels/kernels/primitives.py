@@ -90,18 +90,6 @@ def expert_tile(
 
 
 @triton.jit
-def chosen_expert(probs, rows, row_mask, NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr):
-    """Hard routing: each token's expert, the first of its largest p."""
-    experts = tl.arange(0, PADDED_EXPERTS)
-    offsets = rows.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
-    p = tl.load(probs + offsets, mask=row_mask[:, None] & (experts < NUM_EXPERTS)[None, :], other=-1.0)
-    return tl.argmax(p, 1)
-
-
-@triton.jit
-def load_weight(probs, chosen, expert, rows, row_mask, NUM_EXPERTS: tl.constexpr, HARD: tl.constexpr):
-    """p_k as the output uses it, [BLOCK_T]: soft, or one-hot at the chosen expert."""
-    if HARD:
-        return tl.where(chosen == expert, 1.0, 0.0)
-    else:
-        return tl.load(probs + rows.to(tl.int64) * NUM_EXPERTS + expert, mask=row_mask, other=0.0)
+def load_weight(weights, expert, rows, row_mask, NUM_EXPERTS: tl.constexpr):
+    """p_k as the output uses it, [BLOCK_T]."""
+    return tl.load(weights + rows.to(tl.int64) * NUM_EXPERTS + expert, mask=row_mask, other=0.0)

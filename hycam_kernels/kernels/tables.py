@@ -1,8 +1,10 @@
 """Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
 
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
-list), ``max_tokens``, ``max_dim``, ``max_experts`` and ``max_rank``; an absent one always holds. The rest of a row is
-what the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and ``SPLITS`` of a sum.
+list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank`` and ``min_rank``; an absent one always holds. The rest
+of a row is what the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and ``SPLITS`` of a sum.
+`row_grad` is optional: where no row takes a call, two other kernels do its work. Every other kernel's last row is
+without limits.
 A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
 shipped one of its family.
 """
@@ -57,20 +59,22 @@ def load_table(family: str) -> Table:
     return json.loads((own if own.exists() else _FOLDER / own.name).read_text())
 
 
-def select(table: Table, kernel: str, dtype: torch.dtype, tokens: int, d: int, num_experts: int, rank: int) -> int:
-    """Index of the first of the kernel's rows that takes the call.
-
-    Raises:
-        LookupError: none does; the last row of every kernel in a shipped table is without limits.
-    """
+def select(
+    table: Table, kernel: str, dtype: torch.dtype, tokens: int, d: int, num_experts: int, rank: int
+) -> int | None:
+    """Index of the first of the kernel's rows that takes the call, None where none does."""
     values = dict(zip(_LIMITS, (tokens, d, num_experts, rank), strict=True))
     name = str(dtype).removeprefix("torch.")
-    for index, row in enumerate(table[kernel]):
-        if name in row.get("dtypes", [name]) and all(values[key] <= row.get(key, values[key]) for key in _LIMITS):
+    for index, row in enumerate(table.get(kernel, [])):
+        if (
+            name in row.get("dtypes", [name])
+            and all(values[key] <= row.get(key, values[key]) for key in _LIMITS)
+            and rank >= row.get("min_rank", rank)
+        ):
             return index
-    raise LookupError(f"{kernel}: no configuration for {values}, {name}")
+    return None
 
 
 def launch_parameters(row: Config) -> Config:
     """A row without its limits."""
-    return {key: value for key, value in row.items() if key != "dtypes" and key not in _LIMITS}
+    return {key: value for key, value in row.items() if key not in ("dtypes", "min_rank", *_LIMITS)}

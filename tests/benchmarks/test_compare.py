@@ -44,6 +44,11 @@ def test_noise_is_none(run):
         assert run([times("torch", noisy(100, 0, 0.3))], [times("torch", noisy(102, seed, 0.3))])[0] == 0
 
 
+def test_a_median_that_its_samples_do_not_pin_down_is_none(run):
+    """8 % above, where the samples spread over half of their size."""
+    assert run([times("torch", noisy(100, 0, 0.5))], [times("torch", noisy(108, 5, 0.5))])[0] == 0
+
+
 def test_faster_or_another_peer_is_none(run):
     assert run([times("torch", noisy(100, 0))], [times("torch", noisy(50, 1))])[0] == 0
     assert run([times("eager", noisy(100, 0))], [times("eager", noisy(300, 1))])[0] == 0

@@ -123,6 +123,7 @@ TESTS = {
     "fail": "def test_a(): pass\ndef test_b(): assert False\n",
     "skip": "import pytest\n@pytest.mark.skip\ndef test_a(): pass\n",
     "broken": "import no_such_module\n",
+    "crash": "import os\ndef test_a(): os._exit(0)\n",
     "slow": "import time\ndef test_a(): time.sleep(60)\n",
 }
 
@@ -142,7 +143,7 @@ def test_kernel_tests_run_once_each_over_the_shards(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plain", "triton"), [("fail", "pass"), ("pass", "fail"), ("broken", "pass"), ("skip", "skip")]
+    ("plain", "triton"), [("fail", "pass"), ("pass", "fail"), ("broken", "pass"), ("skip", "skip"), ("pass", "crash")]
 )
 def test_kernel_tests_do_not_pass(plain, triton, tmp_path):
     result = run_on(tmp_path, plain, triton)

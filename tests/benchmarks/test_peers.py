@@ -47,6 +47,14 @@ def wrong_row(arguments):
     return out + bump, balance
 
 
+def one_row_slightly_wrong(arguments):
+    """Too little of the whole to be seen there."""
+    out, balance = eager(arguments)
+    bump = torch.zeros_like(out)
+    bump[3] = 0.1 * out[3]
+    return out + bump, balance
+
+
 def wrong_balance(arguments):
     out, balance = eager(arguments)
     return out, balance * 1.001
@@ -62,7 +70,9 @@ def not_finite(arguments):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fault", [wrong_value, wrong_row, wrong_balance, lost_gradient, not_finite])
+@pytest.mark.parametrize(
+    "fault", [wrong_value, wrong_row, one_row_slightly_wrong, wrong_balance, lost_gradient, not_finite]
+)
 def test_a_fault_is_found(fault, dtype):
     oracle = Oracle(make_arguments(SHAPE, dtype, CPU), "paper")
     oracle.check(Peer("right", "paper", eager))

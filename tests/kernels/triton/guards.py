@@ -1,44 +1,45 @@
-"""Memory in which a stray read gives NaN and a stray write shows.
-
-Every byte around a tensor is 0xFF, which is NaN in each float format.
-"""
+"""Memory in which a stray read spoils the result and a stray write shows."""
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BAND = 256
+# bytes that are NaN in each float format, and bytes that are a huge number in each
+POISON, FENCE = 0xFF, 0xFB
+BAND = 1024
 
 
 class Guards:
     """Guarded tensors, and the check that nothing around them was written."""
 
     def __init__(self) -> None:
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[tuple[Tensor, Tensor, int]] = []
 
-    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device, gap: int = 0) -> Tensor:
-        """Poisoned tensor whose rows (last dimension) are ``gap`` elements apart, with a band on either side."""
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device, gap: int = 0, around: int = FENCE) -> Tensor:
+        """Poisoned tensor with a band on either side; its rows (last dimension) are ``gap`` elements apart."""
         width = shape[-1] if shape else 1
         rows = torch.Size(shape[:-1]).numel()
         count = rows * (width + gap) + 2 * BAND
-        buffer = torch.full((count * dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device)
-        wide = buffer.view(dtype)[BAND : count - BAND].view(rows, width + gap)
         used = torch.zeros(count, dtype=torch.bool, device=device)
         used[BAND : count - BAND].view(rows, width + gap)[:, :width] = True
-        self.buffers.append((buffer.view(count, dtype.itemsize), used))
+        buffer = torch.full((count, dtype.itemsize), around, dtype=torch.uint8, device=device)
+        buffer[used] = POISON
+        self.buffers.append((buffer, used, around))
+        wide = buffer.view(dtype).view(-1)[BAND : count - BAND].view(rows, width + gap)
         return wide[:, :width].unflatten(0, shape[:-1]) if len(shape) > 1 else wide[0, :width].reshape(shape)
 
     def copy(self, tensor: Tensor, gap: int = 0) -> Tensor:
-        guarded = self.empty(*tensor.shape, dtype=tensor.dtype, device=tensor.device, gap=gap)
+        """The tensor in poisoned surroundings."""
+        guarded = self.empty(*tensor.shape, dtype=tensor.dtype, device=tensor.device, gap=gap, around=POISON)
         return guarded.copy_(tensor.detach())
 
     def check(self) -> None:
-        for buffer, used in self.buffers:
-            assert (buffer[~used] == 0xFF).all(), "written outside a tensor"
+        for buffer, used, around in self.buffers:
+            assert (buffer[~used] == around).all(), "written outside a tensor"
 
 
 class GuardedAllocations(TorchDispatchMode):
-    """Give guarded memory to every ``torch.empty`` and ``torch.empty_like`` in the block."""
+    """Give guarded memory to every ``torch.empty`` and ``torch.empty_like`` of floats in the block."""
 
     def __init__(self, guards: Guards) -> None:
         super().__init__()

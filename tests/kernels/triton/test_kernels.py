@@ -47,16 +47,14 @@ class Setting:
         self.logits = draw(T, E).float()
         self.grad_out = draw(T, case.d).to(dtype)
         self.mask = x.token_mask if x.token_mask is not None else torch.ones(T, dtype=torch.bool, device=device)
-        used = self.probs
-        if x.hard and E:
-            used = torch.nn.functional.one_hot(self.probs.argmax(-1), E)
+        self.used = triton_backend._used_weights(x, self.probs)
         double = lambda tensor: None if tensor is None else tensor.double()  # noqa: E731
         self.equation = {
             "s": double(self.s),
             "v": double(self.v),
             "lora_b": double(x.lora_b),
             "lora_b_bias": double(x.lora_b_bias),
-            "weights": used.double(),
+            "weights": self.used.double(),
             "attn_output": x.attn_output.double(),
             "residual": double(x.residual),
             "scale": x.scale,
@@ -95,22 +93,30 @@ COVERING = [(name, torch.float32) for name in CASES] + [
 @pytest.mark.parametrize(("name", "dtype"), COVERING)
 def test_fusion_forward(name, dtype, launch, device):
     at = Setting(CASES[name], dtype, device)
-    got = fusion_forward.fusion_forward(launch, at.x, at.s, at.v, at.x.lora_b, at.probs)
+    got = fusion_forward.fusion_forward(launch, at.x, at.s, at.v, at.x.lora_b, at.used)
     assert_near(got, fusion_forward.fusion_forward_reference(**at.equation), dtype)
 
 
+@pytest.mark.parametrize("structure", ["split", "rows"])
 @pytest.mark.parametrize(("name", "dtype"), COVERING)
-def test_fusion_backward(name, dtype, launch, device):
+def test_fusion_backward(name, dtype, structure, launch, device):
     at = Setting(CASES[name], dtype, device)
-    backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.probs)
+    backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.used)
     want = fusion_backward.fusion_backward_reference(at.grad_out.double(), **at.equation)
-    d_attn, d_residual, d_s, partial_d_probs = backward.stream(attn=True, residual=at.x.residual is not None)
-    got = {"attn_output": d_attn, "residual": d_residual, "s": d_s}
-    if at.x.num_experts:
-        got |= {"probs": partial_d_probs.sum(0), "v": backward.v()}
-        got["lora_b"], got["lora_b_bias"] = backward.b()
+    asked = {"attn": True, "residual": at.x.residual is not None}
+    got = {}
+    if structure == "rows":
+        if not at.x.num_experts or not launch.takes("row_grad", at.x):
+            pytest.skip("the family's row_grad doesn't take this call")
+        got["attn_output"], got["residual"], got["s"], partial_d_probs, got["v"] = backward.stream_and_v(**asked)
+        got["probs"] = partial_d_probs.sum(0)
+    else:
+        got["attn_output"], got["residual"], got["s"], partial_d_probs = backward.stream(**asked)
+        if at.x.num_experts:
+            got |= {"probs": partial_d_probs.sum(0), "v": backward.v()}
+            got["lora_b"], got["lora_b_bias"] = backward.b()
     checked = {name for name, value in got.items() if value is not None}
-    assert checked >= {"attn_output"} | ({"probs", "v", "lora_b"} if at.x.num_experts else set())
+    assert checked >= {"attn_output"} | ({"probs", "v"} if at.x.num_experts else set())
     for result in checked:
         assert got[result].isfinite().all(), result
         assert_near(got[result], want[result], dtype)
@@ -158,16 +164,12 @@ def test_router_backward(name, absent, launch, device):
 
 
 def test_a_tie_goes_to_the_first_expert(device):
-    """As `torch.argmax` decides it, in the router and in the fusion alike."""
+    """As `torch.argmax` decides it, in the load and in the fusion's weights alike."""
     at = Setting(CASES["hard"], torch.float32, device, seed=None)
     x = at.x._replace(router_weight=torch.zeros_like(at.x.router_weight))
-    launch = triton_backend._launcher(device)
-    _, probs, load, _ = router.route(launch, x, x.hidden)
+    _, probs, load, _ = router.route(triton_backend._launcher(device), x, x.hidden)
     assert load.tolist() == [1, 0, 0, 0, 0]
-    got = fusion_forward.fusion_forward(launch, x, at.s, at.v, x.lora_b, probs)
-    first = torch.zeros_like(probs, dtype=torch.float64)
-    first[:, 0] = 1
-    assert_near(got, fusion_forward.fusion_forward_reference(**at.equation | {"weights": first}), torch.float32)
+    assert torch.equal(triton_backend._used_weights(x, probs), torch.eye(5, device=device)[:1].expand(33, -1))
 
 
 class Traffic(Launcher):
@@ -187,15 +189,17 @@ def test_costs_count_every_tensor_once(residual, device):
     """At one block a dimension nothing is a partial sum, so what a launch is given is what it must move."""
     T, d, E, r = 16, 32, 3, 8
     at = Setting(Case((T,), d, E, r, residual=residual), torch.bfloat16, device, seed=None)
-    launch = Traffic("sm_90")
-    fusion_forward.fusion_forward(launch, at.x, at.s, at.v, at.x.lora_b, at.probs)
-    backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.probs)
+    launch = Traffic("interpreter")
+    fusion_forward.fusion_forward(launch, at.x, at.s, at.v, at.x.lora_b, at.used)
+    backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.used)
     backward.stream(attn=True, residual=residual)
+    backward.stream_and_v(attn=True, residual=residual)
     backward.v()
     backward.b()
     costs = {
         "fusion_forward_kernel": fusion_forward.fusion_forward_cost,
         "stream_grad_kernel": fusion_backward.stream_grad_cost,
+        "row_grad_kernel": fusion_backward.row_grad_cost,
         "v_grad_kernel": fusion_backward.v_grad_cost,
         "b_grad_kernel": fusion_backward.b_grad_cost,
     }
@@ -217,6 +221,8 @@ def test_every_table_takes_every_call(family):
         x = x._replace(hidden=torch.empty(tokens, 1, dtype=dtype, device="meta"))
         x = x._replace(lora_a=torch.empty(16, rank, 1, dtype=dtype, device="meta"))
         for kernel in table:
+            if kernel == "row_grad" and not launcher.takes(kernel, x):
+                continue
             config = launcher.config(kernel, x)
             assert all(isinstance(value, int) and value > 0 for value in config.values())
             assert config.get("BLOCK_R", 16) >= 16

@@ -81,6 +81,29 @@ def test_what_was_refused_or_not_measured_everywhere_can_not_win():
     assert chosen(winners(partly, TABLE), 2400) == ROW
 
 
+ROWS_TABLE = {
+    "row_grad": [{"dtypes": ["bfloat16"], "min_rank": 9, "max_rank": 64, "max_tokens": 4096} | ROW],
+    "stream_grad": [ROW],
+}
+
+
+def of_row_grad(times: dict[str, float]) -> list[Measurement]:
+    rows = {"present": ROW, "wide": WIDE, "left out": tune.LEFT_OUT}
+    return [Measurement("row_grad", "backward", SMALL, rows[name], median_us=time) for name, time in times.items()]
+
+
+def test_an_optional_kernel_that_is_better_left_out_goes():
+    assert "row_grad" not in winners(of_row_grad({"present": 10, "wide": 9, "left out": 5}), ROWS_TABLE)
+
+
+def test_an_optional_kernel_that_stays_keeps_its_limits():
+    first, *rest = winners(of_row_grad({"present": 10, "wide": 5, "left out": 9}), ROWS_TABLE)["row_grad"]
+    assert first == {"dtypes": ["bfloat16"], "min_rank": 9, "max_rank": 16} | WIDE
+    assert rest == ROWS_TABLE["row_grad"]
+    unchanged = winners(of_row_grad({"present": 10, "wide": 9.95, "left out": 9.95}), ROWS_TABLE)["row_grad"]
+    assert launch_parameters(unchanged[0]) == ROW
+
+
 def test_tuning_again_replaces_the_rows_of_before():
     once = winners(measured({(SMALL, 0): 10, (SMALL, 1): 5}), TABLE)
     twice = winners(measured({(SMALL, 0): 5, (SMALL, 1): 10}, rows=(ROW, WIDE)), once)
@@ -129,6 +152,10 @@ def few(candidates):
     return {kernel: rows[:2] for kernel, rows in candidates.items()}
 
 
+def of_forward(tuner: Tuner) -> list[Measurement]:
+    return [found for found in tuner.found if found.kernel == "fusion_forward"]
+
+
 def test_every_kernel_of_both_passes_is_measured(tuner, device):
     size = Size(70, 48, 2, 16)
     candidates = few(tuner.candidates([size], lambda s: call(s, device)))
@@ -136,7 +163,9 @@ def test_every_kernel_of_both_passes_is_measured(tuner, device):
     passes = {found.kernel: found.pass_ for found in tuner.found}
     assert passes["fusion_forward"] == passes["router"] == "forward"
     assert passes["b_grad"] == passes["router_backward"] == "backward"
-    assert len(tuner.found) == sum(map(len, candidates.values()))
+    left_out = [found for found in tuner.found if found.row == tune.LEFT_OUT]
+    assert {found.kernel for found in left_out} == {"row_grad"} & candidates.keys()
+    assert len(tuner.found) == sum(map(len, candidates.values())) + len(left_out)
     assert all(found.refusal is None and found.median_us for found in tuner.found)
     assert winners(tuner.found, tuner.table).keys() == tuner.table.keys()
 
@@ -153,14 +182,14 @@ def test_a_candidate_that_is_wrong_or_fails_is_refused(tuner, device, monkeypatc
     row = launch_parameters(tuner.table["fusion_forward"][-1])
     failing = row | {"BLOCK_T": 48}  # no power of 2
     tuner.run(size, x, {kernel: [] for kernel in tuner.table} | {"fusion_forward": [row, failing]})
-    right, failed = tuner.found
+    right, failed = of_forward(tuner)
     assert right.refusal is None
     assert failed.median_us is None
     assert failed.refusal
 
     monkeypatch.setattr(tune, "ROUNDING", -1.0)
     tuner.run(size, x, {kernel: [] for kernel in tuner.table} | {"fusion_forward": [row]})
-    assert "differs" in tuner.found[-1].refusal
+    assert "differs" in of_forward(tuner)[-1].refusal
 
 
 def test_a_candidate_that_spills_is_refused(tuner, device, monkeypatch):
@@ -168,7 +197,7 @@ def test_a_candidate_that_spills_is_refused(tuner, device, monkeypatch):
     row = launch_parameters(tuner.table["fusion_forward"][-1])
     monkeypatch.setattr(tune.RowLauncher, "__call__", spilling(tune.RowLauncher.__call__))
     tuner.run(size, call(size, device), {kernel: [] for kernel in tuner.table} | {"fusion_forward": [row]})
-    assert tuner.found[-1].refusal == "spills registers: {'fusion_forward_kernel': 8}"
+    assert of_forward(tuner)[-1].refusal == "spills registers: {'fusion_forward_kernel': 8}"
 
 
 def spilling(launch):
