@@ -19,8 +19,8 @@ _NOTHING_COLLECTED = 5
 def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDER) -> Entry:
     """Run the tests of a folder, those that need triton in shards: counts, failures' names, and whether all passed.
 
-    All passed means: every process ended in time with pytest's success and its report, and at least one test ran. A shard
-    may be empty.
+    All passed means: every process ended in time with pytest's success and its report, and at least one test ran. A
+    shard may be empty.
     """
     triton_folder = folder / "triton"
     jobs: list[tuple[Sequence[str | Path], str]] = []
