@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 demo: setup
 	$(BIN)/hycam train
 
-test: setup lint
+test: setup lint docs
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: setup lint

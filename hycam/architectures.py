@@ -1,4 +1,4 @@
-"""What HyCAM knows of model architectures: where their self-attention is, which norms surround it, how its output is added."""
+"""What HyCAM knows of model architectures: their self-attention, its norms, and how its output joins the residual."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,11 @@ class Architecture:
 
     Attributes:
         attention: name of the self-attention inside a decoder layer.
-        input_norm: name of the norm whose input is the residual stream that the attention's output is added to; None where
-            there is no such norm.
+        input_norm: name of the norm whose input is the residual stream that the attention's output is added to; None
+            where there is no such norm.
         norms: the norms that `train_norms` trains.
-        obstacle: what the layer does to the attention's output before it adds it to the residual stream; None: it just adds.
+        obstacle: what the layer does to the attention's output before it adds it to the residual stream; None: it
+            just adds.
         is_default: whether `attention` is the target where the user names none.
     """
 
@@ -42,7 +43,7 @@ ARCHITECTURES = {
     ),
     "gpt_neox": Architecture(
         attention="attention",
-        obstacle="puts dropout between the attention's output and the residual addition, and may add both branches at once",
+        obstacle="puts dropout between the attention's output and the residual addition",
         is_default=False,
     ),
     "gpt2": Architecture(attention="attn", input_norm="ln_1", norms=("ln_1", "ln_2"), is_default=False),
@@ -68,12 +69,13 @@ def residual_norm(model_type: str | None) -> str:
     known = ARCHITECTURES.get(model_type or "")
     if known is None:
         raise InputError(
-            f"modulation: got 'residual' for model_type {model_type!r}, want 'attention': HyCAM knows the residual stream of "
-            f"{', '.join(name for name, a in ARCHITECTURES.items() if a.obstacle is None)} only"
+            f"modulation: got 'residual' for model_type {model_type!r}, want 'attention': HyCAM knows the residual "
+            f"stream of {', '.join(name for name, a in ARCHITECTURES.items() if a.obstacle is None)} only"
         )
     if known.obstacle is not None or known.input_norm is None:
         raise InputError(
-            f"modulation: got 'residual' for model_type {model_type!r}, want 'attention': its decoder layer {known.obstacle}"
+            f"modulation: got 'residual' for model_type {model_type!r}, want 'attention': its decoder layer "
+            f"{known.obstacle}"
         )
     return known.input_norm
 
@@ -87,7 +89,7 @@ def trained_norms(model_type: str | None) -> tuple[str, ...]:
     known = ARCHITECTURES.get(model_type or "")
     if known is None:
         raise InputError(
-            f"train_norms: got True for model_type {model_type!r}, want False, or the norms' names in modules_to_save: HyCAM "
+            f"train_norms: got True for model_type {model_type!r}, want False, or the norms in modules_to_save: HyCAM "
             f"knows the norms of {', '.join(ARCHITECTURES)} only"
         )
     return known.norms

@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class LayerStatistics(NamedTuple):
 
 
 class ResidualTap:
-    """Holds a decoder layer's input h_in between the layer's first norm, which sees it, and its attention, which needs it."""
+    """Holds a decoder layer's input h_in between its first norm, which sees it, and its attention, which needs it."""
 
     def __init__(self) -> None:
         self.hidden_in: Tensor | None = None
@@ -42,12 +43,8 @@ class ResidualTap:
         """Forward pre-hook of the norm."""
         self.hidden_in = args[0]
 
-    def take(self) -> Tensor:
-        if self.hidden_in is None:
-            raise RuntimeError(
-                "modulation: got 'residual', but the norm before the attention did not run; bind the model again after "
-                "replacing its norms: hycam.bind(model)"
-            )
+    def take(self) -> Tensor | None:
+        """h_in, once."""
         hidden_in, self.hidden_in = self.hidden_in, None
         return hidden_in
 
@@ -55,13 +52,13 @@ class ResidualTap:
 class HyCAMAttention(nn.Module, BaseTunerLayer):
     """A self-attention module whose output HyCAM modulates (CIKM 2025, equations 2-12).
 
-    Calls the attention as the model does, takes h from its `hidden_states` (keyword, or first argument) and replaces the first
-    element of its result, h_att [batch, length, d], by ``h_att + h_att * A_fusion(h)``. Attributes that it lacks are the
-    attention's. Several active adapters apply one after the other.
+    Calls the attention as the model does, takes h from its `hidden_states` (keyword, or first argument) and replaces
+    the first element of its result, h_att [batch, length, d], by ``h_att + h_att * A_fusion(h)``. Attributes that it
+    lacks are the attention's. Several active adapters apply one after the other.
 
     Args:
-        attention: the module to wrap, which is frozen; its forward returns a tuple, the output [..., d] first. The adapter
-            takes its device, dtype and `training`.
+        attention: the module to wrap, which is frozen; its forward returns a tuple, the output [..., d] first. The
+            adapter takes its device, dtype and `training`.
         config: the adapter's settings.
         hidden_size: d; None: as the attention's own configuration says.
         adapter_name: name of the adapter.
@@ -87,15 +84,15 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
         hidden_size = hidden_size or hidden_size_of(attention)
         if hidden_size is None:
             raise InputError(
-                f"hidden_size: got none and {type(attention).__name__} has no configuration that tells it, want an integer"
+                f"hidden_size: got none for {type(attention).__name__}, and no configuration tells, want an integer"
             )
         self.base_layer = attention.requires_grad_(False)
         self.training = attention.training
         self.hidden_size = hidden_size
-        self.hycam_shared = nn.ModuleDict()
-        self.hycam_router = nn.ModuleDict()
+        self.hycam_shared = nn.ModuleDict().train(self.training)
+        self.hycam_router = nn.ModuleDict().train(self.training)
         for name in STACKED_NAMES:
-            setattr(self, name, AdapterParameters())
+            setattr(self, name, AdapterParameters().train(self.training))
         self.adapter_configs: dict[str, HyCAMConfig] = {}
         self.statistics: dict[str, LayerStatistics] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
@@ -123,6 +120,7 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         context = kwargs.pop(CONTEXT_KEYWORD, None)
+        residual = self.residual_tap.take() if self.residual_tap is not None else None
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
@@ -130,12 +128,12 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
         attn_output = self._checked_output(output, hidden)
         for adapter_name in self.active_adapters:
             if adapter_name in self.adapter_configs:
-                attn_output = self._adapt(adapter_name, hidden, attn_output, context)
+                attn_output = self._adapt(adapter_name, hidden, attn_output, residual, context)
         return (attn_output, *output[1:])
 
     @torch.no_grad()
     def modulation(self, hidden_states: Tensor, adapter_name: str | None = None) -> Tensor:
-        """A_fusion [..., d] of `hidden_states` [..., d], without noise: what an attention output is multiplied by, less 1."""
+        """A_fusion [..., d] of `hidden_states` [..., d], noise-free: the factor by which an attention output grows."""
         adapter_name = adapter_name or self.active_adapters[0]
         if adapter_name not in self.adapter_configs:
             raise InputError(f"adapter_name: got {adapter_name!r}, want one of {', '.join(self.adapter_configs)}")
@@ -143,22 +141,28 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
         zeros = torch.zeros_like(hidden_states)
         return self._modulate(adapter_name, hidden_states, zeros, residual=torch.ones_like(zeros)).hidden_states
 
-    def _adapt(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, context: ForwardContext | None) -> Tensor:
+    def _adapt(
+        self,
+        adapter_name: str,
+        hidden: Tensor,
+        attn_output: Tensor,
+        residual: Tensor | None,
+        context: ForwardContext | None,
+    ) -> Tensor:
         config = self.adapter_configs[adapter_name]
         if context is None:
-            context = self.binding.context if self.binding is not None else None
-        if context is None:
-            context = self._unbound_context(adapter_name, config)
-        residual = None
-        if config.modulation == "residual":
-            assert self.residual_tap is not None
-            residual = self.residual_tap.take()
+            context = self._own_context(adapter_name, config)
+        if config.modulation == "residual" and residual is None:
+            raise RuntimeError(
+                "modulation='residual': the norm before the attention did not run; after replacing norms, bind "
+                "the model again: hycam.bind(model)"
+            )
         token_mask = context.token_mask(hidden)
         out = self._modulate(
             adapter_name,
             hidden,
             attn_output,
-            residual=residual,
+            residual=residual if config.modulation == "residual" else None,
             token_mask=token_mask,
             seed=self._noise_seed(config, hidden.device),
         )
@@ -169,7 +173,7 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
             self.statistics[adapter_name] = LayerStatistics(
                 out.load.detach(), out.balance_loss.detach(), token_mask, hidden[..., 0].numel()
             )
-        if self.training and config.balance_coef > 0 and out.load.requires_grad:
+        if self.training and config.balance_coef > 0:
             return context.inject(out.hidden_states, routing, adapter_name, self.layer_name, config)
         return out.hidden_states
 
@@ -204,34 +208,30 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
         return modules[adapter_name]() if adapter_name in modules else (None, None)
 
     def _noise_seed(self, config: HyCAMConfig, device: torch.device) -> Tensor | None:
-        """A 0-d int64 seed from the device's generator, whose state checkpointing restores; it never visits the host."""
+        """A 0-d int64 seed from the device's generator, whose state checkpointing restores; never read on the host."""
         if config.experts == "none" or config.noise == "never" or (config.noise == "train" and not self.training):
             return None
         seed = torch.randint(2**62, (), device=device)
         rank = self.binding.data_parallel_rank() if self.binding is not None else 0
         return seed ^ (rank * 0x1E3779B97F4A7C15 % 2**62)
 
-    def _unbound_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
-        for needs, field in (
+    def _own_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
+        """The context where the model's call brought none along."""
+        if self.binding is not None:
+            return self.binding.context_without_keyword() or ForwardContext(self.binding.layer_counts())
+        for is_needed, setting in (
             (config.balance_scope == "model" and config.experts != "none", "balance_scope='model'"),
             (config.modulation == "residual", "modulation='residual'"),
             (config.train_norms, "train_norms=True"),
         ):
-            if needs and self.binding is None:
+            if is_needed:
                 raise RuntimeError(
-                    f"{field} needs the whole model, want hycam.bind(model) after wrapping its attentions"
+                    f"{setting} needs the whole model: call hycam.bind(model) after wrapping its attentions"
                 )
-        attention_config = getattr(self.base_layer, "config", None)
-        if self.training and self.binding is None and config.balance_coef > 0:
-            owner = attention_config if attention_config is not None else self
-            if _told_unbound.get(id(owner)) is not owner:
-                _told_unbound[id(owner)] = owner
-                warnings.warn(
-                    "HyCAM layers run without hycam.bind(model): padding counts in the balance loss, and its gradient is "
-                    "not scaled with the model's loss",
-                    stacklevel=2,
-                )
-        return ForwardContext({adapter_name: getattr(attention_config, "num_hidden_layers", 1)})
+        model_config = getattr(self.base_layer, "config", None)
+        if self.training and config.balance_coef > 0 and config.experts != "none":
+            _tell_unbound(self if model_config is None else model_config)
+        return ForwardContext({adapter_name: getattr(model_config, "num_hidden_layers", 1)})
 
     def _checked_output(self, output: Any, hidden: Tensor) -> Tensor:
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].shape == hidden.shape:
@@ -240,18 +240,23 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
         if isinstance(output, tuple) and output:
             got = f"({', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in output)})"
         raise TypeError(
-            f"HyCAM wraps self-attention: {type(self.base_layer).__name__} {self.layer_name} returned {got}, want a tuple whose "
-            f"first element has the shape of its hidden states, {tuple(hidden.shape)}"
+            f"HyCAM wraps self-attention: {type(self.base_layer).__name__} {self.layer_name} returned {got}, want a "
+            f"tuple whose first element has the shape of its hidden states, {tuple(hidden.shape)}"
         )
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all adapters, without the wrapped attention's."""
+        for name in self.adapter_layer_names:
+            yield from getattr(self, name).parameters()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError("HyCAM can't be merged into the backbone: its modulation depends on the input")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         target = device or placement(self.base_layer)[0]
-        for parameters in (getattr(self, name) for name in self.adapter_layer_names):
-            if adapter_name in parameters and target.type != "meta":
-                parameters[adapter_name] = parameters[adapter_name].to(target)
+        for name, parameter in self.named_parameters():
+            if name.startswith(self.adapter_layer_names) and adapter_name in name.split(".") and target.type != "meta":
+                parameter.data = parameter.data.to(target)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -260,3 +265,14 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+def _tell_unbound(owner: Any) -> None:
+    """Warn once for each `owner`, the configuration that a model's attentions share."""
+    if _told_unbound.get(id(owner)) is not owner:
+        _told_unbound[id(owner)] = owner
+        warnings.warn(
+            "HyCAM layers run without hycam.bind(model): padding counts in the balance loss, and its gradient doesn't "
+            "follow the scale of the model's loss",
+            stacklevel=2,
+        )

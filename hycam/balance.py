@@ -1,15 +1,15 @@
 """The balance loss (equations 10 and 14) where it reaches the router: in each layer's own backward pass.
 
-Added to the model's loss it would be lost under reentrant checkpointing, whose first forward builds no graph, and weighed wrongly
-by trainers that divide the loss themselves. So every layer injects the gradient of
+Added to the model's loss it would be lost under reentrant checkpointing, whose first forward builds no graph, and
+weighed wrongly by trainers that divide the loss themselves. So every layer injects the gradient of
 
     lambda * loss_scale * token_share * L_balance
 
-where `loss_scale` is the gradient that arrived at the model's loss (whatever the trainer multiplied it by is in it) and
-`token_share` the micro-batch's part of the target tokens that the loss is averaged over. With n adapted layers, load F_l and
-mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and ``mean_l(F_l) . mean_l(P_l)`` for
-"model" (all layers see the same tokens, so this pools their tokens). Both have the gradient ``P / n`` for F_l and ``F / n`` for
-P_l, with the layer's own values or with the means.
+where `loss_scale` is the gradient that arrived at the model's loss (whatever the trainer multiplied it by is in it)
+and `token_share` the micro-batch's part of the target tokens that the loss is averaged over. With n adapted layers,
+load F_l and mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and
+``mean_l(F_l) . mean_l(P_l)`` for "model" (all layers see the same tokens, so this pools their tokens). Both have the
+gradient ``P / n`` for F_l and ``F / n`` for P_l, with the layer's own values or with the means.
 """
 
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .config import HyCAMConfig
 
-# The keyword that takes the context from the model's call to its attention modules. Checkpointing keeps a layer's keywords, so
-# a forward that the backward pass runs again meets its own context, not that of a later batch.
+# The keyword that takes the context from the model's call to its attention modules. Checkpointing keeps a layer's
+# keywords, so a forward that the backward pass runs again meets its own context, not that of a later batch.
 CONTEXT_KEYWORD = "hycam_context"
 
 
@@ -42,7 +42,11 @@ class ForwardContext:
         layer_counts: adapter name -> number of layers that it adapts.
         loss_scale: the gradient that reached the model's loss; 1 until the backward pass gets there.
         routing: adapter name -> layer name -> detached routing.
-        in_graph: adapter name -> its settings, and layer name -> routing that has yet to join the loss (compiled layers).
+        in_graph: adapter name -> its settings, and layer name -> routing that has yet to join the loss (compiled
+            layers).
+        is_over: whether the model's call has ended: a layer that runs again does so for the backward pass.
+        is_attached: whether the balance loss of compiled layers has joined the model's output instead.
+        needs_tracking: whether a layer depends on `loss_scale`.
     """
 
     def __init__(
@@ -54,9 +58,13 @@ class ForwardContext:
         self.loss_scale: Tensor | float = 1.0
         self.routing: dict[str, dict[str, Routing]] = {}
         self.in_graph: dict[str, tuple[HyCAMConfig, dict[str, Routing]]] = {}
+        self.is_over = False
+        self.is_attached = False
+        self.needs_tracking = False
 
     def token_mask(self, hidden: Tensor) -> Tensor | None:
-        """[batch, length] bool, the tokens of `hidden` [batch, length, d] that aren't padding; None: all of them count.
+        """[batch, length] bool, the tokens of `hidden` [batch, length, d] that aren't padding; None: all of them
+        count.
 
         With a key-value cache the mask spans the cached tokens too; `hidden` is its last columns.
         """
@@ -80,33 +88,57 @@ class ForwardContext:
     def inject(
         self, hidden: Tensor, routing: Routing, adapter_name: str, layer_name: str, config: HyCAMConfig
     ) -> Tensor:
-        """`hidden` unchanged; its backward pass adds the balance loss's gradient for `routing`, which must be recorded."""
-        if torch.compiler.is_compiling():
-            # A compiled backward can't read what the loss's backward writes; there the loss itself carries the gradient.
+        """`hidden` unchanged; its backward pass adds the balance loss's gradient for `routing`, which is recorded."""
+        if not torch.is_grad_enabled():
+            # The first forward of a reentrant checkpoint: the second one, in the backward pass, injects.
+            self.needs_tracking = True
+            return hidden
+        if not routing.load.requires_grad:
+            return hidden
+        if torch.compiler.is_compiling() and not self.is_over:
+            # A compiled backward can't read what the loss's backward writes; the loss itself takes the gradient along.
             _, layers = self.in_graph.setdefault(adapter_name, (config, {}))
             layers[layer_name] = routing
             return hidden
-        return _InjectBalanceGradient.apply(hidden, *routing, self, adapter_name, config)
+        self.needs_tracking = True
+        return _inject(hidden, routing, self, adapter_name, config)
 
     def track(self, loss: Tensor) -> Tensor:
         """`loss` as a new tensor whose backward pass tells the layers its gradient."""
-        for adapter_name, (config, layers) in self.in_graph.items():
-            balance = self._balance_loss(adapter_name, config, layers)
+        if self.is_attached:
+            raise RuntimeError(
+                "a compiled model without labels has attached its balance loss to its output already: pass it labels, "
+                "so that the balance loss follows the model's own loss"
+            )
+        self.is_over = True
+        if self.in_graph:
+            balance = self._take_balance_loss()
             loss = loss + (balance - balance.detach()).to(loss)
-        self.in_graph = {}
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.needs_tracking:
             return loss
-        return _TrackLossGradient.apply(loss, self)
+        return _track(loss, self)
 
-    def _balance_loss(self, adapter_name: str, config: HyCAMConfig, layers: dict[str, Routing]) -> Tensor:
-        if config.balance_scope == "model":
-            mean = _mean(layers.values())
-            balance = (mean.load * mean.router_prob).sum()
-        else:
-            device = next(iter(layers.values())).load.device
-            losses = [(routing.load * routing.router_prob).sum().to(device) for routing in layers.values()]
-            balance = torch.stack(losses).sum() / self.layer_counts[adapter_name]
-        return balance * (config.balance_coef * self.token_share)
+    def attach(self, output: Tensor) -> Tensor:
+        """`output` unchanged; its backward pass adds the gradient of the compiled layers' balance loss, at scale 1."""
+        self.is_over = self.is_attached = True
+        return _AttachLoss.apply(output, self._take_balance_loss())
+
+    def _take_balance_loss(self) -> Tensor:
+        """The weighted balance loss of the layers in `in_graph`, which is empty from then on."""
+        total: Tensor | None = None
+        for adapter_name, (config, layers) in self.in_graph.items():
+            if config.balance_scope == "model":
+                mean = _mean(layers.values())
+                balance = (mean.load * mean.router_prob).sum()
+            else:
+                device = next(iter(layers.values())).load.device
+                losses = [(routing.load * routing.router_prob).sum().to(device) for routing in layers.values()]
+                balance = torch.stack(losses).sum() / self.layer_counts[adapter_name]
+            balance = balance * (config.balance_coef * self.token_share)
+            total = balance if total is None else total + balance.to(total.device)
+        self.in_graph = {}
+        assert total is not None
+        return total
 
     def gradient(self, adapter_name: str, routing: Routing, config: HyCAMConfig) -> Routing:
         """The balance loss's gradient for one layer's load and router_prob."""
@@ -126,6 +158,22 @@ def _mean(layers: Any, device: torch.device | None = None) -> Routing:
     return Routing(
         *(torch.stack([value.to(device) for value in values]).mean(0) for values in zip(*layers, strict=True))
     )
+
+
+# Their backward passes talk to each other through the context, which no compiled graph can: a model that is compiled in
+# pieces gets a piece of its own for them.
+
+
+@torch.compiler.disable
+def _inject(
+    hidden: Tensor, routing: Routing, context: ForwardContext, adapter_name: str, config: HyCAMConfig
+) -> Tensor:
+    return _InjectBalanceGradient.apply(hidden, *routing, context, adapter_name, config)
+
+
+@torch.compiler.disable
+def _track(loss: Tensor, context: ForwardContext) -> Tensor:
+    return _TrackLossGradient.apply(loss, context)
 
 
 class _InjectBalanceGradient(torch.autograd.Function):
@@ -164,3 +212,17 @@ class _TrackLossGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.context.loss_scale = grad.detach()
         return grad, None
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on output; the loss beside it receives the gradient 1 whenever output receives one."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)

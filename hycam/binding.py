@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,7 @@ class Binding:
 
     Attributes:
         layers: the model's HyCAM layers, by path.
-        context: that of the model's last call. Layers fall back on it where the model doesn't pass keywords on to them; such a
-            model must run the backward pass of a checkpointed forward before its next forward.
+        context: that of the model's last call.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
@@ -47,10 +47,11 @@ class Binding:
         self.context: ForwardContext | None = None
         self._tensor_parallel_size = getattr(model, "_tp_size", None) or 1
         self._parameter_names = list(inspect.signature(model.forward).parameters)
-        self._takes_keywords = any(
+        self._hands_keywords_on = self._takes_keywords = any(
             parameter.kind is inspect.Parameter.VAR_KEYWORD
             for parameter in inspect.signature(model.forward).parameters.values()
         )
+        self._is_running = False
         self._told_no_loss = False
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -68,6 +69,16 @@ class Binding:
         for layer in self.layers.values():
             layer.binding, layer.residual_tap = None, None
 
+    def context_without_keyword(self) -> ForwardContext | None:
+        """The context for a layer that no keyword reached; None for a layer that is called outside its model.
+
+        A model that doesn't hand keywords on to its attentions gets the context of its last call. Where it checkpoints
+        its layers, it must go backward before its next forward.
+        """
+        if self._is_running:
+            self._hands_keywords_on = False
+        return None if self._hands_keywords_on else self.context
+
     def data_parallel_rank(self) -> int:
         """Rank among the processes that see different tokens; those of one tensor-parallel group see the same ones."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -81,61 +92,66 @@ class Binding:
         norm = decoder_layer.get_submodule(norm_name)
         self._handles.append(norm.register_forward_pre_hook(layer.residual_tap.record))
 
+    def layer_counts(self) -> dict[str, int]:
+        """Adapter name -> number of layers that it adapts."""
+        return dict(Counter(name for layer in self.layers.values() for name in layer.adapter_configs))
+
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = dict(zip(self._parameter_names, args, strict=False)) | kwargs
-        for name in ("adapter_names", "task_ids"):
-            if arguments.get(name) is not None:
-                raise InputError(
-                    f"{name}: got a value, want none: HyCAM applies its active adapters to the whole batch"
-                )
+        arguments = self._arguments(args, kwargs)
+        check_forward_arguments(arguments)
         mask = arguments.get("attention_mask")
         self.context = ForwardContext(
-            self._layer_counts(),
+            self.layer_counts(),
             mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             _token_share(arguments),
         )
-        if not self._takes_keywords:
-            return None
-        return args, kwargs | {CONTEXT_KEYWORD: self.context}
+        self._is_running = True
+        return (args, kwargs | {CONTEXT_KEYWORD: self.context}) if self._takes_keywords else None
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self._is_running = False
         context = kwargs.get(CONTEXT_KEYWORD, self.context)
-        if not (model.training and torch.is_grad_enabled()):
+        assert context is not None
+        if not (model.training and torch.is_grad_enabled() and self._has_balance_loss()):
             return None
-        has_labels = kwargs.get("labels") is not None or isinstance(output, MutableMapping)
-        loss = _loss_of(output, has_labels)
-        if loss is None:
-            self._tell_no_loss()
-            return None
-        loss = context.track(loss)
-        if isinstance(output, tuple):
-            return (loss, *output[1:])
-        output["loss"] = loss
-        return output
+        if (found := _first_tensor(output, wants_loss=True)) is not None:
+            key, loss = found
+            return _replaced(output, key, context.track(loss))
+        self._tell_no_loss()
+        if context.in_graph and (found := _first_tensor(output, wants_loss=False)) is not None:
+            key, tensor = found
+            return _replaced(output, key, context.attach(tensor))
+        context.is_over = True
+        return None
 
-    def _layer_counts(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for layer in self.layers.values():
-            for adapter_name in layer.adapter_configs:
-                counts[adapter_name] = counts.get(adapter_name, 0) + 1
-        return counts
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._parameter_names, args, strict=False)) | kwargs
+
+    def _has_balance_loss(self) -> bool:
+        return any(
+            config.balance_coef > 0 and config.experts != "none"
+            for layer in self.layers.values()
+            for name, config in layer.adapter_configs.items()
+            if name in layer.active_adapters and not layer.disable_adapters
+        )
 
     def _tell_no_loss(self) -> None:
         if not self._told_no_loss:
             self._told_no_loss = True
             warnings.warn(
-                "the model computes no loss, so the balance loss's gradient can't follow its scale and is taken as is; pass "
-                "labels to the model, or the loss through hycam.track_loss(model, loss)",
+                "the model returns no loss whose scale the balance loss could follow: its gradient is taken as is; "
+                "pass labels to the model, or your loss through hycam.track_loss(model, loss)",
                 stacklevel=2,
             )
 
 
 def bind(model: nn.Module, *, freeze: bool = True) -> nn.Module:
-    """Connect the HyCAM layers of `model`, wrapped by hand, with its calls: call it once, after the last layer is wrapped.
+    """Connect the HyCAM layers of `model`, wrapped by hand, with its calls; to be called after the last one is wrapped.
 
-    From then on padding is left out of the routing statistics (by the `attention_mask` that the model is called with), the
-    balance loss follows the gradient that reaches the model's loss, and `balance_scope="model"`, `modulation="residual"` and
-    `train_norms` work. Adapters added through PEFT are bound already.
+    From then on padding doesn't count in the routing (by the [batch, length] `attention_mask` that the model is called
+    with; a mask of another form says nothing about padding), the balance loss follows the gradient that reaches the
+    model's loss, and `balance_scope="model"`, `modulation="residual"` and `train_norms` work. Adapters added through
+    PEFT are bound already.
 
     Args:
         model: the model whose forward takes `attention_mask` and `labels`; changed in place.
@@ -214,27 +230,28 @@ def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict
         kept = layer.statistics.get(adapter_name or "")
         if kept is None:
             continue
-        if kept.token_mask is None:
-            tokens = torch.tensor(kept.num_tokens)
-        else:
-            tokens = kept.token_mask.sum()
+        tokens = torch.tensor(kept.num_tokens) if kept.token_mask is None else kept.token_mask.sum()
         statistics[name] = RouterStatistics(kept.load, kept.balance_loss, tokens)
     return statistics
 
 
+def check_forward_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse PEFT's per-sample arguments, which would otherwise go unheeded."""
+    for name in ("adapter_names", "task_ids"):
+        if arguments.get(name) is not None:
+            raise InputError(f"{name}: got a value, want none: HyCAM applies its active adapters to the whole batch")
+
+
 def _freeze(model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
-    trained = {f"{name}.{attribute}" for name, layer in layers.items() for attribute in layer.adapter_layer_names}
+    kept = {id(p) for layer in layers.values() for p in layer.adapter_parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
     for name, layer in layers.items():
         if any(config.train_norms for config in layer.adapter_configs.values()):
-            parent = name.rpartition(".")[0]
-            norms = trained_norms(model_type_of(layer.base_layer) or model_type_of(model))
-            trained |= {f"{parent}.{norm}" for norm in norms}
-    for name, module in model.named_modules():
-        if not any(name == kept or name.startswith(f"{kept}.") for kept in trained):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-        elif "hycam_" not in name:
-            module.requires_grad_(True)
+            decoder_layer = model.get_submodule(name.rpartition(".")[0])
+            for norm in trained_norms(model_type_of(layer.base_layer) or model_type_of(model)):
+                decoder_layer.get_submodule(norm).requires_grad_(True)
 
 
 def _token_share(arguments: dict[str, Any]) -> Tensor | float:
@@ -247,9 +264,33 @@ def _token_share(arguments: dict[str, Any]) -> Tensor | float:
     return count / (total.to(count.device) if isinstance(total, Tensor) else total)
 
 
-def _loss_of(output: Any, has_labels: bool) -> Tensor | None:
-    if isinstance(output, MutableMapping):
-        loss = output.get("loss")
+def _first_tensor(output: Any, *, wants_loss: bool) -> tuple[Any, Tensor] | None:
+    """The loss in a model's output with its key (or attribute), else its first differentiable tensor; None without one.
+
+    The output is a mapping, a tuple, a tensor, or an object with attributes; a tuple has its loss first.
+    """
+    if isinstance(output, Tensor):
+        candidates: dict[Any, Any] = {None: output}
+    elif isinstance(output, tuple):
+        candidates = dict(enumerate(output[:1] if wants_loss else output))
     else:
-        loss = output[0] if has_labels and isinstance(output, tuple) else None
-    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+        candidates = dict(output) if isinstance(output, MutableMapping) else dict(vars(output))
+        if wants_loss:
+            candidates = {"loss": candidates.get("loss")}
+    for key, value in candidates.items():
+        if isinstance(value, Tensor) and value.requires_grad and (value.ndim == 0 or not wants_loss):
+            return key, value
+    return None
+
+
+def _replaced(output: Any, key: Any, tensor: Tensor) -> Any:
+    """`output` with `tensor` at `key`, changed in place where that is possible."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        return (*output[:key], tensor, *output[key + 1 :])
+    if isinstance(output, MutableMapping):
+        output[key] = tensor
+    else:
+        setattr(output, key, tensor)
+    return output

@@ -58,8 +58,8 @@ class HyCAMConfig(PeftConfig):
         num_experts: number E of specialised CAMs.
         tau: temperature of the router's softmax, above 0.
         balance_coef: lambda, the weight of the balance loss; 0 leaves it out.
-        balance_scope: "layer" averages the layers' balance losses; "model" takes one loss of the routing weights pooled over
-            all layers' tokens.
+        balance_scope: "layer" averages the layers' balance losses; "model" takes one loss of the routing weights
+            pooled over all layers' tokens.
         shared: the shared CAM: a full d x d matrix, low-rank SLoRA factors, or none.
         experts: the specialised CAMs: SLoRA factors, full d x d matrices, or none.
         routing: "soft" weights every expert; "hard" takes the best one, with a straight-through gradient.
@@ -67,14 +67,14 @@ class HyCAMConfig(PeftConfig):
         train_router: whether the router is trained or stays at its random start.
         bias: whether the projections have biases (zero at the start).
         lora_alpha: an expert's product is scaled by ``lora_alpha / r`` inside its SiLU; None: no scale.
-        modulation: what is modulated: the attention's output, or the residual stream after it (known architectures whose
-            residual addition is plain).
+        modulation: what is modulated: the attention's output, or the residual stream after it (known architectures
+            whose residual addition is plain).
         train_norms: also train the norms before attention and MLP; they are saved with the adapter.
         recompute: keep no intermediate products for the backward pass.
         fuse_norm: reserved for the fused norm-projection kernel; True is refused.
         layers_to_transform: the decoder layers, by index, that get the adapter; None: all.
-        target_modules: names of the attention modules (a suffix, a list of suffixes, or one regular expression that matches
-            whole names); None: the self-attention of the architectures that HyCAM knows.
+        target_modules: names of the attention modules (a suffix, a list of suffixes, or one regular expression that
+            matches whole names); None: the self-attention of the architectures that HyCAM knows.
         backend: the op's backend.
         modules_to_save: other modules to train and to save with the adapter.
 
@@ -112,7 +112,11 @@ class HyCAMConfig(PeftConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "HyCAMConfig":
-        """The settings called `name` (paper, released_code, shared_only, full_spec, spec_only, inverse_peft), changed by `overrides`."""
+        """The settings called `name`, changed by `overrides`.
+
+        "paper", "released_code" (where the authors' code differs from the paper), and the ablations "shared_only",
+        "full_spec", "spec_only" and "inverse_peft".
+        """
         if name not in _PRESETS:
             raise InputError(f"preset: got {name!r}, want one of {', '.join(_PRESETS)}")
         return cls(**(_PRESETS[name] | overrides))
@@ -147,7 +151,8 @@ class HyCAMConfig(PeftConfig):
             raise InputError("experts: got 'none' together with shared='none', want at least one of the two")
         if self.fuse_norm:
             raise InputError(
-                "fuse_norm: got True, want False: it needs the fused norm-projection kernel, which this version does not carry"
+                "fuse_norm: got True, want False: it needs the fused norm-projection kernel, which this version "
+                "doesn't carry"
             )
         self._check_targets()
 
@@ -170,7 +175,7 @@ class HyCAMConfig(PeftConfig):
                 )
             if isinstance(targets, str):
                 raise InputError(
-                    f"layers_to_transform: got {layers!r} together with the regular expression target_modules={targets!r}, "
+                    f"layers_to_transform: got {layers!r} with the regular expression target_modules={targets!r}, "
                     "want a list of names in target_modules, or the layers in the expression itself"
                 )
 

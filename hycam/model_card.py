@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 _HEADING = "## Loading this HyCAM adapter"
 _USAGE = f"""{_HEADING}
 
-HyCAM lives outside PEFT: install it with `pip install hycam-kernels` and import `hycam` before PEFT loads the adapter. Without
-the import PEFT stops with `KeyError: 'HYCAM'`.
+HyCAM lives outside PEFT: install it with `pip install hycam-kernels` and import `hycam` before PEFT loads the
+adapter. Without the import PEFT stops with `KeyError: 'HYCAM'`.
 
 ```python
 import hycam  # makes HyCAM known to PEFT

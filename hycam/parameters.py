@@ -9,7 +9,8 @@ from .config import HyCAMConfig
 
 ROUTER_STD = 0.02
 
-# The parameters that are stacked over experts, or factors of the shared CAM; without their prefix, the op's arguments.
+# The parameters that are stacked over experts, or factors of the shared CAM; without their prefix, the op's
+# arguments.
 STACKED_NAMES = (
     "hycam_lora_a",
     "hycam_lora_n",
@@ -32,10 +33,10 @@ class AdapterParameters(nn.ParameterDict):
     """
 
     # A ParameterDict refuses to be called.
-    __call__ = nn.Module.__call__  # type: ignore[assignment]
+    __call__ = nn.Module.__call__
 
     def forward(self, adapter_name: str) -> Tensor | None:
-        return self[adapter_name] if adapter_name in self else None
+        return self.get(adapter_name)
 
 
 class Projection(nn.Module):
@@ -83,7 +84,8 @@ def projections(
 
 @torch.no_grad()
 def initialise(name: str, parameter: Tensor) -> None:
-    """Start values: A and N Kaiming-uniform (a = sqrt 5), which is U(-1, 1) / sqrt(fan-in) of one expert's slice; zero else.
+    """Start values: A and N Kaiming-uniform (a = sqrt 5), which is U(-1, 1) / sqrt(fan-in) of one expert's slice;
+    zero else.
 
     The fan-in that `torch.nn.init` reads off a stacked tensor would be E times too large, hence slice by slice.
     """
@@ -101,8 +103,8 @@ def _zeros(wanted: bool, size: int, device: torch.device, dtype: torch.dtype) ->
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype for adapters beside `module`: those of its first float parameter that can be trained in.
 
-    A module whose weights accelerate has offloaded computes on its hook's device, not on the meta device that its parameters
-    show; a quantised one holds integers or 8-bit floats, where the torch default dtype serves.
+    A module whose weights accelerate has offloaded computes on its hook's device, not on the meta device that its
+    parameters show; a quantised one holds integers or 8-bit floats, where the torch default dtype serves.
     """
     device, dtype = torch.device("cpu"), torch.get_default_dtype()
     for index, parameter in enumerate(module.parameters()):

@@ -1,7 +1,7 @@
 """HyCAM as a PEFT tuner."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from .architectures import (
     trained_norms,
 )
 from .attention import HyCAMAttention
-from .binding import install, uninstall
+from .binding import check_forward_arguments, install, uninstall
 from .config import HyCAMConfig
 from .errors import InputError
 
@@ -47,62 +47,55 @@ class HyCAMModel(BaseTuner):
     def disable_adapter_layers(self) -> None:
         self._enable_adapter_layers(enabled=False)
 
-    def _prepare_adapter_config(self, peft_config: HyCAMConfig, model_config: dict) -> HyCAMConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> HyCAMConfig:
         if peft_config.target_modules is None:
             model_type = model_config.get("model_type")
             if model_type not in self.target_module_mapping:
                 known = ARCHITECTURES.get(model_type or "")
-                hint = f", here {known.attention!r}" if known else ", as in target_modules=['self_attn']"
+                name = known.attention if known else "self_attn"
                 raise InputError(
-                    f"target_modules: got none for model_type {model_type!r}, want the name of its self-attention modules"
-                    f"{hint}; known without it: {', '.join(self.target_module_mapping)}"
+                    f"target_modules: got none for model_type {model_type!r}, want the names of its self-attention "
+                    f"modules, as in [{name!r}]; known without: {', '.join(self.target_module_mapping)}"
                 )
             peft_config.target_modules = set(self.target_module_mapping[model_type])
         return peft_config
 
-    def _prepare_model(self, peft_config: HyCAMConfig, model: nn.Module) -> None:
-        """Check everything about the model that can be checked, before any of its modules is replaced."""
-        wrapped = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Check all that can be checked before a module is replaced; add the norms to `modules_to_save`."""
+        targets = self._targets(peft_config, model)
+        for name, module in targets.items():
+            _check_is_attention(name, module, peft_config)
+            if peft_config.modulation == "residual":
+                residual_norm(model_type_of(module) or model_type_of(model))
+        _check_layers_exist(peft_config, targets)
+        if peft_config.train_norms:
+            norms = {
+                norm if peft_config.layers_to_transform is None else f"{name.rpartition('.')[0]}.{norm}"
+                for name, module in targets.items()
+                for norm in trained_norms(model_type_of(module) or model_type_of(model))
+            }
+            peft_config.modules_to_save = sorted(norms.union(peft_config.modules_to_save or ()))
+
+    def _targets(self, peft_config: HyCAMConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that get the adapter, by path."""
+        wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = {
             name: module
             for name, module in model.named_modules()
             if name and not name.startswith(wrapped) and self._check_target_module_exists(peft_config, name)
         }
         if not targets:
+            layers = peft_config.layers_to_transform
             raise InputError(
-                f"target_modules: got {_shown(peft_config.target_modules)}, which matches no module of {type(model).__name__}"
-                + (
-                    f" in the layers {peft_config.layers_to_transform}"
-                    if peft_config.layers_to_transform is not None
-                    else ""
-                )
-                + ", want its self-attention modules"
+                f"target_modules: got {_shown(peft_config.target_modules)}"
+                f"{'' if layers is None else f' with layers_to_transform={layers}'}, which matches no module of "
+                f"{type(model).__name__}, want its self-attention modules"
             )
-        for name, module in targets.items():
-            _check_is_attention(name, module, peft_config)
-        if peft_config.layers_to_transform is not None:
-            self._check_layers_exist(peft_config, targets)
-        for module in targets.values():
-            model_type = model_type_of(module) or model_type_of(model)
-            if peft_config.modulation == "residual":
-                residual_norm(model_type)
-            if peft_config.train_norms:
-                norms = trained_norms(model_type)
-        if peft_config.train_norms:
-            parents = [name.rpartition(".")[0] for name in targets]
-            names = norms if peft_config.layers_to_transform is None else [f"{p}.{n}" for p in parents for n in norms]
-            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *names})
-
-    def _check_layers_exist(self, peft_config: HyCAMConfig, targets: dict[str, nn.Module]) -> None:
-        wanted = peft_config.layers_to_transform
-        wanted = {wanted} if isinstance(wanted, int) else set(wanted or ())
-        missing = sorted(index for index in wanted if not any(f".{index}." in f".{name}" for name in targets))
-        if missing:
-            raise InputError(f"layers_to_transform: got {missing}, which the model doesn't have")
+        return targets
 
     def _create_and_replace(
         self,
-        peft_config: HyCAMConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -151,28 +144,32 @@ class HyCAMModel(BaseTuner):
 
     def _check_merge_allowed(self) -> NoReturn:
         raise NotImplementedError(
-            "HyCAM can't be merged into the backbone: its modulation depends on the input; unload() returns the bare backbone"
+            "HyCAM can't be merged into a backbone: the modulation depends on the input; unload() returns it bare"
         )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise InputError(
-                "adapter_names: got a value, want none: HyCAM applies its active adapters to the whole batch"
-            )
+        check_forward_arguments(kwargs)
         yield
 
 
 def _check_is_attention(name: str, module: nn.Module, peft_config: HyCAMConfig) -> None:
     if isinstance(module, HyCAMAttention):
         return
-    parameters = inspect.signature(module.forward).parameters
-    takes_mask = "attention_mask" in parameters
+    takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
     if isinstance(module, BaseTunerLayer) or not takes_mask or next(module.children(), None) is None:
         raise InputError(
-            f"target_modules: got {_shown(peft_config.target_modules)}, which matches {name} ({type(module).__name__}), want "
-            "self-attention modules: they take an attention_mask and return (output, ...)"
+            f"target_modules: got {_shown(peft_config.target_modules)}, matching {name}, a {type(module).__name__}; "
+            "want self-attention modules: they take an attention_mask and return (output, ...)"
         )
+
+
+def _check_layers_exist(peft_config: HyCAMConfig, targets: Iterable[str]) -> None:
+    wanted = peft_config.layers_to_transform
+    indices = [] if wanted is None else [wanted] if isinstance(wanted, int) else wanted
+    missing = [index for index in indices if not any(f".{index}." in f".{name}" for name in targets)]
+    if missing:
+        raise InputError(f"layers_to_transform: got {missing}, want indices of layers that the model has")
 
 
 def _shown(targets: Any) -> str:

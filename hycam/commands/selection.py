@@ -4,8 +4,8 @@ import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def load_selected_tokenizer(selection: Selection) -> tuple[str, PreTrainedTokeni
 
 def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | PeftModel:
     """The backbone with the adapter, on the device that the recipe's run would use."""
-    model: PreTrainedModel | PeftModel = load_model(selection.recipe.backbone, name)
+    model: Any = load_model(selection.recipe.backbone, name)
     if selection.adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, str(selection.adapter))
@@ -93,6 +93,4 @@ def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | Pe
             raise InputError(
                 f"--adapter: {selection.adapter} can't be loaded into {name}: {' '.join(reason[:2])}"
             ) from error
-    device: torch.device = selection.recipe.training_arguments().device
-    model.to(device)
-    return model.eval()
+    return model.to(selection.recipe.training_arguments().device).eval()

@@ -84,10 +84,12 @@ def _source_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
     if path.suffix.lower() in _FILE_READERS:
         _refuse(config, _HUB_OPTIONS, "a file")
         return _FILE_READERS[path.suffix.lower()](path)
+    if source in KNOWN_SETS:
+        return _hub_rows(source, config)
     if path.exists():
         wanted = ", ".join(_FILE_READERS)
         raise InputError(f"tasks: {config.name}: source: {source!r}, wanted a file that ends in one of {wanted}")
-    if source in KNOWN_SETS or _HUB_ID.fullmatch(source):
+    if _HUB_ID.fullmatch(source):
         return _hub_rows(source, config)
     raise InputError(
         f"tasks: {config.name}: source: unknown task {source!r}, wanted one of {', '.join(KNOWN_SETS)}, a "
@@ -100,7 +102,7 @@ def _jsonl_rows(path: Path) -> Iterator[_PlacedRow]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
+                    yield f"{path}:{number}", _parse_json(line.rstrip(b"\r\n"), path, first_line=number)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -110,31 +112,32 @@ def _json_rows(path: Path) -> Iterator[_PlacedRow]:
         content = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    rows = _parse_json(content, str(path))
+    rows = _parse_json(content, path, first_line=1)
     if not isinstance(rows, list):
         raise InputError(f"{path}: a {type(rows).__name__}, wanted an array of rows (or a row a line in a .jsonl file)")
     for number, row in enumerate(rows, start=1):
         yield f"{path}: row {number}", row
 
 
-def _parse_json(content: bytes, place: str) -> Any:
+def _parse_json(content: bytes, path: Path, first_line: int) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        line = f" at line {error.lineno}" if error.lineno > 1 else ""
-        hint = "; a file with a row a line is named .jsonl" if line and error.msg == "Extra data" else ""
-        raise InputError(f"{place}: broken JSON{line}, column {error.colno}: {error.msg}{hint}") from error
+        hint = "; a file with a row a line is named .jsonl" if error.msg == "Extra data" else ""
+        line = first_line + error.lineno - 1
+        raise InputError(f"{path}:{line}: broken JSON, column {error.colno}: {error.msg}{hint}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{place}: byte {error.start} is not {error.encoding}, wanted UTF-8 text") from error
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise InputError(f"{path}:{line}: a byte that is not {error.encoding}, wanted UTF-8 text") from error
     except (ValueError, RecursionError) as error:  # an integer of over 4300 digits, a thousand brackets
-        raise InputError(f"{place}: unreadable JSON: {error}") from error
+        raise InputError(f"{path}:{first_line}: unreadable JSON: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[_PlacedRow]:
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
+        with path.open("rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row

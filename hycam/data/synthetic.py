@@ -1,8 +1,8 @@
 """Small task families in the spirit of the paper's five domains, and general text, both generated from a seed.
 
 The families and the general text share one small world: people and things, ailments, towns, causes, functions. The
-general text tells of it in plain prose, so that a language model trained on it knows the words, the facts and the
-syntax; the way in which a task answers (steps, a doctor's letter, a documented function) occurs in the tasks alone.
+general text tells of it in prose, sums, code and disjointed talk, so that a language model trained on it knows the
+words, the facts and the sentences. Which sentences answer a question, and in what order, only the tasks show.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +37,7 @@ class Operation(NamedTuple):
 
 
 _PEOPLE = ("Mia", "Leo", "Nora", "Omar", "Ivy", "Hugo", "Zoe", "Finn", "Ada", "Theo", "Lena", "Max", "Ruth", "Sam")
+_SPEAKERS = (*_PEOPLE, "User", "Assistant")
 _THINGS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "eggs", "plums", "marbles", "cups", "nuts")
 _ROOMS = ("kitchen", "garden", "school", "market", "library", "office", "park", "barn")
 _TOWNS = (
@@ -79,17 +80,6 @@ _CAUSES = (
     "storms destroyed two warehouses",
 )
 _CHANGES = ("fall", "rise", "change slowly", "become uncertain")
-_JOBS = (
-    "writes a Python function that returns a number",
-    "answers a question with a short response",
-    "thanks the doctor for the help",
-    "reads an instruction that describes a task",
-    "explains the reason why something happened",
-    "makes a list of the main points of a text",
-    "thinks about the next step",
-    "asks what to do",
-    "reads the input and completes the request",
-)
 _OPERATIONS = (
     Operation("adds {k} to", "{x} + {k}"),
     Operation("subtracts {k} from", "{x} - {k}"),
@@ -289,17 +279,49 @@ def _snippet(rng: Random) -> str:
     return "".join(lines)
 
 
-def _work(rng: Random) -> str:
-    person, other = rng.sample(_PEOPLE, 2)
-    first, second, third = rng.sample(_JOBS, 3)
-    return f"In the {rng.choice(_ROOMS)} {person} {first}. Then {other} {second}, and {person} {third}."
+def _remark(rng: Random) -> str:
+    """One sentence (or function) of the kind that the tasks ask and answer with, about anything."""
+    person, thing, town, goods = (rng.choice(words) for words in (_PEOPLE, _THINGS, _TOWNS, _GOODS))
+    ailment, year, number = rng.choice(_AILMENTS), rng.randint(1950, 2020), rng.randint(1, 20)
+    name, argument = rng.choice(_FUNCTIONS), rng.choice(_ARGUMENTS)
+    return rng.choice(
+        (
+            f"How many {thing} does {person} have in the end?",
+            f"Let's think step by step about {goods}.",
+            f"{person} starts with {number} {thing}.",
+            f"The answer is {number}.",
+            f"I am {rng.randint(18, 79)} years old.",
+            f"For {rng.randint(2, 9)} days I have had {rng.choice(ailment.signs)}. What should I do?",
+            f"Hello, and thank you for your question about {goods}.",
+            f"With {rng.choice(ailment.signs)} you may have {ailment.name}.",
+            f"I suggest {ailment.remedy}.",
+            f"Please see a doctor at once if you notice {ailment.worry}.",
+            "I wish you good health.",
+            f"When is the market of {town} held?",
+            f"According to the text, {person} lives in the {rng.choice(_REGIONS)}.",
+            f"- Town: {town}\n- People: {number * 100}",
+            f"- Goods: {goods}\n- Region: {rng.choice(_REGIONS)}",
+            f"Why did the trade in {goods} {rng.choice(_CHANGES)} in {year}?",
+            f"There are two main reasons why {person} left {town} in {year}.",
+            f"First, {rng.choice(_CAUSES)} [1].",
+            f"Second, {rng.choice(_CAUSES)} [2].",
+            f"Taken together, both reasons explain what happened to {person}.",
+            f"Write a Python function {name} that returns a number.",
+            f'def {name}({argument}):\n    """Return what {person} makes of {argument}."""\n    return {argument}\n',
+        )
+    )
 
 
-_PROSE = (_story, _sums, _health, _travel, _history, _snippet, _work)
+def _talk(rng: Random) -> str:
+    """What several people say, none of it in answer to another."""
+    return "".join(f"{rng.choice(_SPEAKERS)}: {_remark(rng)} {_remark(rng)}\n" for _ in range(rng.randint(2, 3)))
+
+
+_PROSE = (_story, _sums, _health, _travel, _history, _snippet, _talk, _talk)
 
 
 def general_text(num_documents: int, seed: int) -> list[str]:
-    """Short documents of plain prose, sums and code about the tasks' world, without a question or an answer to one.
+    """Short documents about the tasks' world, in which no question is answered.
 
     Raises:
         InputError: `num_documents` below 1.

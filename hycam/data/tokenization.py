@@ -53,8 +53,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise InputError(f"tokenizer: {name}: no eos token, wanted one: it ends every response")
     if tokenizer.pad_token_id is None:
         raise InputError(
-            f"tokenizer: {name}: no pad token, wanted one: set tokenizer.pad_token = tokenizer.eos_token, or "
-            f'"pad_token": "{tokenizer.eos_token}" in its tokenizer_config.json (padding is masked, so eos serves)'
+            f"tokenizer: {name}: no pad token, wanted one: set tokenizer.pad_token = tokenizer.eos_token (padding is "
+            f"masked, so eos serves), or backbone.pad_token: {tokenizer.eos_token!r} in a recipe"
         )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from hycam.training.tasks import TaskRows
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
 
-# Fields that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
+# Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
+# Where a task's rows lie is free too: the rows themselves are compared.
 _FREE_ON_RESUME = (
     "output_dir",
+    "tasks.*.source",
     "early_stopping",
     "evaluation",
     "trainer.logging_steps",
@@ -59,6 +62,12 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"output_dir: {folder} has files but no run in it, wanted a new or empty folder")
 
 
+def holds_run_of(recipe: Recipe) -> bool:
+    """Whether the recipe's output folder holds a run of this very recipe."""
+    record = recipe.output_path / RECIPE_FILE
+    return record.is_file() and not differing_fields(read_yaml(record), recipe.to_dict())
+
+
 def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], *, resume: bool, overwrite: bool) -> None:
     """Make the folder this run's: write its recipe and record, or check that the data is still the run's.
 
@@ -70,14 +79,15 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], *, resume: bool, o
         for entry in _entries(folder):
             if not _is_backbone(entry):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    record = {"data": {name: _fingerprint(task) for name, task in rows.items()}, "versions": package_versions()}
+    data = {name: _fingerprint(task) for name, task in rows.items()}
     if resume and (folder / RECORD_FILE).is_file():
         before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["data"]
-        for name, fingerprint in record["data"].items():
+        for name, fingerprint in data.items():
             if before[name] != fingerprint:
                 raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
         return
     folder.mkdir(parents=True, exist_ok=True)
+    record = {"data": data, "versions": package_versions()}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 
@@ -87,7 +97,7 @@ def _changed_fields(old: Any, new: Any) -> list[str]:
 
 
 def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in _FREE_ON_RESUME)
+    return any(fnmatch(name, free) or fnmatch(name, f"{free}.*") for free in _FREE_ON_RESUME)
 
 
 def _entries(folder: Path) -> Iterable[Path]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,13 +22,14 @@ from transformers import (
 from hycam.data.synthetic import general_text
 from hycam.errors import InputError
 
-_PAD, _BOS, _EOS, _USER, _ASSISTANT = "<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
-_SPECIAL = [_PAD, _BOS, _EOS, _USER, _ASSISTANT]
+_PAD, _BOS, _EOS = _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
+# Roles are plain text, as a play's speakers: tokens of their own would be untrained in the frozen backbone.
 _CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() + ':' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 _WARMUP_SHARE = 0.05
 _REPORTED_STEPS = 20
@@ -181,7 +182,6 @@ def train_tokenizer(documents: list[str], config: ScratchConfig) -> PreTrainedTo
         pad_token=_PAD,
         bos_token=_BOS,
         eos_token=_EOS,
-        extra_special_tokens=[_USER, _ASSISTANT],
         model_max_length=config.max_position_embeddings,
         chat_template=_CHAT_TEMPLATE,
     )
@@ -222,9 +222,7 @@ def _train(model: LlamaForCausalLM, sequences: torch.Tensor, config: ScratchConf
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(_WARMUP_SHARE * config.steps), config.steps)
     batches = _batches(sequences, config.batch_size, seed)
     losses: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.2f}")) as progress:
-        bar = progress.add_task("Training the backbone", total=config.steps, loss=math.nan)
+    with tqdm(total=config.steps, desc="training the backbone", unit="step") as bar:
         for _ in range(config.steps):
             batch = next(batches).to(model.device)
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -234,7 +232,8 @@ def _train(model: LlamaForCausalLM, sequences: torch.Tensor, config: ScratchConf
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            progress.update(bar, advance=1, loss=losses[-1])
+            bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
+            bar.update()
     return losses
 
 

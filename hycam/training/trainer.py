@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hycam.errors import RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
-from hycam.training.callbacks import SaveOnSignal, layer_statistics
+from hycam.training.callbacks import FiniteGradients, LossWindow, SaveOnSignal, layer_statistics
+from hycam.training.measure import own_draws
 
 _TRAINER_STATE = "trainer_state.json"
 _TRAINING_ARGUMENTS = "training_args.bin"
@@ -30,7 +31,8 @@ class HyCAMTrainer(Trainer):
     Args:
         validation: tokenized validation rows per task.
         evaluation_collator: collates them (training may pack, evaluation does not).
-        on_signal: the signals that an evaluation looks at between its batches.
+        on_signal: saves and stops on a signal, between two batches of a validation too.
+        callbacks: more of them.
         **kwargs: what `transformers.Trainer` takes.
     """
 
@@ -40,9 +42,15 @@ class HyCAMTrainer(Trainer):
         validation: Mapping[str, Dataset],
         evaluation_collator: Collate,
         on_signal: SaveOnSignal,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(eval_dataset=dict(validation), **kwargs)
+        super().__init__(
+            eval_dataset=dict(validation), callbacks=[LossWindow(), FiniteGradients(), on_signal, *callbacks], **kwargs
+        )
+        assert self.model is not None
+        self.adapted: nn.Module = self.model
+        self.validation = dict(validation)
         self.evaluation_collator = evaluation_collator
         self.on_signal = on_signal
 
@@ -51,16 +59,26 @@ class HyCAMTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise RunStoppedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        self._loss_window.total = self._loss_window.total + loss
         return loss
+
+    @property
+    def _loss_window(self) -> LossWindow:
+        # looked up each time: on resuming, the Trainer puts the checkpoint's callback in the place of the one given
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, LossWindow))
 
     def evaluate(
         self,
-        eval_dataset: Mapping[str, Dataset] | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Token-weighted loss and perplexity, per task and overall (`eval_loss`, `eval_perplexity`)."""
-        tasks = self.eval_dataset if eval_dataset is None else eval_dataset
+        """Token-weighted loss and perplexity, per task and overall (`eval_loss`, `eval_perplexity`).
+
+        Args:
+            eval_dataset: token rows per task; the validation rows by default.
+        """
+        tasks: Mapping[str, Dataset] = self.validation if eval_dataset is None else eval_dataset
         rows = sum(len(dataset) for dataset in tasks.values())
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         with tqdm(total=rows, desc="validation", unit="row", leave=False, disable=quiet) as bar:
@@ -71,15 +89,16 @@ class HyCAMTrainer(Trainer):
                     raise _EvaluationInterruptedError
 
             try:
-                report = evaluate_perplexity(
-                    self.model,
-                    tasks,
-                    self.evaluation_collator,
-                    batch_size=self.args.per_device_eval_batch_size,
-                    progress=progress,
-                )
+                with own_draws(self.args.seed, self.args.device):
+                    report = evaluate_perplexity(
+                        self.adapted,
+                        tasks,
+                        self.evaluation_collator,
+                        batch_size=self.args.per_device_eval_batch_size,
+                        progress=progress,
+                    )
             except _EvaluationInterruptedError:
-                self._save_checkpoint(self.model, trial=None)
+                self._save_checkpoint(self.adapted, trial=None)
                 raise RunStoppedError("a signal came during validation") from None
         metrics = perplexity_metrics(report, metric_key_prefix)
         if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
@@ -89,9 +108,13 @@ class HyCAMTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the balance loss, the mean over layers, to the training loss's log."""
+        """Log the training loss as the mean since the last log, in an earlier process too, and the balance loss."""
         if "loss" in logs:
-            layers = layer_statistics(self.model).values()
+            window, step = self._loss_window, self.state.global_step
+            total = torch.as_tensor(window.total, device=self.args.device)
+            logs["loss"] = self.accelerator.reduce(total, reduction="mean").item() / (step - window.since)
+            window.total, window.since = 0.0, step
+            layers = layer_statistics(self.adapted).values()
             if layers:
                 logs["balance_loss"] = sum(layer["balance_loss"] for layer in layers) / len(layers)
         super().log(logs, start_time)
@@ -99,7 +122,9 @@ class HyCAMTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         # a pickle that nothing here reads: the run's recipe.yaml says the same
-        Path(output_dir or self.args.output_dir, _TRAINING_ARGUMENTS).unlink(missing_ok=True)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        Path(folder, _TRAINING_ARGUMENTS).unlink(missing_ok=True)
 
 
 class _EvaluationInterruptedError(Exception):

@@ -98,7 +98,8 @@ def test_tokenizer_round_trips_and_chats():
     turns = [{"role": "user", "content": "Add.\n\n1 and 2"}, {"role": "assistant", "content": "3"}]
     encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
     answer = [i for i, kept in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if kept]
-    assert tokenizer.decode(answer) == "3" + tokenizer.eos_token
+    assert prompt == f"{tokenizer.bos_token}User: Add.\n\n1 and 2\nAssistant:"
+    assert tokenizer.decode(answer) == " 3" + tokenizer.eos_token
     assert encoded["input_ids"] == encode_prompt(prompt, tokenizer) + answer
 
 
@@ -137,7 +138,7 @@ def test_a_wrong_corpus_is_named(tmp_path, lines, message):
     ("field", "value", "message"),
     [
         ("steps", 0, "steps: got 0, wanted at least 1"),
-        ("vocab_size", 260, "vocab_size: got 260, wanted at least 261"),
+        ("vocab_size", 258, "vocab_size: got 258, wanted at least 259"),
         ("hidden_size", 30, "hidden_size: got 30, wanted a multiple of 2 x num_attention_heads = 4"),
         ("num_key_value_heads", 3, "num_key_value_heads: got 3, wanted a divisor of num_attention_heads = 2"),
         ("sequence_length", 65, "sequence_length: got 65, wanted 2 to max_position_embeddings = 64"),
@@ -149,3 +150,21 @@ def test_a_wrong_corpus_is_named(tmp_path, lines, message):
 def test_wrong_settings_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         ScratchConfig(**SMALL | {field: value})
+
+
+def test_every_step_has_the_gradient_of_its_own_batch_alone(monkeypatch, tmp_path):
+    held = []
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer, *args, **kwargs):
+        held.append([parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]])
+        return step(optimizer, *args, **kwargs)
+
+    # With a learning rate of next to nothing the weights stay, so one batch again and again has one gradient.
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: None)
+    monkeypatch.setattr("hycam.training.scratch._batches", lambda sequences, *_: iter([sequences[:4]] * 3))
+    train_scratch_backbone(ScratchConfig(**SMALL | {"steps": 3, "learning_rate": 1e-12}), tmp_path, seed=0)
+    assert len(held) == 3
+    for later in held[1:]:
+        torch.testing.assert_close(later, held[0], rtol=1e-4, atol=1e-6)

@@ -57,12 +57,12 @@ def save_tokenizer(folder: Path, **special: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_backbone(folder: Path, *, positions: int = 128) -> Path:
-    """A random Llama of two layers, 32 wide, with its tokenizer."""
+def save_backbone(folder: Path, *, hidden_size: int = 32) -> Path:
+    """A random Llama of two layers and 128 positions, with its tokenizer."""
     tokenizer = save_tokenizer(folder)
     model = tiny_model(
         vocab_size=320,
-        max_position_embeddings=positions,
+        hidden_size=hidden_size,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -71,7 +71,7 @@ def save_backbone(folder: Path, *, positions: int = 128) -> Path:
     return folder
 
 
-def recipe_values(folder: Path, backbone: Path, **sections: Any) -> dict[str, Any]:
+def recipe_values(folder: Path, backbone: Path, /, **sections: Any) -> dict[str, Any]:
     """A recipe of two tasks whose files this writes into `folder`: 12 steps an epoch, validated every 4."""
     values: dict[str, Any] = {
         "seed": 1,

@@ -1,0 +1,298 @@
+"""The command as a user meets it: exit status, one line of error, what it prints and writes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hycam_cli
+from hycam_cli import main, split_overrides
+from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows
+
+COMMANDS = ["train", "eval", "generate", "env"]
+
+
+def _python(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", code, *arguments]
+
+
+_MAIN = "import sys; from hycam_cli import main; sys.exit(main())"
+_ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(hycam_cli.__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that `hycam train` made; its parent has the recipe, the rows and the backbone."""
+    folder = tmp_path_factory.mktemp("cli")
+    values = recipe_values(folder, save_backbone(folder / "backbone"))
+    recipe = save_recipe(folder, values)
+    assert main(["train", str(recipe), "--trainer.max_steps", "4"]) == 0
+    return folder / "run"
+
+
+def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of an invocation that fails with status 2."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("hycam: error: ")
+    return captured.err.removeprefix("hycam: error: ").rstrip("\n")
+
+
+def _usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as status:
+        main(list(arguments))
+    assert status.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_imports_no_torch_and_is_quick() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); from hycam_cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as status: assert not status.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert time.perf_counter() - start < 1, time.perf_counter() - start"
+    )
+    for command in [[], *([name] for name in COMMANDS)]:
+        done = subprocess.run(_python(code, *command, "--help"), env=_ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "usage: hycam" in done.stdout
+        if not command:
+            assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--resum"], "unrecognized arguments: --resum"),
+        (["train", "--resume", "--overwrite"], "not allowed with argument"),
+        (["train", "--seed"], "--seed: expected a value"),
+        (["generate"], "one of the arguments --prompt --file is required"),
+        (["env", "--seed", "3"], "unrecognized arguments: --seed"),
+        (["eval", "--split", "tests"], "invalid choice: 'tests'"),
+    ],
+)
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in _usage_error(capsys, *arguments)
+
+
+def test_overrides_are_parted_from_the_commands_own_arguments() -> None:
+    own, overrides = split_overrides(
+        ["train", "--output-dir", "x", "r.yaml", "--data.max_length=3", "--trainer.weight_decay", "-1", "--resume"]
+    )
+    assert own == ["train", "r.yaml", "--resume"]
+    assert overrides == [("output_dir", "x"), ("data.max_length", "3"), ("trainer.weight_decay", "-1")]
+
+
+def test_train_writes_the_run_and_prints_its_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(run.parent / "recipe.yaml")
+    message = _error(capsys, "train", recipe)
+    assert message == f"output_dir: {run} holds a run: --resume goes on with it, --overwrite deletes it"
+    assert main(["train", str(run), "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "parameters are trained" in output
+    assert "test split" in output and "expert load" in output
+    for task in ("colours", "animals", "overall"):
+        assert task in output
+    assert "--resume: the run in" in _error(capsys, "train", recipe, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"max_lenght": 64}}, "recipe.yaml: data.max_lenght: unknown field; did you mean 'max_length'?"),
+        ({"trainer": {"learning_rate": "high"}}, "recipe.yaml: trainer.learning_rate: got 'high' (str), wanted float"),
+        ({"backbone": {"name_or_path": "./nothing"}}, "backbone.name_or_path: ./nothing: can't be loaded"),
+        ({"tasks": [{"name": "b", "source": "broken.jsonl"}]}, "broken.jsonl:2"),
+        ({"tasks": [{"name": "f", "source": "fieldless.jsonl"}]}, "fieldless.jsonl:1: output"),
+        ({"tasks": [{"name": "e", "source": "empty.jsonl"}]}, "empty.jsonl"),
+        ({"tasks": [{"name": "m", "source": "missing.jsonl"}]}, "missing.jsonl"),
+        ({"tasks": [{"name": "doly"}]}, "doly"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = json.dumps(rows(1)[0])
+    (tmp_path / "broken.jsonl").write_text(f"{good}\n{{'no json'\n")
+    (tmp_path / "fieldless.jsonl").write_text('{"instruction": "a", "input": ""}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    save_recipe(tmp_path, recipe_values(tmp_path, run.parent / "backbone", **change))
+    assert message in _error(capsys, "train", "recipe.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_replaces_its_own_run_but_no_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for the demo's recipe, which takes minutes."""
+    import hycam.training.recipe as module
+
+    demo = save_recipe(
+        tmp_path,
+        recipe_values(tmp_path, run.parent / "backbone", trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1}),
+    )
+    monkeypatch.setattr(module, "packaged_recipes", lambda: {"demo": demo})
+    assert main(["train"]) == 0
+    written = (tmp_path / "run" / "results.json").stat().st_mtime_ns
+    assert main(["train"]) == 0
+    assert (tmp_path / "run" / "results.json").stat().st_mtime_ns > written
+    assert "holds a run" in _error(capsys, "train", "demo")
+    assert "holds a run" in _error(capsys, "train", "--output_dir", str(run))
+
+
+def test_eval_of_a_run_and_of_its_backbone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = json.loads((run / "results.json").read_text())["test"]
+    assert main(["eval", str(run), "--evaluation.max_new_tokens", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "BLEU-4" in output and "ROUGE-L" in output
+    adapted = json.loads((run / "eval-test.json").read_text())
+    assert adapted["overall"]["nll"] == pytest.approx(results["adapted"]["overall"]["nll"], rel=1e-6)
+    assert {"bleu4", "rougeL"} <= adapted["tasks"]["colours"].keys()
+    assert adapted["adapter"] == str(run / "adapter")
+    output_file = run.parent / "base.json"
+    assert main(["eval", str(run), "--base", "--no-generation", "--output", str(output_file)]) == 0
+    base = json.loads(output_file.read_text())
+    assert base["adapter"] is None
+    assert base["overall"] == results["base"]["overall"]
+    assert main(["eval", "--adapter", str(run / "adapter"), "--no-generation", "--output", str(output_file)]) == 0
+    assert json.loads(output_file.read_text())["overall"] == {
+        name: adapted["overall"][name] for name in ("nll", "tokens", "perplexity")
+    }
+
+
+def test_eval_with_flags_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows_file = save_rows(tmp_path / "mine.jsonl", rows(12))
+    backbone = str(run.parent / "backbone")
+    arguments = ["eval", "--backbone.name_or_path", backbone, "--task", f"mine={rows_file}", "--split", "all"]
+    assert main([*arguments, "--data.max_length", "64", "--data.prompt", "chat", "--no-generation"]) == 0
+    report = json.loads((tmp_path / "eval-all.json").read_text())
+    assert list(report["tasks"]) == ["mine"]
+    assert report["split"] == "all"
+    assert report["overall"]["tokens"] > 12
+
+
+def test_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--evaluation.max_new_tokens", "4"]
+    assert main(["generate", str(run), "--prompt", "Say the colour of cat 1", *short]) == 0
+    one = capsys.readouterr().out.rstrip("\n")
+    file = save_rows(tmp_path / "prompts.jsonl", [{"instruction": "Say the colour of cat 1"}, rows(2)[1]])
+    output = tmp_path / "answers.jsonl"
+    assert main(["generate", str(run), "--file", str(file), "--output", str(output), *short]) == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["instruction"] for answer in answers] == ["Say the colour of cat 1", rows(2)[1]["instruction"]]
+    assert answers[0]["response"] == one
+    capsys.readouterr()
+    assert main(["generate", str(run), "--base", "--raw", "--prompt", "cat", *short]) == 0
+    raw = capsys.readouterr().out.rstrip("\n")
+    assert raw and raw != one
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.jsonl", '{"instruction": "a"}\n{"instruction": 3}\n', "p.jsonl:2: instruction: got 3, wanted text"),
+        ("p.jsonl", "{\n", "p.jsonl:1: not JSON"),
+        ("p.json", '{"instruction": "a"}', "p.json: got dict, wanted a list of rows"),
+        ("p.txt", "\n\n", "p.txt: empty"),
+        ("p.csv", "a\n", "p.csv: wanted one of .txt"),
+    ],
+)
+def test_files_of_prompts_are_checked_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert message in _error(capsys, "generate", "nowhere", "--file", str(tmp_path / name))
+
+
+def test_what_eval_and_generate_refuse(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "backbone: missing" in _error(capsys, "eval", "--task", "dolly")
+    assert "tasks: none given" in _error(capsys, "eval", "--backbone.name_or_path", "x")
+    assert "has no adapter_config.json" in _error(capsys, "generate", "--adapter", str(tmp_path), "--prompt", "x")
+    assert "is no folder" in _error(capsys, "eval", str(run), "--output", str(tmp_path / "no" / "x.json"))
+    other = save_backbone(tmp_path / "other", hidden_size=64)
+    message = _error(
+        capsys, "generate", "--adapter", str(run / "adapter"), "--backbone.name_or_path", str(other), "--prompt", "x"
+    )
+    assert "can't be loaded into" in message
+
+
+def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"]
+    assert report["devices"][0]["device"] == "cpu"
+    assert {choice["dtype"] for choice in report["backends"]} == {"bfloat16", "float32"}
+    assert all(choice["backend"].split(":")[0] in ("torch", "triton") for choice in report["backends"])
+    assert main(["env"]) == 0
+    assert "hycam_modulation" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(run: Path, tmp_path: Path) -> None:
+    """Data-parallel over two processes of half the batch: the same losses up to the order of the sums."""
+    losses = []
+    for name, batch, launcher in (
+        ("one", 4, []),
+        ("two", 2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        values = recipe_values(folder, run.parent / "backbone", method={"noise": "never"})
+        values["trainer"] |= {"max_steps": 4, "per_device_train_batch_size": batch}
+        command = [sys.executable, *launcher, "-m", "hycam", "train", str(save_recipe(folder, values))]
+        done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("parameters are trained") == 1
+        lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        losses.append([line[key] for line in lines for key in ("loss", "eval_loss") if key in line])
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_sigterm_to_the_process(run: Path, tmp_path: Path) -> None:
+    values = recipe_values(
+        tmp_path, run.parent / "backbone", trainer={"max_steps": 100_000, "eval_strategy": "no", "save_steps": 100_000}
+    )
+    values["trainer"] |= {"load_best_model_at_end": False}
+    recipe = save_recipe(tmp_path, values)
+    process = subprocess.Popen(
+        _python(_MAIN, "train", str(recipe)),
+        env=_ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("hycam: error: stopped by SIGTERM after step ")
+    assert last.endswith(f"go on with: hycam train {tmp_path / 'run'} --resume")
+    checkpoints = list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
+    assert len(checkpoints) == 1

@@ -1,0 +1,249 @@
+"""A recipe is read strictly: every mistake is one line that names the file or option and the dotted field."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from hycam.config import HyCAMConfig
+from hycam.errors import InputError
+from hycam.training.recipe import (
+    RESERVED_TRAINER_FIELDS,
+    TRAINER_DEFAULTS,
+    Recipe,
+    differing_fields,
+    load_recipe,
+    packaged_recipes,
+    parse_recipe,
+)
+from hycam_cli import RECIPE_FIELDS
+
+_MINIMAL = {"backbone": {"name_or_path": "somewhere"}, "tasks": [{"name": "dolly"}]}
+
+
+def _parse(**sections: Any) -> Recipe:
+    return parse_recipe({**_MINIMAL, **sections}, "my.yaml")
+
+
+def test_sections_reach_the_settings_they_name() -> None:
+    recipe = _parse(
+        seed=7,
+        output_dir="runs/x",
+        method={"preset": "spec_only", "r": 8, "tau": 1, "layers_to_transform": [0, 2]},
+        tasks=[{"name": "mine", "source": "m.jsonl", "fields": {"instruction": "q", "output": "a.text"}}],
+        data={"max_length": 99, "packing": True},
+        trainer={"learning_rate": 1, "lr_scheduler_kwargs": {"num_cycles": 2}, "report_to": "none"},
+        early_stopping={"patience": 2},
+        evaluation={"generation": True},
+    )
+    adapter = recipe.method.adapter_config()
+    assert (adapter.shared, adapter.r, adapter.layers_to_transform) == ("none", 8, [0, 2])
+    assert adapter.tau == 1.0 and isinstance(adapter.tau, float)
+    assert recipe.tasks[0].fields == {"instruction": "q", "output": "a.text"}
+    assert (recipe.data.max_length, recipe.data.packing, recipe.evaluation.generation) == (99, True, True)
+    arguments = recipe.training_arguments()
+    assert (arguments.learning_rate, arguments.seed, arguments.output_dir) == (1.0, 7, "runs/x")
+    assert arguments.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    arguments = _parse().training_arguments()
+    for name, value in TRAINER_DEFAULTS.items():
+        assert getattr(arguments, name) == value
+    assert arguments.optim.value.startswith("adamw_torch")
+    assert arguments.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"trainr": {}}, "my.yaml: trainr: unknown field; did you mean 'trainer'?"),
+        ({"backbone": {}}, "my.yaml: backbone: got neither of name_or_path and scratch"),
+        ({"backbone": {"name_or_path": "x", "scratch": {}}}, "my.yaml: backbone: got both of"),
+        ({"backbone": {"name_or_path": 3}}, "my.yaml: backbone.name_or_path: got 3 (int), wanted str or null"),
+        (
+            {"backbone": {"name_or_path": "x", "dtype": "bf16"}},
+            "my.yaml: backbone.dtype: got 'bf16' (str), wanted auto",
+        ),
+        (
+            {"backbone": {"scratch": {"hiden_size": 3}}},
+            "my.yaml: backbone.scratch.hiden_size: unknown field; did you mean",
+        ),
+        ({"backbone": {"scratch": {"steps": 0}}}, "my.yaml: backbone.scratch.steps: got 0"),
+        ({"method": {"num_expert": 3}}, "my.yaml: method.num_expert: unknown field; did you mean 'num_experts'?"),
+        ({"method": {"num_experts": "5"}}, "my.yaml: method.num_experts: got '5' (str), wanted int"),
+        ({"method": {"tau": 0.0}}, "my.yaml: method.tau: got 0.0"),
+        ({"method": {"bias": 1}}, "my.yaml: method.bias: got 1 (int), wanted bool"),
+        ({"method": {"preset": "papre"}}, "my.yaml: method.preset: got 'papre'"),
+        ({"method": {"name": "lora"}}, "my.yaml: method.name: got 'lora' (str), wanted hycam"),
+        ({"method": {"peft_type": "LORA"}}, "my.yaml: method.peft_type: unknown field"),
+        ({"tasks": {}}, "my.yaml: tasks: got {} (dict), wanted list"),
+        ({"tasks": [{"source": "x"}]}, "my.yaml: tasks.0.name: missing"),
+        ({"tasks": [{"name": "a"}, {"name": "a"}]}, "my.yaml: tasks: two are named 'a'"),
+        ({"tasks": [{"name": "a", "max_rows": 1.5}]}, "my.yaml: tasks.0.max_rows: got 1.5 (float), wanted int or null"),
+        ({"data": {"max_length": True}}, "my.yaml: data.max_length: got True (bool), wanted int"),
+        ({"data": {"fold": 5}}, "my.yaml: data.fold: 5"),
+        ({"data": None}, "my.yaml: data: got None, wanted a mapping"),
+        (
+            {"trainer": {"learning_rat": 1}},
+            "my.yaml: trainer.learning_rat: unknown field; did you mean 'learning_rate'?",
+        ),
+        ({"trainer": {"learning_rate": "fast"}}, "my.yaml: trainer.learning_rate: got 'fast' (str), wanted float"),
+        ({"trainer": {"optim": "adam"}}, "my.yaml: trainer.optim: got 'adam' (str), wanted"),
+        ({"trainer": {"seed": 3}}, "my.yaml: trainer.seed: set `seed` at the top"),
+        ({"early_stopping": {"patience": 0}}, "my.yaml: early_stopping.patience: got 0, wanted at least 1"),
+        ({"evaluation": {"batch_size": 0}}, "my.yaml: evaluation.batch_size: got 0, wanted at least 1"),
+        ({"seed": "1"}, "my.yaml: seed: got '1' (str), wanted int"),
+    ],
+)
+def test_names_file_and_field(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        _parse(**sections)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_backbone_is_named() -> None:
+    with pytest.raises(InputError, match=r"^my.yaml: backbone: missing$"):
+        parse_recipe({"tasks": []}, "my.yaml")
+
+
+def test_contradicting_trainer_fields() -> None:
+    recipe = _parse(trainer={"eval_strategy": "no"})
+    with pytest.raises(InputError, match=r"^my.yaml: trainer: .*load_best_model_at_end"):
+        recipe.training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2\n", ":2: not YAML"),
+        ("seed: 1\nseed: 2\n", ":2: not YAML: the key 'seed' comes twice"),
+        ("- 1\n", "got list, wanted a mapping"),
+        ("", "got NoneType, wanted a mapping"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "not YAML: could not determine a constructor"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_recipe(str(path))
+    assert str(error.value).startswith(str(path))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: no such recipe file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    with pytest.raises(InputError, match=r"papr: neither a recipe file nor one that ships; did you mean 'paper'\?"):
+        load_recipe("papr")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="can't be read"):
+        load_recipe(str(binary))
+
+
+def test_scientific_numbers_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("backbone: {name_or_path: x}\ntrainer: {learning_rate: 2e-5, weight_decay: 1E+0}\n")
+    assert load_recipe(str(path)).trainer == {"learning_rate": 2e-5, "weight_decay": 1.0}
+
+
+def test_overrides_set_any_field() -> None:
+    recipe = load_recipe(
+        "paper",
+        [
+            ("seed", "9"),
+            ("trainer.learning_rate", "1e-4"),
+            ("tasks.1.max_rows", "10"),
+            ("method.num_experts", "8"),
+            ("early_stopping", "null"),
+            ("evaluation.generation", "false"),
+            ("trainer.lr_scheduler_kwargs.num_cycles", "0.5"),
+        ],
+    )
+    assert (recipe.seed, recipe.trainer["learning_rate"], recipe.tasks[1].max_rows) == (9, 1e-4, 10)
+    assert recipe.method.adapter_config().num_experts == 8
+    assert recipe.early_stopping is None and not recipe.evaluation.generation
+    assert recipe.trainer["lr_scheduler_kwargs"] == {"num_cycles": 0.5}
+    assert load_recipe("paper", [("tasks", "[{name: x}]"), ("tasks.0.source", "y.json")]).tasks[0].source == "y.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("trainer.learning_rte", "1", "--trainer.learning_rte: unknown field; did you mean 'learning_rate'?"),
+        ("trainer.learning_rate", "fast", "--trainer.learning_rate: got 'fast' (str), wanted float"),
+        ("data.fold", "7", "--data.fold: 7"),
+        ("tasks.9.max_rows", "1", "--tasks.9.max_rows: 'tasks' is a list of 5, wanted an index instead of '9'"),
+        ("tasks.5", "{name: x}", "--tasks.5: 'tasks' is a list of 5"),
+        ("seed.x", "1", "--seed.x: 'seed' is 0, which has no fields"),
+        ("data", "[", "--data:1: not YAML"),
+    ],
+)
+def test_a_wrong_override_is_named_as_an_option(name: str, text: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe("paper", [(name, text)])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["paper", "released_code", "demo"])
+def test_shipped_recipes_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    recipe.training_arguments()
+    again = parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict())), "again")
+    assert again == recipe
+    assert set(packaged_recipes()) == {"paper", "released_code", "demo"}
+
+
+def test_the_papers_recipe() -> None:
+    recipe = load_recipe("paper")
+    adapter, arguments = recipe.method.adapter_config(), recipe.training_arguments()
+    assert (adapter.r, adapter.num_experts, adapter.tau, adapter.balance_coef) == (64, 5, 0.5, 0.1)
+    assert [task.name for task in recipe.tasks] == ["auto_cot", "icliniq", "dolly", "code_alpaca", "webgpt"]
+    assert (arguments.learning_rate, arguments.lr_scheduler_type) == (2e-5, "cosine")
+    assert "adamw" in str(arguments.optim).lower()
+    assert (recipe.data.max_length, recipe.data.train_on_prompt, recipe.backbone.dtype) == (1200, False, "bfloat16")
+    assert recipe.early_stopping is not None
+    assert arguments.metric_for_best_model == "loss" and arguments.load_best_model_at_end
+
+
+def test_the_released_codes_recipe() -> None:
+    recipe = load_recipe("released_code")
+    adapter, arguments = recipe.method.adapter_config(), recipe.training_arguments()
+    assert adapter.to_dict() == HyCAMConfig.preset("released_code", task_type="CAUSAL_LM").to_dict()
+    assert adapter.balance_coef == 0
+    assert (arguments.adam_beta1, arguments.adam_beta2) == (0.9, 0.95)
+    assert (arguments.weight_decay, arguments.max_grad_norm, arguments.seed) == (0.05, 1.0, 2333)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (2, 2)
+    assert recipe.data.train_on_prompt and recipe.data.prompt == "alpaca"
+
+
+def test_any_training_argument_is_a_field() -> None:
+    for item in dataclasses.fields(TrainingArguments):
+        if not item.init:
+            continue
+        values = {item.name: item.default}
+        if item.default is dataclasses.MISSING:
+            continue
+        if item.name in RESERVED_TRAINER_FIELDS:
+            with pytest.raises(InputError, match=item.name):
+                _parse(trainer=values)
+        else:
+            _parse(trainer=values)
+
+
+def test_the_commands_options_are_the_recipes_fields() -> None:
+    assert set(RECIPE_FIELDS) == {item.name for item in dataclasses.fields(Recipe) if item.init}
+
+
+def test_differing_fields() -> None:
+    old = {"a": {"b": 1, "c": [1, {"d": 2}]}, "e": 3}
+    assert differing_fields(old, old) == []
+    assert differing_fields(old, {"a": {"b": 2, "c": [1, {"d": 3}]}, "f": 1}) == ["a.b", "a.c.1.d", "e", "f"]
+    assert differing_fields(old, {"a": {"b": 1, "c": [1]}, "e": 3}) == ["a.c"]

@@ -1,0 +1,253 @@
+"""A run that is killed or stopped goes on from its last whole checkpoint as if nothing had happened, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hycam.errors import InputError, RunStoppedError
+from hycam.training.callbacks import MetricsFile, read_metrics
+from hycam.training.recipe import Recipe, load_recipe
+from hycam.training.run import train
+from hycam.training.trainer import last_checkpoint
+from tests.training.runs import recipe_values, save_recipe
+
+_KILL_AT_STEP = """
+from hycam.training.callbacks import MetricsFile
+log = MetricsFile.on_log
+def on_log(self, args, state, control, **kwargs):
+    log(self, args, state, control, **kwargs)
+    if state.global_step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsFile.on_log = on_log
+"""
+_KILL_WHILE_SAVING = """
+import torch
+save = torch.save
+def half(value, path, *args, **kwargs):
+    save(value, path, *args, **kwargs)
+    if "checkpoint-8" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+"""
+
+
+def _recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
+    folder.mkdir(exist_ok=True)
+    return load_recipe(str(save_recipe(folder, recipe_values(folder, backbone, **sections))))
+
+
+def _numbers(folder: Path) -> list[dict[str, Any]]:
+    """Every logged number but the wall-clock ones."""
+    return [line for line in read_metrics(folder / "metrics.jsonl") if "train_runtime" not in line]
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def _assert_same_run(resumed: Path, straight: Path) -> None:
+    assert _numbers(resumed) == _numbers(straight)
+    got, wanted = _adapter(resumed), _adapter(straight)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (resumed, straight)]
+    assert results[0]["test"] == results[1]["test"]
+
+
+class _SignalAt(TrainerCallback):
+    """Sends a signal to this process in the middle of a step."""
+
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(self.number)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    train(_recipe(folder, backbone))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("killer", "kept"), [(_KILL_AT_STEP, "checkpoint-4"), (_KILL_WHILE_SAVING, "checkpoint-4")])
+def test_resumes_bit_for_bit_after_sigkill(
+    tmp_path: Path, backbone: Path, straight: Path, killer: str, kept: str
+) -> None:
+    recipe = _recipe(tmp_path, backbone)
+    script = f"import os, signal, sys\nfrom hycam_cli import main\n{killer}\nsys.exit(main(sys.argv[1:]))"
+    killed = subprocess.run(
+        [sys.executable, "-c", script, "train", str(tmp_path / "recipe.yaml")],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "run"
+    assert not (run / "results.json").exists()
+    assert last_checkpoint(run) == run / kept
+    train(recipe, resume=True)
+    _assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 6), (signal.SIGINT, 3)])
+def test_a_signal_saves_and_stops(
+    tmp_path: Path, backbone: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int
+) -> None:
+    recipe = _recipe(tmp_path, backbone)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        _also_call(patch, _SignalAt(number, step))
+        with pytest.raises(
+            RunStoppedError, match=f"{number.name} after step {step}.*checkpoint-{step}; go on"
+        ) as stopped:
+            train(recipe)
+    assert stopped.value.exit_status == 128 + number
+    assert signal.getsignal(number) is before
+    train(recipe, resume=True)
+    _assert_same_run(tmp_path / "run", straight)
+
+
+def test_a_mean_that_a_stop_parts_is_logged_whole(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # this preset draws noise in evaluation too, trains norms and freezes a random router
+    sections = {
+        "method": {"preset": "released_code"},
+        "trainer": {"logging_steps": 3, "gradient_accumulation_steps": 2},
+    }
+    train(_recipe(tmp_path / "whole", backbone, **sections))
+    stopped = _recipe(tmp_path / "stopped", backbone, **sections)
+    with monkeypatch.context() as patch:
+        _also_call(patch, _SignalAt(signal.SIGTERM, 5))
+        with pytest.raises(RunStoppedError):
+            train(stopped)
+    for _ in range(2):  # the second time there is nothing left to train
+        train(stopped, resume=True)
+        _assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
+
+
+def _also_call(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Run `callback` beside the run's own ones."""
+    patch.setattr(
+        MetricsFile,
+        "on_pre_optimizer_step",
+        lambda self, *args, **kwargs: callback.on_pre_optimizer_step(*args, **kwargs),
+        raising=False,
+    )
+
+
+def test_a_signal_during_validation_saves_at_once(
+    tmp_path: Path, backbone: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path, backbone, evaluation={"batch_size": 2})
+    batches = []
+
+    def progress_of(evaluate):
+        def evaluate_perplexity(*args, progress, **kwargs):
+            def counting(done: int) -> None:
+                batches.append(done)
+                if len(batches) == 2:
+                    signal.raise_signal(signal.SIGTERM)
+                progress(done)
+
+            return evaluate(*args, progress=counting, **kwargs)
+
+        return evaluate_perplexity
+
+    with monkeypatch.context() as patch:
+        import hycam.training.trainer as module
+
+        patch.setattr(module, "evaluate_perplexity", progress_of(module.evaluate_perplexity))
+        with pytest.raises(RunStoppedError, match=r"SIGTERM after step 4.*checkpoint-4"):
+            train(recipe)
+    assert len(batches) == 2
+    train(recipe, resume=True)
+    losses = [line["loss"] for line in _numbers(tmp_path / "run") if "loss" in line]
+    assert losses == [line["loss"] for line in _numbers(straight) if "loss" in line]
+
+
+def test_resumes_across_epochs_with_accumulation_and_packing(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {
+        "data": {"packing": True},
+        "trainer": {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
+        | {"per_device_train_batch_size": 1},
+    }
+    whole = _recipe(tmp_path / "whole", backbone, **sections)
+    steps = train(whole)["steps"]
+    assert steps > 6
+    stopped = _recipe(tmp_path / "stopped", backbone, **sections)
+    for step in (steps // 3, steps // 3 + 2):  # the end of an epoch, and inside the next
+        with monkeypatch.context() as patch:
+            _also_call(patch, _SignalAt(signal.SIGTERM, step))
+            with pytest.raises(RunStoppedError):
+                train(stopped, resume=True)
+    train(stopped, resume=True)
+    _assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
+
+
+def test_a_finished_run_only_measures_again(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    recipe = _recipe(tmp_path, backbone)
+    results = train(recipe, resume=True)
+    assert results["steps"] == 8
+    _assert_same_run(tmp_path / "run", straight)
+
+
+def test_resume_refuses_another_recipe_or_other_rows(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    recipe = _recipe(tmp_path, backbone)
+    shutil.copytree(straight, tmp_path / "run")
+    with pytest.raises(InputError, match="holds a run: --resume goes on with it"):
+        train(recipe)
+    other = _recipe(tmp_path, backbone, trainer={"learning_rate": 2e-2, "max_steps": 9}, data={"fold": 1})
+    with pytest.raises(InputError, match=r"values of: data.fold, trainer.learning_rate, trainer.max_steps$"):
+        train(other, resume=True)
+    rows = tmp_path / "colours.jsonl"
+    recipe = _recipe(tmp_path, backbone)
+    rows.write_text(rows.read_text().replace("is red", "is pink", 1))
+    with pytest.raises(InputError, match="rows of colours are no longer"):
+        train(recipe, resume=True)
+
+
+def test_fields_that_touch_no_weight_may_change_on_resuming(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    recipe = _recipe(tmp_path, backbone, trainer={"logging_steps": 5}, evaluation={"batch_size": 3})
+    assert train(recipe, resume=True)["steps"] == 8
+
+
+def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
+    for name, state in (
+        ("checkpoint-2", '{"global_step": 2}'),
+        ("checkpoint-10", '{"global_st'),
+        ("checkpoint-12", None),
+    ):
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_the_trainers_state_is_a_checkpoints_last_file(straight: Path) -> None:
+    """What `last_checkpoint` relies on."""
+    for checkpoint in straight.glob("checkpoint-*"):
+        files = sorted(checkpoint.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        assert files[-1].name == "trainer_state.json"

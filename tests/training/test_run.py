@@ -1,0 +1,412 @@
+"""What a run does, learns and leaves in its folder; and what stops it."""
+
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hycam.data import Collator
+from hycam.errors import InputError, RunStoppedError
+from hycam.evaluation import evaluate_perplexity
+from hycam.training.backbone import load_model, load_tokenizer
+from hycam.training.callbacks import read_metrics
+from hycam.training.recipe import Recipe, load_recipe
+from hycam.training.run import train
+from hycam.training.tasks import load_rows, tokenize_split
+from tests.training.runs import recipe_values, rows, save_recipe, save_rows, save_tokenizer
+
+
+def _recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
+    return load_recipe(str(save_recipe(folder, recipe_values(folder, backbone, **sections))))
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=_no_constants) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _no_constants(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> tuple[Recipe, dict[str, Any]]:
+    """A run of 30 steps with two accumulated micro-batches and generation at its end."""
+    recipe = _recipe(
+        tmp_path_factory.mktemp("done"),
+        backbone,
+        trainer={"max_steps": 30, "eval_steps": 10, "save_steps": 10, "save_total_limit": 2, "report_to": "tensorboard"}
+        | {"gradient_accumulation_steps": 2, "warmup_steps": 3, "learning_rate": 3e-2},
+        evaluation={"generation": True, "max_new_tokens": 8, "max_generation_rows": 2},
+    )
+    return recipe, train(recipe)
+
+
+def test_it_learns_and_reports_every_task(done: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, results = done
+    assert json.loads((recipe.output_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    base, adapted = results["test"]["base"], results["test"]["adapted"]
+    for report in (base, adapted):
+        assert set(report["tasks"]) == {"colours", "animals"}
+        for result in (*report["tasks"].values(), report["overall"]):
+            assert result["perplexity"] == pytest.approx(math.exp(result["nll"] / result["tokens"]))
+            assert {"bleu4", "rougeL", "rows"} <= result.keys()
+        assert report["overall"]["tokens"] == sum(result["tokens"] for result in report["tasks"].values())
+    assert adapted["overall"]["perplexity"] < 0.5 * base["overall"]["perplexity"]
+    assert results["steps"] == 30
+    loads = results["expert_load"]
+    assert set(loads) == {"colours", "animals"}
+    for layers in loads.values():
+        assert len(layers) == 2
+        assert all(sum(load) == pytest.approx(1) for load in layers.values())
+    plots = {path.name for path in (recipe.output_path / "plots").iterdir()}
+    assert plots == {"loss.png", "expert_load.png", "modulation.png"}
+
+
+def test_the_base_column_is_the_untouched_backbone(done: tuple[Recipe, dict[str, Any]], backbone: Path) -> None:
+    recipe, results = done
+    tokenizer = load_tokenizer(recipe.backbone, str(backbone))
+    tokenized = tokenize_split(load_rows(recipe.tasks, 0), "test", tokenizer, recipe.data)
+    report = evaluate_perplexity(
+        AutoModelForCausalLM.from_pretrained(backbone), tokenized, Collator(tokenizer.pad_token_id)
+    )
+    assert results["test"]["base"]["overall"]["nll"] == report["overall"]["nll"]
+
+
+def test_metrics_file(done: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, _ = done
+    lines = _lines(recipe.output_path)
+    assert lines == read_metrics(recipe.output_path / "metrics.jsonl")
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 31))
+    assert [line["learning_rate"] for line in training[:4]] == pytest.approx([0, 1e-2, 2e-2, 3e-2])
+    for line in training:
+        assert len(line["layers"]) == 2
+        for layer in line["layers"].values():
+            assert sum(layer["load"]) == pytest.approx(1, abs=1e-5)
+        mean = sum(layer["balance_loss"] for layer in line["layers"].values()) / 2
+        assert line["balance_loss"] == pytest.approx(mean)
+    validation = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in validation] == [10, 20, 30]
+    for line in validation:
+        assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
+        assert line["eval_colours_perplexity"] == pytest.approx(math.exp(line["eval_colours_loss"]))
+        assert min(line["eval_colours_loss"], line["eval_animals_loss"]) < line["eval_loss"]
+        assert line["eval_loss"] < max(line["eval_colours_loss"], line["eval_animals_loss"])
+    assert list((recipe.output_path / "runs").rglob("events.out.tfevents.*"))
+
+
+def test_checkpoints_hold_the_adapter_alone(done: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, _ = done
+    checkpoints = sorted(path.name for path in recipe.output_path.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-20", "checkpoint-30"]
+    for name in checkpoints:
+        files = {path.name for path in (recipe.output_path / name).iterdir()}
+        assert files == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "optimizer.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "trainer_state.json",
+        }
+        weights = load_file(recipe.output_path / name / "adapter_model.safetensors")
+        assert len(weights) == 2 * 5
+        assert all(".self_attn.hycam_" in key for key in weights)
+        for pickled in ("optimizer.pt", "scheduler.pt"):
+            torch.load(recipe.output_path / name / pickled, weights_only=True)
+
+
+def _script_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Let the validations of a run see these losses in turn."""
+    import hycam.training.trainer as module
+
+    reported = iter(losses)
+
+    def evaluate(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        loss = next(reported)
+        result = {"nll": 10 * loss, "tokens": 10, "perplexity": math.exp(loss)}
+        return {"tasks": {"colours": result, "animals": result}, "overall": result}
+
+    monkeypatch.setattr(module, "evaluate_perplexity", evaluate)
+
+
+def test_the_saved_adapter_is_the_best_checkpoint(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _script_validation(monkeypatch, [5.0, 4.0, 4.5, 4.25])
+    recipe = _recipe(tmp_path, backbone, trainer={"eval_steps": 2, "save_steps": 2, "save_total_limit": 2})
+    results = train(recipe)
+    assert (results["steps"], results["best_step"]) == (8, 4)
+    saved = load_file(recipe.output_path / "adapter" / "adapter_model.safetensors")
+    best = load_file(recipe.output_path / "checkpoint-4" / "adapter_model.safetensors")
+    last = load_file(recipe.output_path / "checkpoint-8" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in best.items())
+    assert not all(torch.equal(saved[name], weight) for name, weight in last.items())
+
+
+def test_early_stopping_ends_the_run_and_resuming_keeps_it_ended(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _script_validation(monkeypatch, [5.0, 4.0, 3.95, 4.0])
+    recipe = _recipe(
+        tmp_path,
+        backbone,
+        trainer={"max_steps": 40, "eval_steps": 2, "save_steps": 2},
+        early_stopping={"patience": 2, "threshold": 0.1},
+    )
+    results = train(recipe)
+    assert (results["steps"], results["best_step"]) == (8, 6)
+    assert train(recipe, resume=True)["steps"] == 8
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path, backbone: Path) -> None:
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = _recipe(folder, backbone, seed=seed, trainer={"max_steps": 3})
+        train(recipe)
+        runs.append([line["loss"] for line in _lines(recipe.output_path) if "loss" in line])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 20, "save_steps": 2, "eval_steps": 2})
+    import hycam.training.trainer as module
+
+    step = module.Trainer.training_step
+
+    def broken(self, model, inputs, *args, **kwargs):
+        loss = step(self, model, inputs, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 6 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "training_step", broken)
+        with pytest.raises(
+            RunStoppedError, match=r"the loss is nan at step 7; the last good .*checkpoint-6$"
+        ) as stopped:
+            train(recipe)
+    assert stopped.value.exit_status == 1
+    assert not (recipe.output_path / "adapter").exists()
+    assert all(line["step"] <= 6 for line in _lines(recipe.output_path))
+    weights = load_file(recipe.output_path / "checkpoint-6" / "adapter_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 4, "save_steps": 1, "eval_steps": 1})
+    import hycam.training.trainer as module
+
+    step = module.Trainer.training_step
+
+    def broken(self, model, inputs, *args, **kwargs):
+        loss = step(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 2:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[3] = math.inf
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Trainer, "training_step", broken)
+        with pytest.raises(RunStoppedError, match=r"gradient is not finite at step 3; .*checkpoint-2$"):
+            train(recipe)
+
+
+def test_a_diverging_run_saves_no_broken_state(tmp_path: Path, backbone: Path) -> None:
+    recipe = _recipe(
+        tmp_path,
+        backbone,
+        trainer={"learning_rate": 1e30, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        | {"eval_steps": 1, "save_steps": 1},
+    )
+    with pytest.raises(RunStoppedError, match=r"not finite|is nan|is inf"):
+        train(recipe)
+    for path in recipe.output_path.glob("checkpoint-*/adapter_model.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values())
+
+
+@pytest.mark.parametrize("preset", ["released_code", "shared_only", "spec_only", "inverse_peft"])
+def test_every_form_of_the_adapter_trains(tmp_path: Path, backbone: Path, preset: str) -> None:
+    recipe = _recipe(
+        tmp_path, backbone, method={"preset": preset}, trainer={"max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    )
+    results = train(recipe)
+    assert math.isfinite(results["test"]["adapted"]["overall"]["perplexity"])
+    assert ("expert_load" in results) == (preset != "shared_only")
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, backbone: Path) -> None:
+    losses = []
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = _recipe(folder, backbone, trainer={"max_steps": 3, "gradient_checkpointing": checkpointing})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            train(recipe)
+        losses.append([line["loss"] for line in _lines(recipe.output_path) if "loss" in line])
+    assert losses[0] == losses[1]
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path, backbone: Path) -> None:
+    recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
+    train(recipe)
+    (recipe.output_path / "backbone-kept").mkdir()
+    train(recipe, overwrite=True)
+    assert (recipe.output_path / "backbone-kept").is_dir()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    recipe.output_dir = str(foreign)
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(InputError, match="has files but no run in it"):
+            train(recipe, **options)
+    assert (foreign / "thesis.tex").exists()
+    recipe.output_dir = str(foreign / "thesis.tex")
+    with pytest.raises(InputError, match="is a file, wanted a folder"):
+        train(recipe)
+
+
+def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where weights would be loaded: the checks must come before."""
+    import hycam.training.run as module
+
+    def load(*args: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(module, "load_model", load)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"tasks": []}, "tasks: none given"),
+        ({"tasks": [{"name": "nowhere", "source": "nowhere.jsonl"}]}, "nowhere.jsonl"),
+        ({"data": {"max_length": 129}}, "data.max_length: 129 given, the backbone has 128 positions"),
+        ({"backbone": {"name_or_path": "./no-such-backbone"}}, "backbone.name_or_path: ./no-such-backbone: can't be"),
+        ({"backbone": {"pad_token": "<none>"}}, "backbone.pad_token: '<none>' is no token of"),
+        ({"backbone": {"liger": True}}, "backbone.liger: liger_kernel is not installed"),
+        (
+            {"backbone": {"attn_implementation": "flash_attention_2"}},
+            "attn_implementation: flash_attn is not installed",
+        ),
+        (
+            {"early_stopping": {"patience": 1}, "trainer": {"eval_strategy": "no", "load_best_model_at_end": False}},
+            "early_",
+        ),
+        ({"evaluation": {"generation": True, "max_new_tokens": 120}}, "evaluation.max_new_tokens: 120 given"),
+    ],
+)
+def test_wrong_input_is_found_before_the_model_is_loaded(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], message: str
+) -> None:
+    _without_model(monkeypatch)
+    if "liger" in message or "flash" in message:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError) as error:
+        train(_recipe(tmp_path, backbone, **sections))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_does_not_fit_leaves_no_run(tmp_path: Path, backbone: Path) -> None:
+    with pytest.raises(InputError, match=r"^method: .*nothing"):
+        train(_recipe(tmp_path, backbone, method={"target_modules": "nothing"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_metric_of_the_best_checkpoint(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _recipe(tmp_path, backbone, trainer={"metric_for_best_model": "animals_perplexity", "max_steps": 1})
+    assert recipe.training_arguments().greater_is_better is False
+    train(recipe)
+    _without_model(monkeypatch)
+    wrong = _recipe(tmp_path, backbone, output_dir="elsewhere", trainer={"metric_for_best_model": "animal_loss"})
+    with pytest.raises(InputError, match=r"got 'animal_loss'; did you mean 'animals_loss'\?"):
+        train(wrong)
+
+
+def test_resuming_needs_the_optimizers_state(tmp_path: Path, backbone: Path) -> None:
+    with pytest.raises(InputError, match=r"^--resume: trainer.save_only_model is true"):
+        train(_recipe(tmp_path, backbone, trainer={"save_only_model": True}), resume=True)
+
+
+def test_a_logger_that_is_not_installed(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_model(monkeypatch)
+    with pytest.raises(
+        InputError, match=r"recipe.yaml: trainer.report_to: got 'wandbb', wanted one of those installed"
+    ):
+        train(_recipe(tmp_path, backbone, trainer={"report_to": ["tensorboard", "wandbb"]}))
+
+
+def test_a_tokenizer_needs_eos_and_pad(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_model(monkeypatch)
+    copy = tmp_path / "copy"
+    shutil.copytree(backbone, copy)
+    save_tokenizer(copy, pad_token="<pad>")
+    with pytest.raises(InputError, match=r"tokenizer of .*copy has no eos token"):
+        train(_recipe(tmp_path, copy))
+    save_tokenizer(copy, eos_token="<eos>")
+    with pytest.raises(InputError, match=r"backbone.pad_token: missing, and the tokenizer of .* has no pad token"):
+        train(_recipe(tmp_path, copy))
+    recipe = _recipe(tmp_path, copy, backbone={"pad_token": "<eos>"})
+    assert load_tokenizer(recipe.backbone, str(copy)).pad_token == "<eos>"
+
+
+def test_weights_come_from_safetensors_alone(tmp_path: Path, backbone: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(backbone, copy)
+    state = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(state, copy / "pytorch_model.bin")
+    recipe = _recipe(tmp_path, copy)
+    with pytest.raises(InputError, match=r"backbone.name_or_path: .*copy: can't be loaded: .*safetensors"):
+        load_model(recipe.backbone, str(copy))
+    (copy / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"backbone.name_or_path: .*copy: can't be loaded"):
+        load_model(recipe.backbone, str(copy))
+
+
+def test_code_of_the_backbones_repository_is_not_run(tmp_path: Path, backbone: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(backbone, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputError, match=r"backbone.name_or_path: .*can't be loaded"):
+        train(_recipe(tmp_path, copy))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_dtype_and_attention_reach_the_backbone(tmp_path: Path, backbone: Path) -> None:
+    recipe = _recipe(tmp_path, backbone, backbone={"dtype": "bfloat16", "attn_implementation": "eager"})
+    model = load_model(recipe.backbone, str(backbone))
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_rows_that_are_cut_are_reported(tmp_path: Path, backbone: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = [row | {"output": "a very long answer " * 20} for row in rows(30)]
+    tasks = [{"name": "long", "source": str(save_rows(tmp_path / "long.jsonl", long))}]
+    recipe = _recipe(tmp_path, backbone, tasks=tasks, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
+    train(recipe)
+    assert "long, train split: of" in caplog.text
+    assert "were cut to data.max_length=64" in caplog.text
+
+
+def test_a_split_without_rows_is_an_error(tmp_path: Path, backbone: Path) -> None:
+    few = [{"name": "few", "source": str(save_rows(tmp_path / "few.jsonl", rows(3)))}]
+    with pytest.raises(InputError, match=r"^tasks: few: fold 0: no row of 3 falls to"):
+        train(_recipe(tmp_path, backbone, tasks=few))
