@@ -89,10 +89,10 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
         self.base_layer = attention.requires_grad_(False)
         self.training = attention.training
         self.hidden_size = hidden_size
-        self.hycam_shared = nn.ModuleDict()
-        self.hycam_router = nn.ModuleDict()
+        self.hycam_shared = nn.ModuleDict().train(self.training)
+        self.hycam_router = nn.ModuleDict().train(self.training)
         for name in STACKED_NAMES:
-            setattr(self, name, AdapterParameters())
+            setattr(self, name, AdapterParameters().train(self.training))
         self.adapter_configs: dict[str, HyCAMConfig] = {}
         self.statistics: dict[str, LayerStatistics] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
@@ -173,7 +173,7 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
             self.statistics[adapter_name] = LayerStatistics(
                 out.load.detach(), out.balance_loss.detach(), token_mask, hidden[..., 0].numel()
             )
-        if self.training and config.balance_coef > 0 and out.load.requires_grad:
+        if self.training and config.balance_coef > 0:
             return context.inject(out.hidden_states, routing, adapter_name, self.layer_name, config)
         return out.hidden_states
 
@@ -218,7 +218,7 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
     def _own_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
         """The context where the model's call brought none along."""
         if self.binding is not None:
-            return self.binding.context or ForwardContext(self.binding.layer_counts())
+            return self.binding.context_without_keyword() or ForwardContext(self.binding.layer_counts())
         for is_needed, setting in (
             (config.balance_scope == "model" and config.experts != "none", "balance_scope='model'"),
             (config.modulation == "residual", "modulation='residual'"),
@@ -254,9 +254,9 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         target = device or placement(self.base_layer)[0]
-        for parameters in (getattr(self, name) for name in self.adapter_layer_names):
-            if adapter_name in parameters and target.type != "meta":
-                parameters[adapter_name] = parameters[adapter_name].to(target)
+        for name, parameter in self.named_parameters():
+            if name.startswith(self.adapter_layer_names) and adapter_name in name.split(".") and target.type != "meta":
+                parameter.data = parameter.data.to(target)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -44,7 +44,9 @@ class ForwardContext:
         routing: adapter name -> layer name -> detached routing.
         in_graph: adapter name -> its settings, and layer name -> routing that has yet to join the loss (compiled
             layers).
+        is_over: whether the model's call has ended: a layer that runs again does so for the backward pass.
         is_attached: whether the balance loss of compiled layers has joined the model's output instead.
+        needs_tracking: whether a layer depends on `loss_scale`.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class ForwardContext:
         self.loss_scale: Tensor | float = 1.0
         self.routing: dict[str, dict[str, Routing]] = {}
         self.in_graph: dict[str, tuple[HyCAMConfig, dict[str, Routing]]] = {}
+        self.is_over = False
         self.is_attached = False
+        self.needs_tracking = False
 
     def token_mask(self, hidden: Tensor) -> Tensor | None:
         """[batch, length] bool, the tokens of `hidden` [batch, length, d] that aren't padding; None: all of them
@@ -85,12 +89,19 @@ class ForwardContext:
         self, hidden: Tensor, routing: Routing, adapter_name: str, layer_name: str, config: HyCAMConfig
     ) -> Tensor:
         """`hidden` unchanged; its backward pass adds the balance loss's gradient for `routing`, which is recorded."""
-        if torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            # The first forward of a reentrant checkpoint: the second one, in the backward pass, injects.
+            self.needs_tracking = True
+            return hidden
+        if not routing.load.requires_grad:
+            return hidden
+        if torch.compiler.is_compiling() and not self.is_over:
             # A compiled backward can't read what the loss's backward writes; the loss itself takes the gradient along.
             _, layers = self.in_graph.setdefault(adapter_name, (config, {}))
             layers[layer_name] = routing
             return hidden
-        return _InjectBalanceGradient.apply(hidden, *routing, self, adapter_name, config)
+        self.needs_tracking = True
+        return _inject(hidden, routing, self, adapter_name, config)
 
     def track(self, loss: Tensor) -> Tensor:
         """`loss` as a new tensor whose backward pass tells the layers its gradient."""
@@ -99,16 +110,17 @@ class ForwardContext:
                 "a compiled model without labels has attached its balance loss to its output already: pass it labels, "
                 "so that the balance loss follows the model's own loss"
             )
+        self.is_over = True
         if self.in_graph:
             balance = self._take_balance_loss()
             loss = loss + (balance - balance.detach()).to(loss)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.needs_tracking:
             return loss
-        return _TrackLossGradient.apply(loss, self)
+        return _track(loss, self)
 
     def attach(self, output: Tensor) -> Tensor:
         """`output` unchanged; its backward pass adds the gradient of the compiled layers' balance loss, at scale 1."""
-        self.is_attached = True
+        self.is_over = self.is_attached = True
         return _AttachLoss.apply(output, self._take_balance_loss())
 
     def _take_balance_loss(self) -> Tensor:
@@ -146,6 +158,22 @@ def _mean(layers: Any, device: torch.device | None = None) -> Routing:
     return Routing(
         *(torch.stack([value.to(device) for value in values]).mean(0) for values in zip(*layers, strict=True))
     )
+
+
+# Their backward passes talk to each other through the context, which no compiled graph can: a model that is compiled in
+# pieces gets a piece of its own for them.
+
+
+@torch.compiler.disable
+def _inject(
+    hidden: Tensor, routing: Routing, context: ForwardContext, adapter_name: str, config: HyCAMConfig
+) -> Tensor:
+    return _InjectBalanceGradient.apply(hidden, *routing, context, adapter_name, config)
+
+
+@torch.compiler.disable
+def _track(loss: Tensor, context: ForwardContext) -> Tensor:
+    return _TrackLossGradient.apply(loss, context)
 
 
 class _InjectBalanceGradient(torch.autograd.Function):

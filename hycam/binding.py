@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,7 @@ class Binding:
 
     Attributes:
         layers: the model's HyCAM layers, by path.
-        context: that of the model's last call. Layers fall back on it where the model doesn't pass keywords on to
-            them; such a model must run the backward pass of a checkpointed forward before its next forward.
+        context: that of the model's last call.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
@@ -48,10 +47,11 @@ class Binding:
         self.context: ForwardContext | None = None
         self._tensor_parallel_size = getattr(model, "_tp_size", None) or 1
         self._parameter_names = list(inspect.signature(model.forward).parameters)
-        self._takes_keywords = any(
+        self._hands_keywords_on = self._takes_keywords = any(
             parameter.kind is inspect.Parameter.VAR_KEYWORD
             for parameter in inspect.signature(model.forward).parameters.values()
         )
+        self._is_running = False
         self._told_no_loss = False
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -68,6 +68,16 @@ class Binding:
             handle.remove()
         for layer in self.layers.values():
             layer.binding, layer.residual_tap = None, None
+
+    def context_without_keyword(self) -> ForwardContext | None:
+        """The context for a layer that no keyword reached; None for a layer that is called outside its model.
+
+        A model that doesn't hand keywords on to its attentions gets the context of its last call. Where it checkpoints
+        its layers, it must go backward before its next forward.
+        """
+        if self._is_running:
+            self._hands_keywords_on = False
+        return None if self._hands_keywords_on else self.context
 
     def data_parallel_rank(self) -> int:
         """Rank among the processes that see different tokens; those of one tensor-parallel group see the same ones."""
@@ -95,18 +105,24 @@ class Binding:
             mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             _token_share(arguments),
         )
+        self._is_running = True
         return (args, kwargs | {CONTEXT_KEYWORD: self.context}) if self._takes_keywords else None
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self._is_running = False
         context = kwargs.get(CONTEXT_KEYWORD, self.context)
         assert context is not None
         if not (model.training and torch.is_grad_enabled() and self._has_balance_loss()):
             return None
-        key = _loss_key(output, has_labels=self._arguments(args, kwargs).get("labels") is not None)
-        if key is not None:
-            return _replaced(output, key, context.track)
+        if (found := _first_tensor(output, wants_loss=True)) is not None:
+            key, loss = found
+            return _replaced(output, key, context.track(loss))
         self._tell_no_loss()
-        return _replaced(output, _first_key(output), context.attach) if context.in_graph else None
+        if context.in_graph and (found := _first_tensor(output, wants_loss=False)) is not None:
+            key, tensor = found
+            return _replaced(output, key, context.attach(tensor))
+        context.is_over = True
+        return None
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._parameter_names, args, strict=False)) | kwargs
@@ -130,12 +146,12 @@ class Binding:
 
 
 def bind(model: nn.Module, *, freeze: bool = True) -> nn.Module:
-    """Connect the HyCAM layers of `model`, wrapped by hand, with its calls: call it once, after the last layer is
-    wrapped.
+    """Connect the HyCAM layers of `model`, wrapped by hand, with its calls; to be called after the last one is wrapped.
 
-    From then on padding is left out of the routing statistics (by the `attention_mask` that the model is called
-    with), the balance loss follows the gradient that reaches the model's loss, and `balance_scope="model"`,
-    `modulation="residual"` and `train_norms` work. Adapters added through PEFT are bound already.
+    From then on padding doesn't count in the routing (by the [batch, length] `attention_mask` that the model is called
+    with; a mask of another form says nothing about padding), the balance loss follows the gradient that reaches the
+    model's loss, and `balance_scope="model"`, `modulation="residual"` and `train_norms` work. Adapters added through
+    PEFT are bound already.
 
     Args:
         model: the model whose forward takes `attention_mask` and `labels`; changed in place.
@@ -248,32 +264,33 @@ def _token_share(arguments: dict[str, Any]) -> Tensor | float:
     return count / (total.to(count.device) if isinstance(total, Tensor) else total)
 
 
-def _loss_key(output: Any, *, has_labels: bool) -> str | int | None:
-    """Where the loss is in a model's output (a mapping, a tuple, or the loss itself); None where there is none."""
-    key = "loss" if isinstance(output, MutableMapping) else 0
-    if isinstance(output, tuple | Tensor) and not has_labels:
-        return None
-    loss = output.get(key) if isinstance(output, MutableMapping) else _item(output, key)
-    return key if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad else None
+def _first_tensor(output: Any, *, wants_loss: bool) -> tuple[Any, Tensor] | None:
+    """The loss in a model's output with its key (or attribute), else its first differentiable tensor; None without one.
 
-
-def _first_key(output: Any) -> str | int:
-    """Where the first differentiable tensor is in a model's output."""
-    if isinstance(output, MutableMapping):
-        return next(key for key, value in output.items() if isinstance(value, Tensor) and value.requires_grad)
-    return 0
-
-
-def _item(output: Any, key: str | int) -> Any:
-    return output if isinstance(output, Tensor) else output[key]
-
-
-def _replaced(output: Any, key: str | int, change: Callable[[Tensor], Tensor]) -> Any:
-    """`output` with one of its tensors changed, in place where it is a mapping."""
-    changed = change(_item(output, key))
+    The output is a mapping, a tuple, a tensor, or an object with attributes; a tuple has its loss first.
+    """
     if isinstance(output, Tensor):
-        return changed
+        candidates: dict[Any, Any] = {None: output}
+    elif isinstance(output, tuple):
+        candidates = dict(enumerate(output[:1] if wants_loss else output))
+    else:
+        candidates = dict(output) if isinstance(output, MutableMapping) else dict(vars(output))
+        if wants_loss:
+            candidates = {"loss": candidates.get("loss")}
+    for key, value in candidates.items():
+        if isinstance(value, Tensor) and value.requires_grad and (value.ndim == 0 or not wants_loss):
+            return key, value
+    return None
+
+
+def _replaced(output: Any, key: Any, tensor: Tensor) -> Any:
+    """`output` with `tensor` at `key`, changed in place where that is possible."""
+    if isinstance(output, Tensor):
+        return tensor
     if isinstance(output, tuple):
-        return (changed, *output[1:])
-    output[key] = changed
+        return (*output[:key], tensor, *output[key + 1 :])
+    if isinstance(output, MutableMapping):
+        output[key] = tensor
+    else:
+        setattr(output, key, tensor)
     return output

@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-import torch
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from .config import HyCAMConfig
 from .errors import InputError
@@ -51,7 +50,7 @@ def hotswap_adapter(
         raise InputError(f"adapter_name: got {adapter_name!r}, want a loaded HyCAM adapter of the model")
     _check_same_settings(loaded, HyCAMConfig.from_pretrained(path, **kwargs))
     weights = load_peft_weights(path, device=torch_device or "cpu", **kwargs)
-    _check_same_shapes(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
+    weights = _as_named_in(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
 
 
@@ -71,13 +70,14 @@ def _comparable(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | list | tuple) else value
 
 
-def _check_same_shapes(loaded: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+def _as_named_in(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The saved weights by the loaded adapter's names, which lack PEFT's prefix where no `PeftModel` is around it."""
     prefix = "base_model.model."
-    ours = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in loaded.items()}
-    theirs = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in saved.items()}
+    ours = {name.removeprefix(prefix): name for name in loaded}
+    theirs = {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
     for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise InputError(
-                f"model_name_or_path: got shape {theirs.get(name)} for {name}, want {ours.get(name)} as in the loaded "
-                "adapter"
-            )
+        want = tuple(loaded[ours[name]].shape) if name in ours else None
+        got = tuple(theirs[name].shape) if name in theirs else None
+        if got != want:
+            raise InputError(f"model_name_or_path: got shape {got} for {name}, want {want} as in the loaded adapter")
+    return {ours[name]: tensor for name, tensor in theirs.items()}

@@ -159,8 +159,8 @@ def _check_is_attention(name: str, module: nn.Module, peft_config: HyCAMConfig) 
     takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
     if isinstance(module, BaseTunerLayer) or not takes_mask or next(module.children(), None) is None:
         raise InputError(
-            f"target_modules: got {_shown(peft_config.target_modules)}, matching {name} ({type(module).__name__}), want "
-            "self-attention modules: they take an attention_mask and return (output, ...)"
+            f"target_modules: got {_shown(peft_config.target_modules)}, matching {name}, a {type(module).__name__}; "
+            "want self-attention modules: they take an attention_mask and return (output, ...)"
         )
 
 

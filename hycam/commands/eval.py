@@ -30,7 +30,9 @@ def run(options: Namespace) -> None:
     if not options.no_generation:
         prompts = prompts_that_fit(rows, options.split, tokenizer, config, recipe.data, recipe.evaluation)
     model = load_selected_model(selection, name)
-    report = measure(model, tokenizer, tokenized, prompts, recipe.evaluation, description=options.split)
+    report = measure(
+        model, tokenizer, tokenized, prompts, recipe.evaluation, seed=recipe.seed, description=options.split
+    )
     record = report | {
         "split": options.split,
         "backbone": name,

@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 
+from accelerate import PartialState
+
 from hycam.commands.tables import load_table, metrics_table, show
 from hycam.training.folder import holds_run_of
 from hycam.training.recipe import load_recipe
@@ -12,6 +14,8 @@ def run(options: Namespace) -> None:
     recipe = load_recipe(options.recipe or "demo", options.overrides)
     again = options.recipe is None and not options.resume and holds_run_of(recipe)
     results = train(recipe, resume=options.resume, overwrite=options.overwrite or again, announce=print)
+    if not PartialState().is_main_process:
+        return
     show(metrics_table("test split", results["test"]))
     if "expert_load" in results:
         show(load_table(results["expert_load"]))

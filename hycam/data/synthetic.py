@@ -37,6 +37,7 @@ class Operation(NamedTuple):
 
 
 _PEOPLE = ("Mia", "Leo", "Nora", "Omar", "Ivy", "Hugo", "Zoe", "Finn", "Ada", "Theo", "Lena", "Max", "Ruth", "Sam")
+_SPEAKERS = (*_PEOPLE, "User", "Assistant")
 _THINGS = ("apples", "books", "coins", "pens", "cards", "shells", "stamps", "eggs", "plums", "marbles", "cups", "nuts")
 _ROOMS = ("kitchen", "garden", "school", "market", "library", "office", "park", "barn")
 _TOWNS = (
@@ -313,7 +314,7 @@ def _remark(rng: Random) -> str:
 
 def _talk(rng: Random) -> str:
     """What several people say, none of it in answer to another."""
-    return "".join(f"{rng.choice(_PEOPLE)}: {_remark(rng)} {_remark(rng)}\n" for _ in range(rng.randint(2, 3)))
+    return "".join(f"{rng.choice(_SPEAKERS)}: {_remark(rng)} {_remark(rng)}\n" for _ in range(rng.randint(2, 3)))
 
 
 _PROSE = (_story, _sums, _health, _travel, _history, _snippet, _talk, _talk)

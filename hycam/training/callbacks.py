@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from hycam import router_statistics
 from hycam.errors import RunStoppedError
@@ -85,6 +86,22 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class LossWindow(TrainerCallback, ExportableState):
+    """The training loss since the last log. It lies in checkpoints, so that a resumed run logs the same means.
+
+    Attributes:
+        total: sum over micro-batches: a float, or a 0-d float32 tensor on the model's device.
+        since: the step of the last log.
+    """
+
+    def __init__(self) -> None:
+        self.total: float | torch.Tensor = 0.0
+        self.since = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"total": float(self.total), "since": self.since}}
 
 
 class FiniteGradients(TrainerCallback):

@@ -1,8 +1,10 @@
 """What `hycam train` at its end and `hycam eval` measure: perplexity, and BLEU-4 and ROUGE-L of greedy responses."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
@@ -13,6 +15,19 @@ from hycam.evaluation import evaluate_generation_tasks, evaluate_perplexity, gen
 from hycam.training.recipe import EvaluationConfig
 
 
+@contextmanager
+def own_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Random draws that begin at `seed` and leave the process's generators as they were.
+
+    An adapter with `noise="always"` draws in evaluation too: it sees the same noise each time, and training does not
+    depend on when it is evaluated.
+    """
+    accelerator = {} if device.type == "cpu" else {"device_type": device.type}
+    with torch.random.fork_rng(devices=[device] if accelerator else [], **accelerator):
+        torch.manual_seed(seed)
+        yield
+
+
 def measure(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -20,6 +35,7 @@ def measure(
     prompts: Mapping[str, Mapping[str, Any]] | None,
     config: EvaluationConfig,
     *,
+    seed: int,
     description: str,
 ) -> dict[str, Any]:
     """Metrics per task and overall.
@@ -27,20 +43,43 @@ def measure(
     Args:
         tokenized: token rows per task, for the perplexity.
         prompts: what `generation_rows` gives, or None for the perplexity alone.
+        seed: of the noise that some adapters draw in evaluation.
         description: the progress bar's label.
 
     Returns:
         `{"tasks": {name: {"nll", "tokens", "perplexity"[, "bleu4", "rougeL", "rows", "too_long"]}}, "overall": {...}}`.
     """
+    with own_draws(seed, next(model.parameters()).device):
+        report = _perplexity(model, tokenizer, tokenized, config, description)
+        if prompts is not None:
+            _add_generation(report, model, tokenizer, prompts, config, description)
+    return report
+
+
+def _perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: Mapping[str, Dataset],
+    config: EvaluationConfig,
+    description: str,
+) -> dict[str, Any]:
     assert tokenizer.pad_token_id is not None
     collator = Collator(pad_token_id=tokenizer.pad_token_id)
     total = sum(len(rows) for rows in tokenized.values())
     with tqdm(total=total, desc=description, unit="row", leave=False) as bar:
-        report = evaluate_perplexity(
+        return evaluate_perplexity(
             model, tokenized, collator, batch_size=config.batch_size, progress=lambda done: bar.update(done)
         )
-    if prompts is None:
-        return report
+
+
+def _add_generation(
+    report: dict[str, Any],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Mapping[str, Any]],
+    config: EvaluationConfig,
+    description: str,
+) -> None:
     responses = {}
     for name, chosen in tqdm(prompts.items(), desc=f"{description}: responses", unit="task", leave=False):
         responses[name] = generate_responses(
@@ -55,4 +94,3 @@ def measure(
     for name, chosen in prompts.items():
         report["tasks"][name] |= scores["tasks"][name] | {"too_long": chosen["too_long"]}
     report["overall"] |= scores["overall"]
-    return report

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from peft import PeftConfig
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from hycam.config import HyCAMConfig
 from hycam.data import DataConfig, TaskConfig
@@ -42,6 +43,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
+    "greater_is_better": False,  # transformers would guess otherwise for a perplexity
     "report_to": ["tensorboard"],
 }
 
@@ -159,9 +161,9 @@ class Recipe:
         return values
 
     def training_arguments(self) -> TrainingArguments:
-        """The HF Trainer's arguments. Raises `InputError` where they contradict each other."""
+        """The HF Trainer's arguments. Raises `InputError` where they contradict each other or this machine."""
         try:
-            return TrainingArguments(
+            arguments = TrainingArguments(
                 **(TRAINER_DEFAULTS | self.trainer),
                 output_dir=str(self.output_path),
                 seed=self.seed,
@@ -173,6 +175,14 @@ class Recipe:
             )
         except (ValueError, ImportError) as error:
             raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
+        installed = get_available_reporting_integrations()
+        for name in arguments.report_to or []:
+            if name not in installed:
+                raise InputError(
+                    f"{self.source}: trainer.report_to: got {name!r}, wanted one of those installed: "
+                    f"{', '.join(installed) or 'none is'}"
+                )
+        return arguments
 
 
 def packaged_recipes() -> dict[str, Path]:

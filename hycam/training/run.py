@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
@@ -25,10 +25,11 @@ from hycam.training.backbone import (
     load_model,
     load_tokenizer,
 )
-from hycam.training.callbacks import FiniteGradients, MetricsFile, SaveOnSignal, finite, read_metrics
+from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics
 from hycam.training.folder import check_folder, open_folder
-from hycam.training.measure import measure
+from hycam.training.measure import measure, own_draws
 from hycam.training.recipe import Recipe
+from hycam.training.schema import suggest
 from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize_split, training_set
 from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint
 
@@ -52,12 +53,16 @@ class PreparedRun:
     prompts: dict[str, dict[str, Any]] | None
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 def train(
     recipe: Recipe,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    announce: Callable[[str], object] = lambda line: None,
+    announce: Callable[[str], object] = _silent,
 ) -> dict[str, Any]:
     """Train the recipe's adapter and measure it on the test split.
 
@@ -69,7 +74,7 @@ def train(
         recipe: what to train.
         resume: go on from the last whole checkpoint of the output folder; from the start where it has none.
         overwrite: delete the run that the output folder holds.
-        announce: is told in a line each what the run is about to do.
+        announce: is told, in the main process, what the run is about to do: a line each.
 
     Returns:
         What `results.json` holds.
@@ -80,17 +85,25 @@ def train(
     """
     prepared = prepare(recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
-    model = get_peft_model(load_model(recipe.backbone, prepared.backbone), recipe.method.adapter_config())
-    open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
+    model = adapted_backbone(recipe, prepared.backbone)
+    if not prepared.arguments.should_save:
+        announce = _silent
     trainable, total = model.get_nb_trainable_parameters()
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-    checkpoint = last_checkpoint(recipe.output_path) if resume else None
-    if resume:
-        announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
-    state = _fit(recipe, prepared, model, checkpoint)
+    with SaveOnSignal() as on_signal:
+        trainer = _trainer(recipe, prepared, model, on_signal)
+        trainer.accelerator.wait_for_everyone()  # until then every process has checked that the folder is free
+        with prepared.arguments.main_process_first(local=False, desc="opening the run's folder"):
+            if prepared.arguments.should_save:
+                open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
+            checkpoint = last_checkpoint(recipe.output_path) if resume else None
+        if resume:
+            announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
+        state = _fit(recipe, trainer, checkpoint)
     if prepared.arguments.should_save:
         model.save_pretrained(str(recipe.output_path / ADAPTER_FOLDER))
-    results = _measure_run(recipe, prepared, model) | state
+    results = _measure_run(recipe, prepared, model)
+    results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
     if prepared.arguments.should_save:
         _write_json(recipe.output_path / RESULTS_FILE, results)
         _draw(recipe, prepared, model, results)
@@ -102,8 +115,16 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted at least one")
     arguments = recipe.training_arguments()
+    if arguments.deepspeed and arguments.use_cpu and arguments.world_size > 1:
+        # transformers does this for GPUs alone, and ZeRO-3 parts the weights as soon as they are loaded
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
     if recipe.early_stopping is not None and arguments.eval_strategy == IntervalStrategy.NO:
         raise InputError("early_stopping: needs trainer.eval_strategy steps or epoch, got no")
+    if resume and arguments.save_only_model:
+        raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
+    _check_metric(recipe, arguments.metric_for_best_model)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     rows = load_rows(recipe.tasks, recipe.data.fold)
@@ -120,41 +141,65 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
 
 
-def _fit(recipe: Recipe, prepared: PreparedRun, model: PeftModel, checkpoint: Path | None) -> dict[str, Any]:
-    """Train `model` in place; it ends with the best weights where the recipe asks for them."""
+def _check_metric(recipe: Recipe, metric: str | None) -> None:
+    scopes = ["", *(f"{task.name}_" for task in recipe.tasks)]
+    known = [f"{scope}{name}" for scope in scopes for name in ("loss", "perplexity")]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
+
+
+def adapted_backbone(recipe: Recipe, name: str) -> PeftModel:
+    """The backbone from `name` with the recipe's adapter, untrained. Raises `InputError` where the two don't fit."""
+    backbone = load_model(recipe.backbone, name)
+    try:
+        model = get_peft_model(backbone, recipe.method.adapter_config())
+    except ValueError as error:
+        raise InputError(f"method: {' '.join(str(error).split())}") from error
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _trainer(recipe: Recipe, prepared: PreparedRun, model: PeftModel, on_signal: SaveOnSignal) -> HyCAMTrainer:
+    callbacks: list[TrainerCallback] = [MetricsFile(recipe.output_path / METRICS_FILE)]
+    if recipe.early_stopping is not None:
+        stopping = recipe.early_stopping
+        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.threshold))
+    pad = prepared.tokenizer.pad_token_id
+    return HyCAMTrainer(
+        model=model,
+        args=prepared.arguments,
+        train_dataset=training_set(prepared.tokenized["train"], recipe.data),
+        data_collator=Collator(pad, packing=recipe.data.packing),
+        validation=prepared.tokenized["validation"],
+        evaluation_collator=Collator(pad),
+        on_signal=on_signal,
+        callbacks=callbacks,
+    )
+
+
+def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> TrainerState:
+    """Train from `checkpoint` on; the model ends with the best weights where the recipe asks for them."""
     folder = recipe.output_path
     state = None if checkpoint is None else checkpoint_state(checkpoint)
-    pad = prepared.tokenizer.pad_token_id
-    with SaveOnSignal() as on_signal:
-        callbacks = [MetricsFile(folder / METRICS_FILE), FiniteGradients(), on_signal]
-        if recipe.early_stopping is not None:
-            stopping = recipe.early_stopping
-            callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.threshold))
-        trainer = HyCAMTrainer(
-            model=model,
-            args=prepared.arguments,
-            train_dataset=training_set(prepared.tokenized["train"], recipe.data, recipe.seed),
-            data_collator=Collator(pad, packing=recipe.data.packing),
-            validation=prepared.tokenized["validation"],
-            evaluation_collator=Collator(pad),
-            on_signal=on_signal,
-            callbacks=callbacks,
-        )
-        if state is not None and _is_finished(recipe, state):
-            best = state.best_model_checkpoint if prepared.arguments.load_best_model_at_end else None
-            set_peft_model_state_dict(model, load_peft_weights(best or str(checkpoint), device="cpu"))
-        else:
-            try:
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            except RunStoppedError as error:
-                if on_signal.received is None:
-                    raise RunStoppedError(f"{error}; {_kept(folder)}") from error
-            state = trainer.state
-    if on_signal.received is not None:
-        number = on_signal.received
+    if state is not None and _is_finished(recipe, state):
+        final = checkpoint
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            final = folder / Path(state.best_model_checkpoint).name
+        if trainer.is_deepspeed_enabled:
+            # without an engine, which training alone makes, the weights are in parts
+            raise InputError(f"--resume: the training is done; measure it with: hycam eval {folder} --adapter {final}")
+        set_peft_model_state_dict(trainer.adapted, load_peft_weights(str(final), device="cpu"))
+        return state
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except RunStoppedError as error:
+        if trainer.on_signal.received is None:
+            raise RunStoppedError(f"{error}; {_kept(folder)}") from error
+    number = trainer.on_signal.received
+    if number is not None:
         where = f"stopped by {number.name} after step {trainer.state.global_step}; {_kept(folder)}"
         raise RunStoppedError(f"{where}; go on with: hycam train {folder} --resume", 128 + number)
-    return {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
+    return trainer.state
 
 
 def _is_finished(recipe: Recipe, state: TrainerState) -> bool:
@@ -177,7 +222,7 @@ def _kept(folder: Path) -> str:
 def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dict[str, Any]:
     """The test split's metrics of the backbone alone and of the adapted model, and the experts' load."""
     test, tokenizer = prepared.tokenized["test"], prepared.tokenizer
-    measured = functools.partial(measure, model, tokenizer, test, prepared.prompts, recipe.evaluation)
+    measured = functools.partial(measure, model, tokenizer, test, prepared.prompts, recipe.evaluation, seed=recipe.seed)
     with model.disable_adapter():
         base = measured(description="test, backbone")
     adapted = measured(description="test, adapted")
@@ -196,7 +241,10 @@ def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dic
     }
     if recipe.method.adapter_config().experts != "none":
         collator = Collator(tokenizer.pad_token_id)
-        results["expert_load"] = evaluate_expert_load(model, test, collator, batch_size=recipe.evaluation.batch_size)
+        with own_draws(recipe.seed, prepared.arguments.device):
+            results["expert_load"] = evaluate_expert_load(
+                model, test, collator, batch_size=recipe.evaluation.batch_size
+            )
     return results
 
 

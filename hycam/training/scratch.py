@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -222,9 +222,7 @@ def _train(model: LlamaForCausalLM, sequences: torch.Tensor, config: ScratchConf
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(_WARMUP_SHARE * config.steps), config.steps)
     batches = _batches(sequences, config.batch_size, seed)
     losses: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.2f}")) as progress:
-        bar = progress.add_task("Training the backbone", total=config.steps, loss=math.nan)
+    with tqdm(total=config.steps, desc="training the backbone", unit="step") as bar:
         for _ in range(config.steps):
             batch = next(batches).to(model.device)
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -234,7 +232,8 @@ def _train(model: LlamaForCausalLM, sequences: torch.Tensor, config: ScratchConf
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            progress.update(bar, advance=1, loss=losses[-1])
+            bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
+            bar.update()
     return losses
 
 

@@ -70,10 +70,10 @@ def tokenize_split(
     return tokenized
 
 
-def training_set(tokenized: Mapping[str, Dataset], config: DataConfig, seed: int) -> Dataset:
-    """All tasks' token rows, shuffled together; in bins of `max_length` tokens with packing."""
-    mixed = concatenate_datasets(list(tokenized.values())).shuffle(seed=seed, keep_in_memory=True)
-    return pack_dataset(mixed, config.max_length) if config.packing else mixed
+def training_set(tokenized: Mapping[str, Dataset], config: DataConfig) -> Dataset:
+    """All tasks' token rows, for the Trainer to shuffle; in bins of `max_length` tokens with packing."""
+    rows = concatenate_datasets(list(tokenized.values()))
+    return pack_dataset(rows, config.max_length) if config.packing else rows
 
 
 def prompts_that_fit(

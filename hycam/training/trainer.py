@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hycam.errors import RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
-from hycam.training.callbacks import SaveOnSignal, layer_statistics
+from hycam.training.callbacks import FiniteGradients, LossWindow, SaveOnSignal, layer_statistics
+from hycam.training.measure import own_draws
 
 _TRAINER_STATE = "trainer_state.json"
 _TRAINING_ARGUMENTS = "training_args.bin"
@@ -30,7 +31,8 @@ class HyCAMTrainer(Trainer):
     Args:
         validation: tokenized validation rows per task.
         evaluation_collator: collates them (training may pack, evaluation does not).
-        on_signal: the signals that an evaluation looks at between its batches.
+        on_signal: saves and stops on a signal, between two batches of a validation too.
+        callbacks: more of them.
         **kwargs: what `transformers.Trainer` takes.
     """
 
@@ -40,9 +42,12 @@ class HyCAMTrainer(Trainer):
         validation: Mapping[str, Dataset],
         evaluation_collator: Collate,
         on_signal: SaveOnSignal,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(eval_dataset=dict(validation), **kwargs)
+        super().__init__(
+            eval_dataset=dict(validation), callbacks=[LossWindow(), FiniteGradients(), on_signal, *callbacks], **kwargs
+        )
         assert self.model is not None
         self.adapted: nn.Module = self.model
         self.validation = dict(validation)
@@ -54,7 +59,13 @@ class HyCAMTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise RunStoppedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+        self._loss_window.total = self._loss_window.total + loss
         return loss
+
+    @property
+    def _loss_window(self) -> LossWindow:
+        # looked up each time: on resuming, the Trainer puts the checkpoint's callback in the place of the one given
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, LossWindow))
 
     def evaluate(
         self,
@@ -78,13 +89,14 @@ class HyCAMTrainer(Trainer):
                     raise _EvaluationInterruptedError
 
             try:
-                report = evaluate_perplexity(
-                    self.adapted,
-                    tasks,
-                    self.evaluation_collator,
-                    batch_size=self.args.per_device_eval_batch_size,
-                    progress=progress,
-                )
+                with own_draws(self.args.seed, self.args.device):
+                    report = evaluate_perplexity(
+                        self.adapted,
+                        tasks,
+                        self.evaluation_collator,
+                        batch_size=self.args.per_device_eval_batch_size,
+                        progress=progress,
+                    )
             except _EvaluationInterruptedError:
                 self._save_checkpoint(self.adapted, trial=None)
                 raise RunStoppedError("a signal came during validation") from None
@@ -96,8 +108,12 @@ class HyCAMTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the balance loss, the mean over layers, to the training loss's log."""
+        """Log the training loss as the mean since the last log, in an earlier process too, and the balance loss."""
         if "loss" in logs:
+            window, step = self._loss_window, self.state.global_step
+            total = torch.as_tensor(window.total, device=self.args.device)
+            logs["loss"] = self.accelerator.reduce(total, reduction="mean").item() / (step - window.since)
+            window.total, window.since = 0.0, step
             layers = layer_statistics(self.adapted).values()
             if layers:
                 logs["balance_loss"] = sum(layer["balance_loss"] for layer in layers) / len(layers)

@@ -248,6 +248,28 @@ def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "hycam_modulation" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_two_processes_train_as_one(run: Path, tmp_path: Path) -> None:
+    """Data-parallel over two processes of half the batch: the same losses up to the order of the sums."""
+    losses = []
+    for name, batch, launcher in (
+        ("one", 4, []),
+        ("two", 2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        values = recipe_values(folder, run.parent / "backbone", method={"noise": "never"})
+        values["trainer"] |= {"max_steps": 4, "per_device_train_batch_size": batch}
+        command = [sys.executable, *launcher, "-m", "hycam", "train", str(save_recipe(folder, values))]
+        done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("parameters are trained") == 1
+        lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+        losses.append([line[key] for line in lines for key in ("loss", "eval_loss") if key in line])
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_sigterm_to_the_process(run: Path, tmp_path: Path) -> None:
     values = recipe_values(
         tmp_path, run.parent / "backbone", trainer={"max_steps": 100_000, "eval_strategy": "no", "save_steps": 100_000}

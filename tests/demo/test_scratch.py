@@ -150,3 +150,21 @@ def test_a_wrong_corpus_is_named(tmp_path, lines, message):
 def test_wrong_settings_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         ScratchConfig(**SMALL | {field: value})
+
+
+def test_every_step_has_the_gradient_of_its_own_batch_alone(monkeypatch, tmp_path):
+    held = []
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer, *args, **kwargs):
+        held.append([parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]])
+        return step(optimizer, *args, **kwargs)
+
+    # With a learning rate of next to nothing the weights stay, so one batch again and again has one gradient.
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: None)
+    monkeypatch.setattr("hycam.training.scratch._batches", lambda sequences, *_: iter([sequences[:4]] * 3))
+    train_scratch_backbone(ScratchConfig(**SMALL | {"steps": 3, "learning_rate": 1e-12}), tmp_path, seed=0)
+    assert len(held) == 3
+    for later in held[1:]:
+        torch.testing.assert_close(later, held[0], rtol=1e-4, atol=1e-6)

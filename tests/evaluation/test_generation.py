@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from hycam.errors import InputError
@@ -86,6 +87,17 @@ def test_leaves_tokenizer_and_model_as_they_were(tokenizer):
     after = tokenizer.init_kwargs, tokenizer.padding_side, tokenizer.backend_tokenizer.to_str()
     assert after == before
     assert all(module.training for module in model.modules())
+
+
+def test_distributed_wrapper_gives_the_same_text(tokenizer, tmp_path):
+    expected = generate_responses(tiny_model(), tokenizer, PROMPTS, max_new_tokens=3)
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(tiny_model())
+        assert generate_responses(wrapped, tokenizer, PROMPTS, max_new_tokens=3) == expected
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_no_prompt_gives_no_response(tokenizer):

@@ -122,6 +122,25 @@ def test_a_signal_saves_and_stops(
     _assert_same_run(tmp_path / "run", straight)
 
 
+def test_a_mean_that_a_stop_parts_is_logged_whole(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # this preset draws noise in evaluation too, trains norms and freezes a random router
+    sections = {
+        "method": {"preset": "released_code"},
+        "trainer": {"logging_steps": 3, "gradient_accumulation_steps": 2},
+    }
+    train(_recipe(tmp_path / "whole", backbone, **sections))
+    stopped = _recipe(tmp_path / "stopped", backbone, **sections)
+    with monkeypatch.context() as patch:
+        _also_call(patch, _SignalAt(signal.SIGTERM, 5))
+        with pytest.raises(RunStoppedError):
+            train(stopped)
+    for _ in range(2):  # the second time there is nothing left to train
+        train(stopped, resume=True)
+        _assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
+
+
 def _also_call(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
     """Run `callback` beside the run's own ones."""
     patch.setattr(

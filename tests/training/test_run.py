@@ -321,6 +321,35 @@ def test_wrong_input_is_found_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_adapter_that_does_not_fit_leaves_no_run(tmp_path: Path, backbone: Path) -> None:
+    with pytest.raises(InputError, match=r"^method: .*nothing"):
+        train(_recipe(tmp_path, backbone, method={"target_modules": "nothing"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_metric_of_the_best_checkpoint(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _recipe(tmp_path, backbone, trainer={"metric_for_best_model": "animals_perplexity", "max_steps": 1})
+    assert recipe.training_arguments().greater_is_better is False
+    train(recipe)
+    _without_model(monkeypatch)
+    wrong = _recipe(tmp_path, backbone, output_dir="elsewhere", trainer={"metric_for_best_model": "animal_loss"})
+    with pytest.raises(InputError, match=r"got 'animal_loss'; did you mean 'animals_loss'\?"):
+        train(wrong)
+
+
+def test_resuming_needs_the_optimizers_state(tmp_path: Path, backbone: Path) -> None:
+    with pytest.raises(InputError, match=r"^--resume: trainer.save_only_model is true"):
+        train(_recipe(tmp_path, backbone, trainer={"save_only_model": True}), resume=True)
+
+
+def test_a_logger_that_is_not_installed(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_model(monkeypatch)
+    with pytest.raises(
+        InputError, match=r"recipe.yaml: trainer.report_to: got 'wandbb', wanted one of those installed"
+    ):
+        train(_recipe(tmp_path, backbone, trainer={"report_to": ["tensorboard", "wandbb"]}))
+
+
 def test_a_tokenizer_needs_eos_and_pad(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_model(monkeypatch)
     copy = tmp_path / "copy"
