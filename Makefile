@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 EXTRAS := train,test,bench,docs
 
-.PHONY: setup demo test test-all lint docs build
+.PHONY: setup demo test test-all lint docs build gpu bench
 
 setup: $(VENV)/.installed
 
@@ -32,3 +32,11 @@ docs: setup
 
 build: setup
 	$(BIN)/python -m build
+
+# with the Python and torch that the machine has: no virtual environment, no network
+OUT ?= results
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
+bench: setup
+	$(BIN)/pytest benchmarks --benchmark-only

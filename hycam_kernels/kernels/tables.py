@@ -5,11 +5,15 @@ list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank`` and ``min_rank
 of a row is what the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and ``SPLITS`` of a sum.
 `row_grad` is optional: where no row takes a call, two other kernels do its work. Every other kernel's last row is
 without limits.
+A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
+shipped one of its family.
 """
 
 import json
+import os
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +49,14 @@ def family_of_capability(major: int, minor: int) -> str | None:
 
 @cache
 def load_table(family: str) -> Table:
-    return json.loads((_FOLDER / f"{family}.json").read_text())
+    """The user's own table of a family, else the shipped one."""
+    folder = os.environ.get("HYCAM_KERNELS_TABLES")
+    if folder is None:
+        return json.loads((_FOLDER / f"{family}.json").read_text())
+    if not Path(folder).is_dir():
+        raise ValueError(f"HYCAM_KERNELS_TABLES must name a folder of tables, got {folder!r}")
+    own = Path(folder, f"{family}.json")
+    return json.loads((own if own.exists() else _FOLDER / own.name).read_text())
 
 
 def select(

@@ -1,0 +1,162 @@
+"""``python -m benchmarks.compare OLD NEW [--relative] [--threshold 0.03]``: ratios of two records, and a gate.
+
+Prints new / old of every median with the 95 % interval that its samples leave (bootstrap). Exit status 1 where one of
+the package's own peers is slower or keeps more memory than before, beyond threshold and noise, or has no result any
+more; 2 for records that can't be compared. On a shared machine use ``--relative``: each sample is divided by that of
+the first peer it took turns with.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .record import Entry
+
+OURS = ("torch", "fused")
+_RESAMPLES = 1000
+_LABELS = ("group", "shape", "dtype", "pass", "method", "peer", "what", "beside")
+_BYTES = ("kept_bytes", "peak_bytes")
+
+
+class Incomparable(ValueError):  # noqa: N818 (what the records are, not what failed)
+    """Two records of different machines, or nothing that both measured."""
+
+
+class Ratio(NamedTuple):
+    """new / old of one quantity, with the ends of its interval."""
+
+    label: str
+    ours: bool
+    value: float
+    low: float
+    high: float
+
+    def regressed(self, threshold: float) -> bool:
+        return self.ours and self.low > 1 + threshold
+
+
+def key(entry: Entry) -> str:
+    return json.dumps([entry.get(label) for label in _LABELS])
+
+
+def label(entry: Entry) -> str:
+    shape = entry.get("shape") or {}
+    parts = [entry["group"], *(f"{name}={value}" for name, value in shape.items())]
+    return " ".join(str(part) for part in [*parts, *(entry.get(name) for name in _LABELS[2:-1])] if part)
+
+
+def is_ours(entry: Entry) -> bool:
+    return str(entry.get("peer", "")).split("-")[0] in OURS
+
+
+def medians_ratio(old: Sequence[float], new: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of medians, and its 2.5 and 97.5 percentiles over resampled samples."""
+    draw = random.Random(0)
+    ratios = sorted(
+        statistics.median(draw.choices(new, k=len(new))) / statistics.median(draw.choices(old, k=len(old)))
+        for _ in range(_RESAMPLES)
+    )
+    low, high = ratios[round(0.025 * _RESAMPLES)], ratios[round(0.975 * _RESAMPLES) - 1]
+    return statistics.median(new) / statistics.median(old), low, high
+
+
+def relative_samples(record: Entry) -> dict[str, list[float]]:
+    """By key: samples of peers, each divided by the sample of the same turn of the first peer beside it."""
+    timed = {key(entry): entry for entry in record["entries"] if "samples_us" in entry}
+    relative = {}
+    for entry in timed.values():
+        if not entry.get("beside") or entry["peer"] == entry["beside"][0]:
+            continue
+        first = timed.get(key(entry | {"peer": entry["beside"][0]}))
+        if first is not None:
+            pairs = zip(entry["samples_us"], first["samples_us"], strict=True)
+            relative[key(entry)] = [own / other for own, other in pairs]
+    return relative
+
+
+def absolute_samples(record: Entry) -> dict[str, list[float]]:
+    return {key(entry): entry["samples_us"] for entry in record["entries"] if "samples_us" in entry}
+
+
+def machine(record: Entry) -> list[str | None]:
+    return [record["cpu"]["name"], (record["gpu"] or {}).get("name")]
+
+
+def compare(old: Entry, new: Entry, *, relative: bool = False) -> tuple[list[Ratio], list[str]]:
+    """Ratios of what both records have, and labels of the package's peers that have no result any more.
+
+    Raises:
+        Incomparable: they are of different machines, or have nothing in common.
+    """
+    if machine(old) != machine(new):
+        raise Incomparable(f"the records are of different machines: {machine(old)} and {machine(new)}")
+    samples_of = relative_samples if relative else absolute_samples
+    before, after = samples_of(old), samples_of(new)
+    by_key = {key(entry): entry for entry in old["entries"]}
+    ratios = [
+        Ratio(label(by_key[name]), is_ours(by_key[name]), *medians_ratio(samples, after[name]))
+        for name, samples in before.items()
+        if name in after
+    ]
+    ratios += _memory_ratios(old, new)
+    if not ratios:
+        raise Incomparable("the records have no measurement in common")
+    return ratios, _lost(old, new)
+
+
+def _memory_ratios(old: Entry, new: Entry) -> list[Ratio]:
+    after = {key(entry): entry for entry in new["entries"] if entry["group"] == "memory"}
+    ratios = []
+    for entry in old["entries"]:
+        other = after.get(key(entry))
+        for field in _BYTES:
+            if other and entry.get(field) and other.get(field):
+                value = other[field] / entry[field]
+                ratios.append(Ratio(f"{label(entry)} {field}", is_ours(entry), value, value, value))
+    return ratios
+
+
+def _lost(old: Entry, new: Entry) -> list[str]:
+    """Own peers that had times and now are wrong or fail; what only ran out of time isn't lost."""
+    broken = {
+        json.dumps([entry["group"], entry.get("shape"), entry["peer"]])
+        for entry in new["entries"]
+        if "peer" in entry and ("wrong" in entry or "error" in entry)
+    }
+    return sorted(
+        label(entry)
+        for entry in old["entries"]
+        if "samples_us" in entry
+        and is_ours(entry)
+        and json.dumps([entry["group"], entry.get("shape"), entry["peer"]]) in broken
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n\n")[1])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--relative", action="store_true", help="to the first peer of each turn, not absolute times")
+    parser.add_argument("--threshold", type=float, default=0.03, help="share that is no regression (default: 0.03)")
+    options = parser.parse_args(arguments)
+    old, new = (json.loads(path.read_text()) for path in (options.old, options.new))
+    try:
+        ratios, lost = compare(old, new, relative=options.relative)
+    except Incomparable as error:
+        print(f"benchmarks.compare: {error}", file=sys.stderr)
+        return 2
+    for ratio in ratios:
+        mark = "  REGRESSION" if ratio.regressed(options.threshold) else ""
+        print(f"{ratio.value:6.3f} [{ratio.low:.3f}, {ratio.high:.3f}]  {ratio.label}{mark}")
+    for name in lost:
+        print(f"  none any more: {name}  REGRESSION")
+    return 1 if lost or any(ratio.regressed(options.threshold) for ratio in ratios) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""``pytest benchmarks --benchmark-only [--record FILE]``: the device, its clock, and the record of the session."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from .checks import Oracle
+from .measure import dtype_name
+from .peers import Arguments, make_arguments, peer, work
+from .record import Record, environment
+from .shapes import Shape
+from .timing import device_clock, sets_beyond_cache
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDS = 30 if DEVICE.type == "cuda" else 7
+
+Measure = Callable[[str, Shape, torch.dtype, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="write versions, sources and every sample of the session to this file")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=device_clock(DEVICE), disable_gc=True))
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Record | None:
+    """The session's record, if one is asked for."""
+    path = request.config.getoption("--record")
+    return None if path is None else Record(path, environment())
+
+
+class Inputs:
+    """Sets of arguments and their oracle. The last ones are kept, since a shape's peers come one after the other."""
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+
+    def of(self, shape: Shape, dtype: torch.dtype, variant: str, *, inference: bool) -> tuple[list[Arguments], Oracle]:
+        key = (shape, dtype, variant, inference)
+        if key != self._key:
+            first = make_arguments(shape, dtype, DEVICE, variant, noise=not inference)
+            more = range(1, sets_beyond_cache(first, DEVICE))
+            self._sets = [first, *(make_arguments(shape, dtype, DEVICE, variant, i, not inference) for i in more)]
+            self._oracle = Oracle(first, variant, inference=inference)
+            self._key = key
+        return self._sets, self._oracle
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Inputs:
+    return Inputs()
+
+
+@pytest.fixture
+def measure(benchmark, inputs: Inputs, record: Record | None) -> Measure:
+    """``measure(peer, shape, dtype, pass)``: checks the peer's result, then times the pass by the device's clock."""
+
+    def run(name: str, shape: Shape, dtype: torch.dtype, pass_: str) -> None:
+        candidate = peer(name)
+        sets, oracle = inputs.of(shape, dtype, candidate.variant, inference=pass_ == "inference")
+        oracle.check(candidate)
+        one = work(candidate.call, sets, pass_)
+        turns = itertools.cycle(range(one.sets))
+        benchmark.group = f"{pass_}, {shape}, {dtype_name(dtype)}"
+        benchmark.pedantic(one.run, setup=lambda: ((one.setup(next(turns)),), {}), rounds=ROUNDS, warmup_rounds=2)
+        if record is not None:
+            record.add(
+                {
+                    "group": "decode" if pass_ == "inference" else "op",
+                    "shape": shape.as_dict(),
+                    "dtype": dtype_name(dtype),
+                    "pass": pass_,
+                    "method": "events" if DEVICE.type == "cuda" else "host",
+                    "peer": name,
+                    "samples_us": [seconds * 1e6 for seconds in benchmark.stats.stats.data],
+                }
+            )
+
+    return run

@@ -1,0 +1,169 @@
+"""One command for a machine with a GPU: tests, candidates, the winning table, times. Offline, in under 8 minutes.
+
+``python -m benchmarks.gpu --out DIR [--seconds 460] [--commit HASH[+]]``
+
+Writes into DIR: ``record.json`` (all of it), a table in the format of `hycam_kernels/configs`, and ``tests.log``. Each
+phase is a process of its own with a time limit; what doesn't fit is skipped, and the record says so. A failed test
+withholds candidates and times. Exit status 0 only if the tests passed and the times were taken.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .kernel_tests import run_tests, wait
+from .measure import (
+    Session,
+    measure_decode_floors,
+    measure_op,
+    measure_overhead,
+    measure_rates,
+)
+from .record import ROOT, Budget, Entry, Record, environment, gpu_state
+from .shapes import DECODE, LAUNCH, TRAINING, Shape
+from .timing import EventTimer, GraphTimer
+
+DTYPE = torch.bfloat16
+OUR_PEERS = ("eager", "torch", "fused", "fused-recompute")
+RELEASED_PEERS = ("released", "torch-released", "fused-released")
+# seconds that stay for the times, whatever the phases before them take; and for starting and ending a process
+TIMES_SHARE, MARGIN = 170, 12
+TESTS_LIMIT, CANDIDATES_LIMIT = 190, 110
+# a compiler's own time for both passes, before it can be timed
+COMPILE_SECONDS = {"compile": 40, "compile-max-autotune": 75}
+
+
+def times_phase(
+    session: Session,
+    training: Sequence[Shape] = TRAINING,
+    decode: Sequence[Shape] = DECODE,
+    decode_session: Session | None = None,
+    dtype: torch.dtype = DTYPE,
+    copy_bytes: int = 1 << 30,
+) -> None:
+    """The most telling first: what the compilers take may leave no time for the rest."""
+    measure_rates(session, dtype, training, copy_bytes)
+    for shape in training:
+        measure_op(session, shape, dtype, OUR_PEERS)
+        measure_op(session, shape, dtype, RELEASED_PEERS)
+    measure_decode_floors(session, dtype, decode)
+    for shape in decode:
+        measure_op(
+            decode_session or session, shape, dtype, ("eager", "torch", "fused"), passes=("inference",), group="decode"
+        )
+    measure_overhead(session, LAUNCH, dtype, ("eager", "torch", "fused"))
+    for shape in training:
+        for name in COMPILE_SECONDS:
+            measure_op(session, shape, dtype, ("fused", name), seconds=COMPILE_SECONDS[name])
+
+
+def _times_on_gpu(record: Record, budget: Budget, out: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    session = Session(record, budget, device, [GraphTimer(), EventTimer()], rounds=25)
+    chained = Session(record, budget, device, [GraphTimer(chain=4), EventTimer()], rounds=25)
+    times_phase(session, decode_session=chained)
+    record.content["gpu_after"] = gpu_state()
+    record.write()
+
+
+def _candidates_on_gpu(record: Record, budget: Budget, out: Path) -> None:
+    from .candidates import measure_candidates  # imports triton, which only this phase needs
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    measure_candidates(Session(record, budget, device, [GraphTimer()], rounds=15), out)
+
+
+PHASES = {"candidates": _candidates_on_gpu, "times": _times_on_gpu}
+
+
+def run_phase(name: str, out: Path, seconds: float, commit: str | None) -> None:
+    """One phase, in this process: its entries go to ``<name>.json``."""
+    record = Record(out / f"{name}.json", environment(commit))
+    record.write()
+    PHASES[name](record, Budget(seconds), out)
+
+
+Launch = Callable[[str, float, dict[str, str]], int | None]
+
+
+def orchestrate(out: Path, header: Entry, budget: Budget, test: Callable[[float], Entry], launch: Launch) -> bool:
+    """The phases in order, each within what is left; ``record.json`` is complete after each. True if times were taken.
+
+    Args:
+        test: (seconds) -> the tests' entry, as `run_tests`.
+        launch: (phase, seconds, environment) -> exit status, None where it had to be stopped.
+    """
+    record = Record(out / "record.json", header)
+    phases: dict[str, str] = {}
+    record.content["phases"] = phases
+    tests = test(min(TESTS_LIMIT, budget.left - TIMES_SHARE))
+    record.add({"group": "tests"} | tests)
+    phases["tests"] = "passed" if tests["passed_all"] else "failed" if tests["in_time"] else "out of time"
+    if not tests["passed_all"]:
+        phases |= dict.fromkeys(PHASES, "withheld: the kernel tests did not pass")
+        record.write()
+        return False
+    for name, limit in (("candidates", min(CANDIDATES_LIMIT, budget.left - TIMES_SHARE)), ("times", None)):
+        seconds = budget.left - MARGIN if limit is None else limit
+        if seconds <= MARGIN:
+            phases[name] = f"skipped: {seconds:.0f} s were left"
+            continue
+        tuned = any(out.glob("sm_*.json"))
+        status = launch(name, seconds, {"HYCAM_KERNELS_TABLES": str(out)} if tuned and name == "times" else {})
+        phases[name] = {0: "done", None: "out of time"}.get(status, f"failed with exit status {status}")
+        phase_file = out / f"{name}.json"
+        if phase_file.exists():
+            record.entries.extend(json.loads(phase_file.read_text())["entries"])
+        record.content["table"] = "tuned" if tuned else "shipped"
+        record.write()
+    return any(
+        entry["group"] == "op" and entry.get("peer") == "fused" and "samples_us" in entry for entry in record.entries
+    )
+
+
+def _launch(out: Path, commit: str | None) -> Launch:
+    def launch(name: str, seconds: float, environ: dict[str, str]) -> int | None:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--phase", name, "--out", str(out)]
+        command += ["--seconds", str(seconds - MARGIN)] + ([] if commit is None else ["--commit", commit])
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environ, start_new_session=True)
+        return wait(process, time.monotonic() + seconds)
+
+    return launch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the record, the table and the tests' log")
+    parser.add_argument("--seconds", type=float, default=460, help="for everything (default: 460)")
+    parser.add_argument("--commit", help="of the sources, where there is no repository; a + at its end: changed since")
+    parser.add_argument("--phase", choices=PHASES, help="only this phase, in this process, without the tests before it")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu: no CUDA device: nothing was measured", file=sys.stderr)
+        return 1
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if options.phase:
+        run_phase(options.phase, out, options.seconds, options.commit)
+        return 0
+    processes = max(1, min(10, (os.cpu_count() or 2) - 2))
+    done = orchestrate(
+        out,
+        environment(options.commit),
+        Budget(options.seconds),
+        lambda seconds: run_tests(seconds, out / "tests.log", processes=processes),
+        _launch(out, options.commit),
+    )
+    print(json.dumps(json.loads((out / "record.json").read_text())["phases"], indent=1))
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

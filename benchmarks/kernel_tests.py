@@ -1,0 +1,78 @@
+"""The kernel tests on the device, in parallel processes, within a time limit."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from .record import ROOT, Entry
+
+FOLDER = ROOT / "tests" / "kernels"
+_NOTHING_COLLECTED = 5
+
+
+def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDER) -> Entry:
+    """Run the tests of a folder, those that need triton in shards: counts, failures' names, and whether all passed.
+
+    All passed means: every process ended in time with pytest's success and its report, and at least one test ran. A
+    shard may be empty.
+    """
+    triton_folder = folder / "triton"
+    jobs: list[tuple[Sequence[str | Path], str]] = []
+    if triton_folder.exists():
+        jobs += [([triton_folder], f"{index}/{processes}") for index in range(processes)]
+    jobs.append(([folder, f"--ignore={triton_folder}"], "0/1"))
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        reports = [Path(scratch, f"{index}.xml") for index in range(len(jobs))]
+        outputs = [Path(scratch, f"{index}.log") for index in range(len(jobs))]
+        running = [_start(*job, report, output) for job, report, output in zip(jobs, reports, outputs, strict=True)]
+        codes = [wait(process, start + seconds) for process in running]
+        log.write_text("\n".join(output.read_text(errors="replace") for output in outputs))
+        reported = [report for report, code in zip(reports, codes, strict=True) if code is not None and report.exists()]
+        counts = _count(reported)
+    in_time = None not in codes
+    ended = set(codes) <= {0, _NOTHING_COLLECTED} and reported == reports
+    passed = in_time and ended and counts["passed"] > 0 and not counts["failures"]
+    return {"passed_all": passed, "in_time": in_time, "seconds": round(time.monotonic() - start, 1)} | counts
+
+
+def _start(paths: Sequence[str | Path], shard: str, report: Path, output: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "benchmarks.shard", "--maxfail=20"]
+    command += [f"--junitxml={report}", "-p", "no:cacheprovider", *map(str, paths)]
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environ |= {"HYCAM_SHARD": shard, "PYTHONPATH": os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])}
+    with output.open("w") as stream:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def wait(process: subprocess.Popen, end: float) -> int | None:
+    """Exit status of the leader of a process group; None where the group had to be stopped at ``end``."""
+    try:
+        return process.wait(max(end - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def _count(reports) -> Entry:
+    passed = skipped = 0
+    failures = []
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            outcomes = {child.tag for child in case}
+            if outcomes & {"failure", "error"}:
+                failures.append(f"{case.get('classname')}::{case.get('name')}")
+            elif "skipped" in outcomes:
+                skipped += 1
+            else:
+                passed += 1
+    return {"passed": passed, "skipped": skipped, "failures": failures}

@@ -1,0 +1,31 @@
+"""A timer that runs the work once and answers with times of its own: all that a test without a GPU replaces."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Session
+from benchmarks.record import Budget, Record
+from benchmarks.timing import Sampler, Work
+
+
+class CountingTimer:
+    """The i-th sample of any work takes i microseconds."""
+
+    method = "count"
+
+    def __init__(self) -> None:
+        self.prepared = 0
+
+    def prepare(self, work: Work) -> Sampler:
+        self.prepared += 1
+        work.run(work.setup(0))
+        times = itertools.count(1.0)
+        return lambda: next(times)
+
+
+def make_session(path: Path, *, seconds: float = 60.0, clock: Callable[[], float] | None = None, rounds=3) -> Session:
+    budget = Budget(seconds) if clock is None else Budget(seconds, clock)
+    return Session(Record(path, {"git": None}), budget, torch.device("cpu"), [CountingTimer()], rounds)

@@ -1,0 +1,159 @@
+"""The GPU command's phases: nothing is timed after a failed test, everything ends in time, all is recorded."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import main, orchestrate
+from benchmarks.kernel_tests import run_tests
+from benchmarks.record import Budget
+
+PASSED = {"passed_all": True, "in_time": True, "passed": 3, "skipped": 0, "failures": []}
+FUSED = {"group": "op", "peer": "fused", "samples_us": [1.0]}
+
+
+class Phases:
+    """Stands for the phases' processes: notes what was started, and writes the entries that a phase would."""
+
+    def __init__(self, folder, **outcomes) -> None:
+        self.folder = folder
+        self.outcomes = outcomes
+        self.started: list[tuple[str, float, dict]] = []
+
+    def __call__(self, name, seconds, environ):
+        self.started.append((name, seconds, environ))
+        status, entries = self.outcomes.get(name, (0, []))
+        (self.folder / f"{name}.json").write_text(json.dumps({"entries": entries}))
+        return status
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_all_phases_in_order(tmp_path):
+    phases = Phases(tmp_path, candidates=(0, [{"group": "candidate"}]), times=(0, [FUSED]))
+    assert orchestrate(tmp_path, {"git": "x"}, Budget(460), lambda seconds: PASSED, phases)
+    record = read(tmp_path)
+    assert [name for name, *_ in phases.started] == ["candidates", "times"]
+    assert record["phases"] == {"tests": "passed", "candidates": "done", "times": "done"}
+    assert [entry["group"] for entry in record["entries"]] == ["tests", "candidate", "op"]
+    assert (record["git"], record["table"]) == ("x", "shipped")
+
+
+@pytest.mark.parametrize(
+    ("tests", "status"),
+    [
+        (PASSED | {"passed_all": False, "failures": ["a::b"]}, "failed"),
+        (PASSED | {"passed_all": False, "in_time": False}, "out of time"),
+    ],
+)
+def test_failed_tests_withhold_the_times(tests, status, tmp_path):
+    phases = Phases(tmp_path, times=(0, [FUSED]))
+    assert not orchestrate(tmp_path, {}, Budget(460), lambda seconds: tests, phases)
+    record = read(tmp_path)
+    assert phases.started == []
+    assert record["phases"]["tests"] == status
+    assert "withheld" in record["phases"]["times"]
+    assert [entry["group"] for entry in record["entries"]] == ["tests"]
+
+
+def test_times_use_the_table_that_won(tmp_path):
+    (tmp_path / "sm_90.json").write_text("{}")
+    phases = Phases(tmp_path, times=(0, [FUSED]))
+    orchestrate(tmp_path, {}, Budget(460), lambda seconds: PASSED, phases)
+    (_, _, before), (_, _, after) = phases.started
+    assert before == {}
+    assert after == {"HYCAM_KERNELS_TABLES": str(tmp_path)}
+    assert read(tmp_path)["table"] == "tuned"
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(3, "failed with exit status 3"), (None, "out of time")])
+def test_failed_candidates_leave_the_times(status, outcome, tmp_path):
+    phases = Phases(tmp_path, candidates=(status, []), times=(0, [FUSED]))
+    assert orchestrate(tmp_path, {}, Budget(460), lambda seconds: PASSED, phases)
+    assert read(tmp_path)["phases"] == {"tests": "passed", "candidates": outcome, "times": "done"}
+
+
+@pytest.mark.parametrize(
+    "entries", [[], [{"group": "op", "peer": "fused", "error": "no"}], [FUSED | {"peer": "eager"}]]
+)
+def test_a_run_without_times_of_the_fused_op_is_no_success(entries, tmp_path):
+    phases = Phases(tmp_path, times=(0, entries))
+    assert not orchestrate(tmp_path, {}, Budget(460), lambda seconds: PASSED, phases)
+
+
+def test_every_phase_fits_into_what_is_left(tmp_path):
+    now = [0.0]
+    phases = Phases(tmp_path, times=(0, [FUSED]))
+
+    def launch(name, seconds, environ):
+        now[0] += seconds
+        return phases(name, seconds, environ)
+
+    def tests(seconds):
+        now[0] += seconds
+        return PASSED
+
+    orchestrate(tmp_path, {}, Budget(460, clock=lambda: now[0]), tests, launch)
+    assert now[0] <= 460
+    assert {name: seconds for name, seconds, _ in phases.started}["times"] >= gpu.TIMES_SHARE - gpu.MARGIN
+
+
+def test_a_phase_without_time_is_skipped_and_named(tmp_path):
+    ticks = itertools.count(0.0, 90.0)
+    phases = Phases(tmp_path, times=(0, [FUSED]))
+    orchestrate(tmp_path, {}, Budget(300, clock=lambda: next(ticks)), lambda seconds: PASSED, phases)
+    assert "skipped" in read(tmp_path)["phases"]["candidates"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is wanted")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert main(["--out", str(tmp_path)]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+TESTS = {
+    "pass": "def test_a(): pass\ndef test_b(): pass\n",
+    "fail": "def test_a(): pass\ndef test_b(): assert False\n",
+    "skip": "import pytest\n@pytest.mark.skip\ndef test_a(): pass\n",
+    "broken": "import no_such_module\n",
+    "crash": "import os\ndef test_a(): os._exit(0)\n",
+    "slow": "import time\ndef test_a(): time.sleep(60)\n",
+}
+
+
+def run_on(folder, plain: str, triton: str, seconds=60.0):
+    (folder / "triton").mkdir()
+    (folder / "test_plain.py").write_text(TESTS[plain])
+    (folder / "triton" / "test_triton.py").write_text(TESTS[triton])
+    return run_tests(seconds, folder / "log", processes=3, folder=folder)
+
+
+def test_kernel_tests_run_once_each_over_the_shards(tmp_path):
+    result = run_on(tmp_path, "pass", "pass")
+    assert result["passed_all"]
+    assert (result["passed"], result["failures"]) == (4, [])
+    assert "1 deselected" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("plain", "triton"), [("fail", "pass"), ("pass", "fail"), ("broken", "pass"), ("skip", "skip"), ("pass", "crash")]
+)
+def test_kernel_tests_do_not_pass(plain, triton, tmp_path):
+    result = run_on(tmp_path, plain, triton)
+    assert not result["passed_all"]
+    assert result["in_time"]
+
+
+def test_kernel_tests_are_stopped_in_time(tmp_path):
+    start = time.monotonic()
+    result = run_on(tmp_path, "slow", "pass", seconds=5)
+    assert time.monotonic() - start < 30
+    assert not result["passed_all"]
+    assert not result["in_time"]
