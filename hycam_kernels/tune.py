@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import triton_backend
-from .inputs import DIFFERENTIABLE, ModulationInputs
+from .inputs import DIFFERENTIABLE, ModulationInputs, NormProjectInputs
 from .kernels.launch import Launcher
 from .kernels.tables import Config, Table, family_of, launch_parameters, load_table, select
 from .modulation import _prepare
@@ -70,7 +70,7 @@ class RowLauncher(Launcher):
         self.asked: dict[str, Config] = {}
         self.spills: dict[str, int] = {}
 
-    def config(self, kernel: str, x: ModulationInputs) -> Config:
+    def config(self, kernel: str, x: ModulationInputs | NormProjectInputs) -> Config:
         config = super().config(kernel, x)
         index = self.row(kernel, x)
         assert index is not None
