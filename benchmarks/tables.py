@@ -31,7 +31,7 @@ def cpu_records(results: Path) -> list[Path]:
 
 
 def gpu_records(results: Path) -> list[Path]:
-    folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name != "cpu")
+    folders = sorted(path for path in results.glob("*") if path.is_dir() and path.name != "cpu")
     return [record for folder in folders if (record := newest(folder)) is not None]
 
 

@@ -1,6 +1,7 @@
 """`pytest benchmarks --benchmark-only` in a process of its own: it measures, checks first, and records."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,9 @@ def test_suite_measures_and_records(tmp_path):
     tests.append(f"test_kept_for_backward[{CPU_QUICK}-float32-torch-eager]")
     command = [sys.executable, "-m", "pytest", "--benchmark-only", "-q", "-p", "no:cacheprovider", "--record", record]
     command += [f"benchmarks/test_op.py::{test}" for test in tests]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    # a run inside a worker of pytest-xdist would not measure
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout
     assert "3 passed" in result.stdout
     content = json.loads(record.read_text())
