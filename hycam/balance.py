@@ -12,6 +12,7 @@ load F_l and mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)``
 gradient ``P / n`` for F_l and ``F / n`` for P_l, with the layer's own values or with the means.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ class ForwardContext:
         attention_mask: [batch, length] as the model received it, 0 for padding, or None.
         token_share: this micro-batch's part of the target tokens that the loss is averaged over.
         layer_counts: adapter name -> number of layers that it adapts.
-        loss_scale: the gradient that reached the model's loss; 1 until the backward pass gets there.
+        loss_scale: the gradient that reached the model's loss; None until the backward pass gets there.
+        is_tracked: whether the model's loss, or one given to `hycam.track_loss`, tells its gradient.
         routing: adapter name -> layer name -> detached routing.
         in_graph: adapter name -> its settings, and layer name -> routing that has yet to join the loss (compiled
             layers).
@@ -55,7 +57,8 @@ class ForwardContext:
         self.attention_mask = attention_mask
         self.token_share = token_share
         self.layer_counts = layer_counts
-        self.loss_scale: Tensor | float = 1.0
+        self.loss_scale: Tensor | float | None = None
+        self.is_tracked = False
         self.routing: dict[str, dict[str, Routing]] = {}
         self.in_graph: dict[str, tuple[HyCAMConfig, dict[str, Routing]]] = {}
         self.is_over = False
@@ -146,6 +149,14 @@ class ForwardContext:
         if config.balance_scope == "model":
             layers = self.routing[adapter_name]
             routing, count = _mean(layers.values(), routing.load.device), len(layers)
+        if self.loss_scale is None:
+            if self.is_tracked:
+                warnings.warn(
+                    "the backward pass doesn't come from the model's own loss, so the balance loss's gradient can't "
+                    "follow its scale and is taken as is; pass your loss through hycam.track_loss(model, loss)",
+                    stacklevel=2,
+                )
+            self.loss_scale = 1.0
         weight = self.token_share * self.loss_scale * (config.balance_coef / count)
         if isinstance(weight, Tensor):
             weight = weight.to(routing.load)
@@ -173,6 +184,7 @@ def _inject(
 
 @torch.compiler.disable
 def _track(loss: Tensor, context: ForwardContext) -> Tensor:
+    context.is_tracked = True
     return _TrackLossGradient.apply(loss, context)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .architectures import (
@@ -40,8 +40,11 @@ class HyCAMModel(BaseTuner):
             install(model)
 
     def unload(self) -> nn.Module:
-        """Return the bare backbone."""
+        """Return the bare backbone, with its own norms where `train_norms` trained copies of them."""
         uninstall(self.model)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                self.model.set_submodule(name, module.original_module)
         return super().unload()
 
     def disable_adapter_layers(self) -> None:

@@ -194,7 +194,8 @@ def _check_options(
 ) -> None:
     if not (0 < tau < math.inf):
         raise ValueError(f"hycam_modulation: tau must be above 0 and finite, got {tau}")
-    if not math.isfinite(scale):
+    # a comparison, not math.isfinite: torch.compile may hold a scale symbolically
+    if not (-math.inf < scale < math.inf):
         raise ValueError(f"hycam_modulation: scale must be finite, got {scale}")
     _check_backend("hycam_modulation", backend)
     if seed is None:

@@ -119,8 +119,8 @@ def _token_mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
     values = values.reshape(-1, values.shape[-1])
     if token_mask is None:
         return values.sum(0) / max(values.shape[0], 1)
-    mask = token_mask.flatten().to(values.dtype)
-    return (values * mask[:, None]).sum(0) / mask.sum().clamp_min(1)
+    mask = token_mask.flatten()
+    return values.where(mask[:, None], 0).sum(0) / mask.sum().clamp_min(1)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -106,12 +106,12 @@ def backward(
         d_logits = _route_backward(x, saved, d_probs, grad_load, grad_router_prob)
         if need["router_bias"]:
             grads["router_bias"] = d_logits.sum(0)
-        d_logits = d_logits.to(x.compute_dtype)
         if need["router_weight"]:
-            grads["router_weight"] = d_logits.T @ hidden
+            # a token's share of the balance loss is below float16's smallest number
+            grads["router_weight"] = d_logits.T @ hidden.to(x.sum_dtype)
         if need["hidden"]:
             assert x.router_weight is not None
-            d_hidden.add_product(d_logits, x.router_weight.to(x.compute_dtype))
+            d_hidden.add_product(d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype))
     if need["hidden"] and d_hidden.value is not None:
         grads["hidden"] = d_hidden.value
 
@@ -270,8 +270,8 @@ def _token_mean(x: ModulationInputs, values: Tensor) -> Tensor:
     """Mean over the counted tokens, 0 where none counts: [T, E] -> [E]."""
     if x.token_mask is None:
         return values.sum(0) / max(values.shape[0], 1)
-    counted = x.token_mask.to(values.dtype)
-    return (counted @ values) / counted.sum().clamp_min(1)
+    # chosen, not multiplied by 0: a token that doesn't count may hold NaN
+    return values.where(x.token_mask[:, None], 0).sum(0) / x.token_mask.sum().clamp_min(1)
 
 
 def _route_backward(

@@ -19,7 +19,8 @@ def run(options: Namespace) -> None:
     recipe = selection.recipe
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted a recipe with tasks, or --task NAME[=SOURCE]")
-    output = Path(options.output or (selection.run or Path()) / f"eval-{options.split}.json")
+    measured = "base-" if options.base else ""
+    output = Path(options.output or (selection.run or Path()) / f"eval-{measured}{options.split}.json")
     if not output.parent.is_dir():
         raise InputError(f"--output: {output.parent} is no folder")
     rows = load_rows(recipe.tasks, recipe.data.fold)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hycam.data import TaskConfig
 from hycam.errors import InputError
 from hycam.training.backbone import backbone_name, check_available, load_model, load_tokenizer
 from hycam.training.recipe import Recipe, load_recipe, parse_recipe
@@ -34,15 +34,12 @@ def select(options: Namespace, tasks: list[str] | None = None) -> Selection:
     the adapter names; the options give the rest.
 
     Args:
-        tasks: `NAME[=SOURCE]` of the tasks that replace the recipe's.
+        tasks: `NAME[=SOURCE]` of the tasks that replace the recipe's; a name alone may be one of the recipe's own.
 
     Raises:
         InputError: no recipe and no backbone, or an adapter's folder without an adapter.
     """
     overrides = list(options.overrides)
-    if tasks:
-        listed = [dict(zip(("name", "source"), task.split("=", 1), strict=False)) for task in tasks]
-        overrides.insert(0, ("tasks", yaml.safe_dump(listed, default_flow_style=True)))
     adapter = None if options.adapter is None else Path(options.adapter).expanduser()
     if adapter is not None:
         _check_adapter(adapter)
@@ -51,13 +48,26 @@ def select(options: Namespace, tasks: list[str] | None = None) -> Selection:
         source = str(adapter.parent)
     if source is None:
         recipe = parse_recipe(_named_backbone(adapter), "command line", overrides)
+        recipe.tasks = _chosen_tasks(tasks, recipe.tasks)
         return Selection(recipe, adapter, None)
     recipe = load_recipe(source, overrides)
+    recipe.tasks = _chosen_tasks(tasks, recipe.tasks)
     run = Path(source).expanduser() if Path(source).expanduser().is_dir() else None
     if adapter is None and run is not None and not options.base:
         adapter = run / ADAPTER_FOLDER
         _check_adapter(adapter)
     return Selection(recipe, adapter, run)
+
+
+def _chosen_tasks(chosen: list[str] | None, own: list[TaskConfig]) -> list[TaskConfig]:
+    if not chosen:
+        return own
+    known = {task.name: task for task in own}
+    parts = [task.partition("=") for task in chosen]
+    return [
+        known[name] if not equals and name in known else TaskConfig(name, source or None)
+        for name, equals, source in parts
+    ]
 
 
 def _check_adapter(folder: Path) -> None:

@@ -143,6 +143,8 @@ class Recipe:
     source: str = field(default="recipe", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, wanted 0 to {2**32 - 1}")
         names = [task.name for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -261,7 +263,13 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping) and name in value:
             reader.fail(f"trainer.{name}", instead)
         known.pop(name, None)
-    return reader.fields(value, known, "trainer")
+    values = reader.fields(value, known, "trainer")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if values.get(name, 1) < 1:
+            reader.fail(f"trainer.{name}", f"got {values[name]}, wanted at least 1")
+    if values.get("learning_rate", 0) < 0:
+        reader.fail("trainer.learning_rate", f"got {values['learning_rate']}, wanted at least 0")
+    return values
 
 
 def _override(values: dict[str, Any], name: str, value: Any) -> None:

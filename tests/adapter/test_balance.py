@@ -213,6 +213,15 @@ def test_loss_outside_the_model():
     assert largest_error(gradients(model), plain_gradients(batch(), scale=0.5)) < TOLERANCE
 
 
+def test_a_loss_of_ones_own_beside_the_models_is_told():
+    model = balanced()
+    inputs = batch()
+    logits = model(**inputs).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+    with pytest.warns(UserWarning, match="track_loss"):
+        loss.backward()
+
+
 def test_the_loss_may_be_scaled_in_place():
     model = balanced()
     loss = model(**batch()).loss

@@ -295,6 +295,19 @@ def test_per_sample_adapters_are_refused():
         model.get_base_model()(**batch(), task_ids=torch.zeros(3))
 
 
+def test_unload_restores_the_backbones_norms():
+    base = tiny_model()
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    want = base(**inputs).logits
+    model = get_peft_model(base, config(train_norms=True)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.3)
+    assert not torch.equal(model(**inputs).logits, want)
+    assert torch.equal(model.unload()(**inputs).logits, want)
+
+
 def test_unload_leaves_no_trace():
     model = adapted_model(modulation="residual", train_norms=True)
     base = model.unload()

@@ -164,6 +164,22 @@ def test_mask_that_counts_no_token():
     assert not arguments["router_weight"].grad.any()
 
 
+def test_a_token_that_does_not_count_may_be_nan():
+    arguments = Case(leading=(4,)).make(torch.float32)
+    arguments["hidden"].data[2] = float("nan")
+    arguments["token_mask"] = torch.tensor([True, True, False, True])
+    assert hycam_modulation(**arguments).load.isfinite().all()
+    assert modulation_reference(**arguments).load.isfinite().all()
+
+
+def test_balance_gradient_survives_float16():
+    """A token's share of it is below float16's smallest number."""
+    arguments = Case(leading=(4096,), d=8, rank=2).make(torch.float16, torch.float32)
+    (got,) = torch.autograd.grad(hycam_modulation(**arguments).balance_loss / 320, arguments["router_weight"])
+    (want,) = torch.autograd.grad(modulation_reference(**arguments).balance_loss / 320, arguments["router_weight"])
+    torch.testing.assert_close(got, want, rtol=0.01, atol=0.01 * want.abs().max().item())
+
+
 def test_without_experts_the_router_results_are_empty():
     out = hycam_modulation(**Case(experts=None).make(torch.bfloat16))
     assert out.load.shape == out.router_prob.shape == (0,)
@@ -228,6 +244,16 @@ def test_compiles_into_one_graph(backend):
         want = run(function, arguments | {"seed": seed})
         for name, value in run(compiled, arguments | {"seed": seed}).items():
             torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_with_symbolic_options():
+    def function(hidden, scale):
+        return hycam_modulation(hidden, hidden, torch.eye(8), None, None, None, None, scale=scale).hidden_states
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+    hidden = torch.randn(5, 8)
+    for scale in (1.0, 2.0):
+        assert torch.equal(compiled(hidden, scale), function(hidden, scale))
 
 
 def test_second_order_gradients_are_refused():

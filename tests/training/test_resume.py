@@ -229,7 +229,7 @@ def test_resume_refuses_another_recipe_or_other_rows(tmp_path: Path, backbone: P
 
 def test_fields_that_touch_no_weight_may_change_on_resuming(tmp_path: Path, backbone: Path, straight: Path) -> None:
     shutil.copytree(straight, tmp_path / "run")
-    recipe = _recipe(tmp_path, backbone, trainer={"logging_steps": 5}, evaluation={"batch_size": 3})
+    recipe = _recipe(tmp_path, backbone, trainer={"report_to": "tensorboard"}, evaluation={"batch_size": 3})
     assert train(recipe, resume=True)["steps"] == 8
 
 
