@@ -8,7 +8,7 @@ from hycam.commands.selection import load_selected_model, load_selected_tokenize
 from hycam.commands.tables import metrics_table, show
 from hycam.environment import package_versions
 from hycam.errors import InputError
-from hycam.training.backbone import load_backbone_config
+from hycam.training.backbone import check_max_length, load_backbone_config
 from hycam.training.callbacks import finite
 from hycam.training.measure import measure
 from hycam.training.tasks import load_rows, prompts_that_fit, tokenize_split
@@ -25,7 +25,8 @@ def run(options: Namespace) -> None:
         raise InputError(f"--output: {output.parent} is no folder")
     rows = load_rows(recipe.tasks, recipe.data.fold)
     name, tokenizer = load_selected_tokenizer(selection)
-    config = load_backbone_config(recipe.backbone, name, recipe.data.max_length)
+    config = load_backbone_config(recipe.backbone, name)
+    check_max_length(config, recipe.data.max_length, name)
     tokenized = tokenize_split(rows, options.split, tokenizer, recipe.data)
     prompts = None
     if not options.no_generation:

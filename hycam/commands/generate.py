@@ -9,7 +9,8 @@ from typing import Any
 from hycam.commands.selection import load_selected_model, load_selected_tokenizer, select
 from hycam.data import prompt_text
 from hycam.errors import InputError
-from hycam.evaluation import generate_responses
+from hycam.evaluation.generation import encode_prompts, generate_responses
+from hycam.training.backbone import load_backbone_config
 
 _SUFFIXES = (".txt", ".json", ".jsonl")
 
@@ -26,12 +27,14 @@ def run(options: Namespace) -> None:
         prompts = [row["instruction"] + row["input"] for row in rows]
     else:
         prompts = [prompt_text(row, recipe.data.prompt, tokenizer) for row in rows]
+    max_new_tokens = recipe.evaluation.max_new_tokens
+    encode_prompts(prompts, tokenizer, load_backbone_config(recipe.backbone, name), max_new_tokens)  # or refuse
     model = load_selected_model(selection, name)
     responses = generate_responses(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
     )
     answered = [row | {"response": response} for row, response in zip(rows, responses, strict=True)]

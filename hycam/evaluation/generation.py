@@ -7,7 +7,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from hycam.data.tokenization import encode_prompt
 from hycam.errors import InputError
@@ -35,8 +35,7 @@ def generate_responses(
         if value < 1:
             raise InputError(f"{option}: {value} given, at least 1 is wanted")
     bare = unwrap(model)
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    _check_lengths(encoded, max_new_tokens, bare.config)
+    encoded = encode_prompts(prompts, tokenizer, bare.config, max_new_tokens)
     ends = _end_tokens(bare, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     settings = GenerationConfig(
@@ -65,7 +64,15 @@ def generate_responses(
     return responses
 
 
-def _check_lengths(encoded: list[list[int]], max_new_tokens: int, config: Any) -> None:
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, max_new_tokens: int
+) -> list[list[int]]:
+    """The token ids of each prompt, for a model of this configuration.
+
+    Raises:
+        InputError: an empty prompt, or one that with `max_new_tokens` exceeds the model's positions.
+    """
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     for row, ids in enumerate(encoded):
         if not ids:
@@ -75,6 +82,7 @@ def _check_lengths(encoded: list[list[int]], max_new_tokens: int, config: Any) -
                 f"prompts: prompt {row} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} "
                 f"exceeds the model's {positions} positions"
             )
+    return encoded
 
 
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

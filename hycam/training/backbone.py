@@ -27,6 +27,10 @@ def check_available(config: BackboneConfig) -> None:
         _check_kernels("backbone.attn_implementation", "flash_attn", "flash-attn")
     if config.liger:
         _check_kernels("backbone.liger", "liger_kernel", "liger")
+    if config.revision is not None and config.name_or_path is not None and Path(config.name_or_path).is_dir():
+        raise InputError(
+            f"backbone.revision: got {config.revision!r} for the folder {config.name_or_path}, which has no revisions"
+        )
 
 
 def _check_kernels(field: str, package: str, extra: str) -> None:
@@ -44,13 +48,16 @@ def backbone_name(config: BackboneConfig, run_folder: Path, seed: int) -> str:
     return config.name_or_path
 
 
-def load_backbone_config(config: BackboneConfig, name: str, max_length: int) -> PretrainedConfig:
-    """The model's configuration. Raises `InputError` for an unknown model, and one shorter than `max_length`."""
-    loaded = _load(AutoConfig, config, name)
-    positions = getattr(loaded.get_text_config(), "max_position_embeddings", None)
+def load_backbone_config(config: BackboneConfig, name: str) -> PretrainedConfig:
+    """The model's configuration. Raises `InputError` for an unknown model."""
+    return _load(AutoConfig, config, name)
+
+
+def check_max_length(config: PretrainedConfig, max_length: int, name: str) -> None:
+    """Raise `InputError` where the backbone has fewer positions than `max_length`."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise InputError(f"data.max_length: {max_length} given, the backbone has {positions} positions ({name})")
-    return loaded
 
 
 def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase:

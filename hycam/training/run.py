@@ -21,6 +21,7 @@ from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.backbone import (
     backbone_name,
     check_available,
+    check_max_length,
     load_backbone_config,
     load_model,
     load_tokenizer,
@@ -130,7 +131,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     rows = load_rows(recipe.tasks, recipe.data.fold)
     with arguments.main_process_first(local=False, desc="training the backbone"):
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
-    config = load_backbone_config(recipe.backbone, name, recipe.data.max_length)
+    config = load_backbone_config(recipe.backbone, name)
+    check_max_length(config, recipe.data.max_length, name)
     tokenizer = load_tokenizer(recipe.backbone, name)
     tokenized = {
         split: tokenize_split(rows, split, tokenizer, recipe.data) for split in ("train", "validation", "test")

@@ -231,10 +231,19 @@ def test_what_eval_and_generate_refuse(run: Path, tmp_path: Path, capsys: pytest
     assert "has no adapter_config.json" in _error(capsys, "generate", "--adapter", str(tmp_path), "--prompt", "x")
     assert "is no folder" in _error(capsys, "eval", str(run), "--output", str(tmp_path / "no" / "x.json"))
     other = save_backbone(tmp_path / "other", hidden_size=64)
-    message = _error(
-        capsys, "generate", "--adapter", str(run / "adapter"), "--backbone.name_or_path", str(other), "--prompt", "x"
-    )
+    adapter, short = ["--adapter", str(run / "adapter")], ["--evaluation.max_new_tokens", "4"]
+    message = _error(capsys, "generate", *adapter, "--backbone.name_or_path", str(other), "--prompt", "x", *short)
     assert "can't be loaded into" in message
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_model_is_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import hycam.commands.generate as module
+
+    monkeypatch.setattr(module, "load_selected_model", None)
+    message = _error(capsys, "generate", str(run), "--prompt", "word " * 200, "--evaluation.max_new_tokens", "4")
+    assert "prompts: prompt 0 has" in message and "exceeds the model's 128 positions" in message
 
 
 def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:

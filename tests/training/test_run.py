@@ -295,6 +295,7 @@ def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tasks": [{"name": "nowhere", "source": "nowhere.jsonl"}]}, "nowhere.jsonl"),
         ({"data": {"max_length": 129}}, "data.max_length: 129 given, the backbone has 128 positions"),
         ({"backbone": {"name_or_path": "./no-such-backbone"}}, "backbone.name_or_path: ./no-such-backbone: can't be"),
+        ({"backbone": {"revision": "v2"}}, "backbone.revision: got 'v2' for the folder"),
         ({"backbone": {"pad_token": "<none>"}}, "backbone.pad_token: '<none>' is no token of"),
         ({"backbone": {"liger": True}}, "backbone.liger: liger_kernel is not installed"),
         (
