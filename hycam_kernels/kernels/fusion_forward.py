@@ -17,7 +17,7 @@ from torch import Tensor
 from ..inputs import ModulationInputs
 from .cost import Cost
 from .launch import Launcher, row_stride
-from .primitives import expert_tile, load_tile, load_weight, sigmoid
+from .primitives import add_experts, load_tile, sigmoid, store_modulated
 
 
 @triton.jit
@@ -32,27 +32,18 @@ def fusion_forward_kernel(
     cols = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     row_mask = rows < tokens
     col_mask = cols < d
-    mask = row_mask[:, None] & col_mask[None, :]
 
     fusion = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if s is not None:
-        s_tile = load_tile(s, rows[:, None], cols[None, :], stride_s, mask)
+        s_tile = load_tile(s, rows[:, None], cols[None, :], stride_s, row_mask[:, None] & col_mask[None, :])
         fusion = s_tile * sigmoid(s_tile, FAST_RECIPROCAL)
-    if NUM_EXPERTS > 0:
-        for expert in tl.range(0, NUM_EXPERTS, loop_unroll_factor=1):
-            z = expert_tile(
-                v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
-                RANK, BLOCK_T, BLOCK_D, BLOCK_R, PRECISION,
-            )  # fmt: skip
-            weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
-            fusion += weight[:, None] * (z * sigmoid(z, FAST_RECIPROCAL))
-
-    attn = load_tile(attn_output, rows[:, None], cols[None, :], stride_attn, mask)
-    stream = attn
-    if residual is not None:
-        stream += load_tile(residual, rows[:, None], cols[None, :], stride_residual, mask)
-    result = attn + stream * fusion
-    tl.store(out + rows.to(tl.int64)[:, None] * d + cols[None, :], result.to(out.dtype.element_ty), mask=mask)
+    fusion = add_experts(
+        fusion, v, lora_b, lora_b_bias, weights, rows, cols, row_mask, col_mask, d, stride_v, scale,
+        NUM_EXPERTS, RANK, FAST_RECIPROCAL, PRECISION, BLOCK_T, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    store_modulated(
+        fusion, attn_output, residual, out, rows, cols, row_mask, col_mask, d, stride_attn, stride_residual
+    )  # fmt: skip
 
 
 def fusion_forward(

@@ -93,3 +93,35 @@ def expert_tile(
 def load_weight(weights, expert, rows, row_mask, NUM_EXPERTS: tl.constexpr):
     """p_k as the output uses it, [BLOCK_T]."""
     return tl.load(weights + rows.to(tl.int64) * NUM_EXPERTS + expert, mask=row_mask, other=0.0)
+
+
+@triton.jit
+def add_experts(
+    fusion, v, lora_b, lora_b_bias, weights, rows, cols, row_mask, col_mask, d, stride_v, scale,
+    NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """fusion + sum_k p_k SiLU(Z_k), [BLOCK_T, BLOCK_D]."""
+    if NUM_EXPERTS > 0:
+        for expert in tl.range(0, NUM_EXPERTS, loop_unroll_factor=1):
+            z = expert_tile(
+                v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
+                RANK, BLOCK_T, BLOCK_D, BLOCK_R, PRECISION,
+            )  # fmt: skip
+            weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
+            fusion += weight[:, None] * (z * sigmoid(z, FAST_RECIPROCAL))
+    return fusion
+
+
+@triton.jit
+def store_modulated(
+    fusion, attn_output, residual, out, rows, cols, row_mask, col_mask, d, stride_attn, stride_residual
+):  # fmt: skip
+    """out = h_att + x * fusion, x = h_att or h_in + h_att."""
+    mask = row_mask[:, None] & col_mask[None, :]
+    attn = load_tile(attn_output, rows[:, None], cols[None, :], stride_attn, mask)
+    stream = attn
+    if residual is not None:
+        stream += load_tile(residual, rows[:, None], cols[None, :], stride_residual, mask)
+    result = attn + stream * fusion
+    tl.store(out + rows.to(tl.int64)[:, None] * d + cols[None, :], result.to(out.dtype.element_ty), mask=mask)
