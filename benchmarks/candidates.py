@@ -18,11 +18,12 @@ DTYPE = torch.bfloat16
 
 def measure_candidates(session: Session, out: Path) -> None:
     """Measure at the training and decode shapes, and write the winning table of the device's family into a folder."""
-    for shape in TRAINING:
-        measure_structures(session, shape, DTYPE)
     family = family_of(session.device)
     assert family is not None, "the kernel tests passed, so there is a table"
-    tuner = Tuner(load_table(family), keep_on=lambda: session.budget.lasts(5))
+    table = load_table(family)
+    for shape in TRAINING:
+        measure_structures(session, shape, DTYPE, table)
+    tuner = Tuner(table, keep_on=lambda: session.budget.lasts(5))
     search(tuner, session, [Size(*shape.as_dict().values()) for shape in (*TRAINING, *DECODE)])
     (out / f"{family}.json").write_text(table_text(winners(tuner.found, tuner.table)))
 

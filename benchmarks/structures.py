@@ -1,7 +1,8 @@
-"""Ways to arrange the op's library products, to choose a structure by: separate or joined, and two batched ones.
+"""Ways to arrange the op, to choose a structure by: its library products, and the two forms of its forward.
 
-Joined products take the weights [W_s; M] or the gradients [dS | dV] as one matrix, ready-made: what joining itself
-costs (a copy of the weights, or packed storage) is not in these times.
+Library products: separate or joined, and two batched ones. Joined products take the weights [W_s; M] or the gradients
+[dS | dV] as one matrix, ready-made: what joining itself costs (a copy of the weights, or packed storage) is not in the
+times. The forward: its fusion after the library's shared product or inside our own, S kept or not.
 """
 
 from collections.abc import Callable
@@ -10,23 +11,58 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hycam_kernels import triton_backend
+from hycam_kernels.inputs import ModulationInputs
+from hycam_kernels.kernels.tables import Table, drop_limits
+from hycam_kernels.tune import RowLauncher, Size, make_call
+
 from .measure import Session, dtype_name
 from .shapes import Shape
 from .timing import Work, alternate
 
 
-def measure_structures(session: Session, shape: Shape, dtype: torch.dtype) -> None:
-    """Times of the arrangements below at one shape."""
-    if not session.starts(3, "structure", shape):
+def measure_structures(session: Session, shape: Shape, dtype: torch.dtype, table: Table) -> None:
+    """Times of the arrangements below at one shape, with a table's block sizes."""
+    if not session.starts(4, "structure", shape):
         return
-    sets = [_operands(shape, dtype, session.device) for _ in range(2)]
+    operands = [_operands(shape, dtype, session.device) for _ in range(2)]
+    products = {
+        name: Work(lambda i: operands[i], partial(_apply, function), len(operands))
+        for name, function in ARRANGEMENTS.items()
+    }
+    _time(session, shape, dtype, products)
+    calls = [make_call(Size(*shape.as_dict().values()), dtype, session.device, training=True) for _ in range(2)]
+    forms = {
+        name: Work(lambda i: calls[i], form, len(calls))
+        for name, form in forward_forms(table, inline_assembly=session.device.type == "cuda").items()
+    }
+    _time(session, shape, dtype, forms)
+
+
+def _time(session: Session, shape: Shape, dtype: torch.dtype, works: dict[str, Work]) -> None:
     for timer in session.timers:
-        samplers = {
-            name: timer.prepare(Work(lambda i: sets[i], partial(_apply, function), len(sets)))
-            for name, function in ARRANGEMENTS.items()
-        }
+        samplers = {name: timer.prepare(work) for name, work in works.items()}
         for name, samples in alternate(samplers, session.rounds, session.budget.lasts).items():
             session.add("structure", shape, dtype=dtype_name(dtype), what=name, method=timer.method, samples_us=samples)
+
+
+def forward_forms(table: Table, *, inline_assembly: bool) -> dict[str, Callable[[ModulationInputs], Tensor]]:
+    """h_out by name of the form; a table without our own product has the library's alone."""
+    kernel = "product_forward"
+    tables = {"library product": {name: rows for name, rows in table.items() if name != kernel}}
+    if kernel in table:
+        tables["own product"] = table | {kernel: drop_limits(table[kernel], "candidate", "kept")}
+    forms = {}
+    for name, of_form in tables.items():
+        launch = RowLauncher(of_form, inline_assembly=inline_assembly)
+        for keep in (True, False):
+            kept = "S kept" if keep else "S not kept"
+            forms[f"forward, {name}, {kept}"] = partial(_forward, launch=launch, keep=keep)
+    return forms
+
+
+def _forward(x: ModulationInputs, *, launch: RowLauncher, keep: bool) -> Tensor:
+    return triton_backend.run_forward(x._replace(keep=keep), launch)[0]
 
 
 def _apply(function: Callable[..., object], operands: dict[str, Tensor]) -> object:

@@ -31,7 +31,7 @@ from . import norm_triton_backend, triton_backend
 from .inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, ModulationInputs, NormProjectInputs
 from .kernels.decode import decode_forward
 from .kernels.launch import Launcher
-from .kernels.tables import families
+from .kernels.tables import families, load_table, with_candidates
 
 # bytes of shared memory that one block may ask for
 SHARED_LIMITS = {
@@ -140,6 +140,12 @@ def _training_calls() -> Iterator[ModulationInputs]:
     yield _call(2400, 64, torch.float16)
     yield _call(2400, 64, torch.bfloat16, shared=False)
     yield _call(2400, 0, torch.bfloat16)
+    for tokens, rank in itertools.product((2400, 8192), (16, 64, 256)):
+        yield _call(tokens, rank, torch.bfloat16, keep=False)
+        yield _call(tokens, rank, torch.bfloat16, released=True, keep=False)
+    yield _call(8192, 64, torch.bfloat16, experts=16, keep=False)
+    yield _call(2400, 0, torch.bfloat16, keep=False)
+    yield _call(2400, 64, torch.float16, keep=False)
 
 
 def _decoding_calls() -> Iterator[ModulationInputs]:
@@ -155,7 +161,16 @@ def _decoding_calls() -> Iterator[ModulationInputs]:
 
 
 def _call(
-    tokens: int, rank: int, dtype: torch.dtype, *, d=4096, experts=5, released=False, shared=True, needs_grad=True
+    tokens: int,
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    d=4096,
+    experts=5,
+    released=False,
+    shared=True,
+    needs_grad=True,
+    keep=True,
 ) -> ModulationInputs:
     """A call on meta tensors; rank 0 leaves the experts out, ``released`` adds all that the released code does."""
 
@@ -186,7 +201,7 @@ def _call(
         hard=released,
         scale=0.5 if released else 1.0,
         compute_dtype=dtype,
-        keep=needs_grad,
+        keep=needs_grad and keep,
         needs_grad=needs_grad,
         backend="triton",
     )
@@ -220,9 +235,10 @@ def _norm_call(tokens: int, d: int, dtype: torch.dtype, kind: str, *, experts=5,
 
 
 def record(family: str) -> Recorder:
-    """Every distinct launch of both passes over the calls above."""
+    """Every distinct launch of both passes over the calls above, without the tables' candidates and with them."""
     recorder = Recorder(family)
-    for x in _calls():
+    tables = (load_table(family), with_candidates(load_table(family)))
+    for recorder.table, x in itertools.product(tables, _calls()):
         if isinstance(x, NormProjectInputs):
             hidden, v, logits, mean, rstd = norm_triton_backend.run_forward(x, recorder)
             needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]

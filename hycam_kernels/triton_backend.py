@@ -148,13 +148,19 @@ def decode(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor, Tensor, Saved]:
     """`forward` by a given launcher."""
     from .kernels.fusion_forward import fusion_forward
+    from .kernels.product_forward import product_forward
     from .kernels.router import route
 
     x = _dense_weights(x)
     hidden = x.hidden.to(x.compute_dtype)
-    s, v = _shared_product(x, hidden), _folded_product(x, hidden)
+    v = _folded_product(x, hidden)
     logits, probs, load, router_prob = route(launch, x, hidden)
-    out = fusion_forward(launch, x, s, v, _cast(x, x.lora_b), _used_weights(x, probs))
+    of_experts = v, _cast(x, x.lora_b), _used_weights(x, probs)
+    if x.shared_weight is not None and launch.takes("product_forward", x):
+        out, s = product_forward(launch, x, hidden, *of_experts)
+    else:
+        s = _shared_product(x, hidden)
+        out = fusion_forward(launch, x, s, *of_experts)
     saved = Saved(
         s if x.keep and s is not None else hidden.new_empty(0),
         v if x.keep and v is not None else hidden.new_empty(0),
@@ -228,9 +234,12 @@ def run_backward(
     return [_finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
 
 
+_READ_BY_ELEMENT = ("shared_bias", "lora_b", "lora_b_bias", "router_weight", "router_bias")
+
+
 def _dense_weights(x: ModulationInputs) -> ModulationInputs:
     """The call with the small tensors that kernels read by element in row-major order."""
-    dense = {name: getattr(x, name) for name in ("lora_b", "lora_b_bias", "router_weight", "router_bias")}
+    dense = {name: getattr(x, name) for name in _READ_BY_ELEMENT}
     return x._replace(**{name: tensor.contiguous() for name, tensor in dense.items() if tensor is not None})
 
 

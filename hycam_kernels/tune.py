@@ -6,7 +6,7 @@ The table is used by processes that have ``HYCAM_KERNELS_TABLES=FOLDER`` in thei
 are the rows that the present table picks at the measured sizes and their neighbours, one number changed. A candidate is
 timed as part of the whole pass, as a CUDA graph; one that spills registers, fails to compile, or changes the pass's
 results by more than a rounding can't win. Where a table may leave a kernel out, so that others do its work, leaving it
-out is a candidate too.
+out is a candidate too; where it names one as a candidate, using it is.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor
 from . import triton_backend
 from .inputs import DIFFERENTIABLE, ModulationInputs, NormProjectInputs
 from .kernels.launch import Launcher
-from .kernels.tables import Config, Table, family_of, launch_parameters, load_table, select
+from .kernels.tables import OPTIONAL, Config, Table, family_of, launch_parameters, load_table, select, with_candidates
 from .modulation import _prepare
 
 # a candidate must be this much faster than the shipped row to replace it
@@ -34,10 +34,15 @@ WORTHWHILE = 0.99
 # relative difference of bfloat16 results that another order of summation explains
 ROUNDING = 2**-7
 DECODE_TOKENS = 64
-_WHOLE_NUMBERS = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4), "SPLITS": (1, 2, 3, 4, 6, 8)}
+NOT_KEPT = "forward, S not kept"
+_WHOLE_NUMBERS = {
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4),
+    "SPLITS": (1, 2, 3, 4, 6, 8),
+    "GROUP": (1, 4, 8, 16),
+}
 _BLOCKS = (16, 32, 64, 128, 256)
-# kernels that a table may leave out; LEFT_OUT stands for the row of one that it leaves out
-OPTIONAL = ("row_grad",)
+# stands for the row of an optional kernel that a table leaves out
 LEFT_OUT: Config = {}
 
 
@@ -118,7 +123,10 @@ def make_call(size: Size, dtype: torch.dtype, device: torch.device, *, training:
 
 
 def make_passes(x: ModulationInputs, *, training: bool) -> dict[str, Callable[[Launcher], list[Tensor]]]:
-    """The op's passes as functions of a launcher: forward and backward in training, else inference."""
+    """The op's passes as functions of a launcher: in training forward, backward and a forward that keeps nothing.
+
+    Otherwise inference.
+    """
     if not training:
         return {"inference": lambda launch: [triton_backend.run_forward(x, launch)[0]]}
     grad = torch.randn_like(x.attn_output)
@@ -134,7 +142,12 @@ def make_passes(x: ModulationInputs, *, training: bool) -> dict[str, Callable[[L
     def backward(launch: Launcher) -> list[Tensor]:
         return triton_backend.run_backward(grad, grad_load, grad_router_prob, x, saved[0], needs, launch)
 
-    return {"forward": forward, "backward": backward}
+    not_kept = x._replace(keep=False)
+    return {
+        "forward": forward,
+        "backward": backward,
+        NOT_KEPT: lambda launch: [triton_backend.run_forward(not_kept, launch)[0]],
+    }
 
 
 def graph_time(run: Callable[[], Any]) -> float:
@@ -182,8 +195,9 @@ class Tuner:
         return by_kernel
 
     def _structures(self) -> list[Table]:
-        """The table, and without each kernel that it may leave out."""
-        return [self.table, *(_without(self.table, kernel) for kernel in OPTIONAL if kernel in self.table)]
+        """The table, with its candidates, and without each kernel that it may leave out."""
+        others = (_without(self.table, kernel) for kernel in OPTIONAL if kernel in self.table)
+        return [self.table, with_candidates(self.table), *others]
 
     def _asked(self, x: ModulationInputs, table: Table, *, training: bool) -> dict[str, Config]:
         launch = RowLauncher(table, inline_assembly=self.inline_assembly)
@@ -196,29 +210,38 @@ class Tuner:
         import triton
 
         training = size.tokens > DECODE_TOKENS
-        asked = [(table, kernel) for table in self._structures() for kernel in self._asked(x, table, training=training)]
+        asked: dict[str, Table] = {}
+        for table in self._structures():
+            asked = dict.fromkeys(self._asked(x, table, training=training), table) | asked
         passes = make_passes(x, training=training).values()
         with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-            for table, kernel in asked:
+            for kernel, table in asked.items():
                 for row in candidates[kernel]:
                     launch = WarmUpLauncher(table | {kernel: [row]}, inline_assembly=self.inline_assembly)
                     for run in passes:
                         run(launch)
 
     def run(self, size: Size, x: ModulationInputs, candidates: dict[str, list[Config]]) -> None:
-        """Measure every candidate of the kernels that this size launches."""
-        for pass_, run in make_passes(x, training=size.tokens > DECODE_TOKENS).items():
+        """Measure every candidate of the kernels that this size launches, each in the first pass that does."""
+        training = size.tokens > DECODE_TOKENS
+        measured: set[str] = set()
+        for pass_, run in make_passes(x, training=training).items():
             shipped = RowLauncher(self.table, inline_assembly=self.inline_assembly)
             expected = [result.clone() for result in run(shipped)]
-            plan = [(kernel, row, self.table) for kernel in shipped.asked for row in candidates[kernel]]
-            for optional in OPTIONAL:
-                if optional in shipped.asked:
-                    table = _without(self.table, optional)
-                    others = RowLauncher(table, inline_assembly=self.inline_assembly)
+            enabled = RowLauncher(with_candidates(self.table), inline_assembly=self.inline_assembly)
+            run(enabled)
+            tables = dict.fromkeys(shipped.asked, self.table)
+            plan: list[tuple[str, Config, Table]] = []
+            for optional in OPTIONAL if training else ():
+                if optional not in measured and optional in enabled.asked:
+                    without = _without(self.table, optional)
+                    others = RowLauncher(without, inline_assembly=self.inline_assembly)
                     run(others)
-                    plan.append((optional, LEFT_OUT, table))
-                    only_there = [kernel for kernel in others.asked if kernel not in shipped.asked]
-                    plan += [(kernel, row, table) for kernel in only_there for row in candidates[kernel]]
+                    plan.append((optional, LEFT_OUT, without))
+                    tables = dict.fromkeys(others.asked, without) | tables | {optional: self.table}
+            tables = {kernel: table for kernel, table in tables.items() if kernel not in measured}
+            plan += [(kernel, row, table) for kernel, table in tables.items() for row in candidates[kernel]]
+            measured |= tables.keys()
             for kernel, row, table in plan:
                 if not self.keep_on():
                     return
@@ -280,7 +303,7 @@ def winners(found: Sequence[Measurement], table: Table) -> Table:
             if best is None:
                 continue
             limits: Config = {"dtypes": ["bfloat16", "float16"]}
-            limits |= _limits(_present(table, of_range[0]))
+            limits |= _limits(_present(with_candidates(table), of_range[0]))
             limits["max_rank"] = min(limits.get("max_rank", 1 << 30), max(m.size.rank for m in measured))
             limits.pop("max_tokens", None)
             if index + 1 < len(tokens):
@@ -294,7 +317,7 @@ def winners(found: Sequence[Measurement], table: Table) -> Table:
 
 def _present(table: Table, m: Measurement) -> Config:
     """The row that the table has for a measurement's kernel and size, its limits included."""
-    index = select(table, m.kernel, torch.bfloat16, *m.size)
+    index = select(table, m.kernel, torch.bfloat16, *m.size, kept=m.pass_ in ("forward", "backward"))
     return {} if index is None else table[m.kernel][index]
 
 

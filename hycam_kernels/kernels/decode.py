@@ -23,47 +23,9 @@ from torch import Tensor
 
 from ..inputs import ModulationInputs
 from .cost import Cost
-from .launch import Launcher, padded_experts, row_stride
-from .primitives import load_b, load_expert_bias, load_tile, sigmoid
+from .launch import COMPUTE_NAMES, Launcher, dense_rows, padded_experts, row_stride
+from .primitives import as_compute, load_b, load_expert_bias, load_tile, row_product, sigmoid
 from .router import device_seed, gumbel_noise, mask_bytes, softmax_rows
-
-_COMPUTE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@triton.jit
-def as_compute(values, COMPUTE: tl.constexpr):
-    """Cast to the dtype of the matrix products."""
-    if COMPUTE == "bf16":
-        return values.to(tl.bfloat16)
-    elif COMPUTE == "fp16":
-        return values.to(tl.float16)
-    else:
-        return values.to(tl.float32)
-
-
-@triton.jit
-def row_product(
-    hidden, weight, rows, row_mask, columns, column_mask, start, end, stride_hidden, stride_weight,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """h[:, start:end] times the weight's rows ``columns``, both cast to COMPUTE: [BLOCK_T, BLOCK_N] in float32."""
-    product = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * stride_hidden
-    weight_rows = weight + columns.to(tl.int64)[:, None] * stride_weight
-    for at in range(start, end, BLOCK_K):
-        features = at + tl.arange(0, BLOCK_K)
-        inside = (features < end)[None, :]
-        h = tl.load(hidden_rows + features[None, :], mask=row_mask[:, None] & inside, other=0.0)
-        # a weight is read once: it needn't stay in the cache, h must
-        w = tl.load(
-            weight_rows + features[None, :],
-            mask=column_mask[:, None] & inside,
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        product = tl.dot(as_compute(h, COMPUTE), tl.trans(as_compute(w, COMPUTE)), product, input_precision=PRECISION)
-    return product
 
 
 @triton.jit
@@ -90,7 +52,7 @@ def decode_down_kernel(
         column_mask = columns < low_rank
         product = row_product(
             hidden, lora_a, rows, row_mask, columns, column_mask, start, end, stride_hidden, d,
-            COMPUTE, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K,
+            COMPUTE, PRECISION, BLOCK_T, BLOCK_N, BLOCK_K, "evict_first",
         )  # fmt: skip
         first = 0
     else:
@@ -98,7 +60,7 @@ def decode_down_kernel(
         column_mask = columns < NUM_EXPERTS
         product = row_product(
             hidden, router_weight, rows, row_mask, columns, column_mask, start, end, stride_hidden, stride_router,
-            COMPUTE, "ieee", BLOCK_T, BLOCK_N, BLOCK_K,
+            COMPUTE, "ieee", BLOCK_T, BLOCK_N, BLOCK_K, "evict_first",
         )  # fmt: skip
         first = low_rank
     offsets = (split * tokens + rows)[:, None] * (low_rank + NUM_EXPERTS) + first + columns[None, :]
@@ -139,7 +101,7 @@ def decode_fusion_kernel(
     if shared_weight is not None:
         s = row_product(
             hidden, shared_weight, rows, row_mask, cols, col_mask, 0, d, stride_hidden, stride_shared,
-            COMPUTE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_K,
+            COMPUTE, PRECISION, BLOCK_T, BLOCK_D, BLOCK_K, "evict_first",
         )  # fmt: skip
         if shared_bias is not None:
             s += tl.load(shared_bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
@@ -241,7 +203,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         "stride_hidden": row_stride(x.hidden),
         "NUM_EXPERTS": num_experts,
         "RANK": x.rank,
-        "COMPUTE": _COMPUTE_NAMES[x.compute_dtype],
+        "COMPUTE": COMPUTE_NAMES[x.compute_dtype],
         "PRECISION": constants["PRECISION"],
         "SPLITS": config.pop("SPLITS"),
         "BLOCK_T": max(16, triton.next_power_of_2(tokens)),
@@ -250,7 +212,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
     partial = None
     if num_experts:
         assert x.lora_a is not None
-        router_weight = _dense_rows(x.router_weight)
+        router_weight = dense_rows(x.router_weight)
         partial = empty(shared["SPLITS"], tokens, num_experts * (x.rank + 1))
         down = launch.config("decode_down", x)
         blocks = triton.cdiv(num_experts * x.rank, down["BLOCK_N"]) + triton.cdiv(num_experts, down["BLOCK_N"])
@@ -264,7 +226,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
             stride_router=row_stride(router_weight),
             **shared,
         )
-    shared_weight = _dense_rows(x.shared_weight)
+    shared_weight = dense_rows(x.shared_weight)
     launch(
         decode_fusion_kernel,
         (triton.cdiv(d, config["BLOCK_D"]),),
@@ -302,10 +264,6 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _dense_rows(matrix: Tensor | None) -> Tensor | None:
-    return matrix if matrix is None or matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def decode_cost(tokens: int, d: int, num_experts: int, rank: int, *, shared=True, residual=False, itemsize=2) -> Cost:

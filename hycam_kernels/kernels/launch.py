@@ -12,6 +12,7 @@ from .tables import Config, launch_parameters, load_table, select
 
 # tl.dot needs at least 16 along every dimension
 MIN_DOT = 16
+COMPUTE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def padded_experts(num_experts: int) -> int:
@@ -21,6 +22,11 @@ def padded_experts(num_experts: int) -> int:
 
 def row_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
+
+
+def dense_rows(matrix: Tensor | None) -> Tensor | None:
+    """The matrix, or a copy of it, with a last stride of 1."""
+    return matrix if matrix is None or matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 class Launcher:
@@ -53,7 +59,8 @@ class Launcher:
     def row(self, kernel: str, x: ModulationInputs | NormProjectInputs) -> int | None:
         """Index of the table's row for the call; None where no row takes it."""
         tokens, d = x.shape
-        return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank)
+        kept = isinstance(x, ModulationInputs) and x.keep
+        return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank, kept=kept)
 
     def arithmetic(self, x: ModulationInputs | NormProjectInputs) -> dict[str, Any]:
         """Compile-time constants of the arithmetic: the sigmoid's reciprocal and the precision of float32 products."""

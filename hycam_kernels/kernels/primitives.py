@@ -38,6 +38,44 @@ def load_tile(tensor, rows, cols, stride, mask):
 
 
 @triton.jit
+def as_compute(values, COMPUTE: tl.constexpr):
+    """Cast to the dtype of the matrix products."""
+    if COMPUTE == "bf16":
+        return values.to(tl.bfloat16)
+    elif COMPUTE == "fp16":
+        return values.to(tl.float16)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
+def row_product(
+    hidden, weight, rows, row_mask, columns, column_mask, start, end, stride_hidden, stride_weight,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WEIGHT_EVICTION: tl.constexpr,
+):  # fmt: skip
+    """h[:, start:end] times the weight's rows ``columns``, both cast to COMPUTE: [BLOCK_T, BLOCK_N] in float32.
+
+    ``WEIGHT_EVICTION`` is "evict_first" where the weight is read once, so that h stays in the cache, else "".
+    """
+    product = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    hidden_rows = hidden + rows.to(tl.int64)[:, None] * stride_hidden
+    weight_rows = weight + columns.to(tl.int64)[:, None] * stride_weight
+    for at in range(start, end, BLOCK_K):
+        features = at + tl.arange(0, BLOCK_K)
+        inside = (features < end)[None, :]
+        h = tl.load(hidden_rows + features[None, :], mask=row_mask[:, None] & inside, other=0.0)
+        w = tl.load(
+            weight_rows + features[None, :],
+            mask=column_mask[:, None] & inside,
+            other=0.0,
+            eviction_policy=WEIGHT_EVICTION,
+        )
+        product = tl.dot(as_compute(h, COMPUTE), tl.trans(as_compute(w, COMPUTE)), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def load_stream(attn_output, residual, rows, cols, stride_attn, stride_residual, mask):
     """What A_fusion multiplies: h_att, or the residual stream h_in + h_att."""
     stream = load_tile(attn_output, rows, cols, stride_attn, mask)

@@ -1,10 +1,11 @@
 """Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
 
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
-list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank`` and ``min_rank``; an absent one always holds. The rest
-of a row is what the kernel is launched with: its block sizes, ``num_warps``, ``num_stages``, and ``SPLITS`` of a sum.
-`row_grad` is optional: where no row takes a call, two other kernels do its work. Every other kernel's last row is
-without limits.
+list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank`` and ``kept`` (whether S is kept for the
+backward); an absent one always holds. The rest of a row is what the kernel is launched with: its block sizes,
+``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a call: others do their work
+there. Every other kernel's last row is without limits. A row with ``"candidate": true`` takes no call: nothing says yet
+that it pays, but it is built, tested and measured like the others.
 A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
 shipped one of its family.
 """
@@ -23,8 +24,11 @@ Table = dict[str, list[Config]]
 
 # the table for TRITON_INTERPRET=1, whose cost goes with the number of programs
 INTERPRETER = "interpreter"
+# kernels that a table may leave out
+OPTIONAL = ("row_grad", "product_forward")
 _FOLDER = resources.files("hycam_kernels") / "configs"
 _LIMITS = ("max_tokens", "max_dim", "max_experts", "max_rank")
+_NOT_LAUNCHED = ("candidate", "dtypes", "kept", "min_rank", *_LIMITS)
 
 
 def families() -> list[str]:
@@ -60,16 +64,26 @@ def load_table(family: str) -> Table:
 
 
 def select(
-    table: Table, kernel: str, dtype: torch.dtype, tokens: int, d: int, num_experts: int, rank: int
+    table: Table,
+    kernel: str,
+    dtype: torch.dtype,
+    tokens: int,
+    d: int,
+    num_experts: int,
+    rank: int,
+    *,
+    kept: bool = True,
 ) -> int | None:
     """Index of the first of the kernel's rows that takes the call, None where none does."""
     values = dict(zip(_LIMITS, (tokens, d, num_experts, rank), strict=True))
     name = str(dtype).removeprefix("torch.")
     for index, row in enumerate(table.get(kernel, [])):
         if (
-            name in row.get("dtypes", [name])
+            not row.get("candidate", False)
+            and name in row.get("dtypes", [name])
             and all(values[key] <= row.get(key, values[key]) for key in _LIMITS)
             and rank >= row.get("min_rank", rank)
+            and kept == row.get("kept", kept)
         ):
             return index
     return None
@@ -77,4 +91,14 @@ def select(
 
 def launch_parameters(row: Config) -> Config:
     """A row without its limits."""
-    return {key: value for key, value in row.items() if key not in ("dtypes", "min_rank", *_LIMITS)}
+    return {key: value for key, value in row.items() if key not in _NOT_LAUNCHED}
+
+
+def drop_limits(rows: list[Config], *limits: str) -> list[Config]:
+    """The rows without some of their limits."""
+    return [{key: value for key, value in row.items() if key not in limits} for row in rows]
+
+
+def with_candidates(table: Table) -> Table:
+    """The table in which the candidates take their calls too."""
+    return {kernel: drop_limits(rows, "candidate") for kernel, rows in table.items()}

@@ -5,6 +5,7 @@ The variable must be set before triton is imported, so these tests need a pytest
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,3 +27,25 @@ def device() -> torch.device:
     if INTERPRETING and type(sigmoid).__name__ != "InterpretedFunction":
         pytest.fail("triton was imported before TRITON_INTERPRET=1 was set: run `pytest tests/kernels/triton` alone")
     return torch.device("cpu" if INTERPRETING else "cuda")
+
+
+@pytest.fixture
+def own_product(device, tmp_path, monkeypatch) -> None:
+    """The forward makes the shared product itself: by a table whose rows for it have no limit of choice."""
+    from hycam_kernels import triton_backend
+    from hycam_kernels.kernels.tables import INTERPRETER, drop_limits, family_of, load_table
+    from hycam_kernels.tune import table_text
+
+    def forget() -> None:
+        load_table.cache_clear()
+        triton_backend.launcher.cache_clear()
+
+    family = INTERPRETER if INTERPRETING else family_of(device)
+    table = load_table(family)
+    rows = drop_limits(table["product_forward"], "candidate", "kept")
+    Path(tmp_path, f"{family}.json").write_text(table_text(table | {"product_forward": rows}))
+    monkeypatch.setenv("HYCAM_KERNELS_TABLES", str(tmp_path))
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()

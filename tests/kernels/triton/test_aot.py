@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("triton")
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-KERNELS = {"router_kernel", "token_mean_kernel", "fusion_forward_kernel", "b_grad_kernel", "router_backward_kernel"}
+KERNELS = {"router_kernel", "token_mean_kernel", "b_grad_kernel", "router_backward_kernel"}
+# the two forms of the forward, of which every table has the second as a candidate where S is not kept
+KERNELS |= {"fusion_forward_kernel", "product_forward_kernel"}
 # the two structures of the backward: in one pass where registers allow, which AMD's tables don't offer, or split
 ROW = {"row_grad_kernel"}
 SPLIT = {"stream_grad_kernel", "v_grad_kernel"}
@@ -29,7 +31,8 @@ ONE_CALL = """
 import json, sys, torch
 from hycam_kernels import aot
 target, released = sys.argv[1:]
-aot._calls = lambda: iter([aot._call(2400, 64, torch.bfloat16, released=released == "True")])
+options = {"released": released == "True"}
+aot._calls = lambda: iter([aot._call(2400, 64, torch.bfloat16, **options, keep=keep) for keep in (True, False)])
 rows = [aot.build(launch, target) for launch in aot.record(target).launches]
 print(json.dumps([row | {"fault": aot.fault(row)} for row in rows]))
 """
@@ -47,7 +50,8 @@ def test_one_call_builds_without_spills(target, released, backward, mma):
     assert rows.keys() == KERNELS | backward
     assert not [row for row in rows.values() if row["fault"]]
     large = "HGMMA" if target == "sm_90" else "MFMA"
-    for kernel, wanted in ({"fusion_forward_kernel": large, "b_grad_kernel": large} | mma).items():
+    forms = {"fusion_forward_kernel": large, "product_forward_kernel": large}
+    for kernel, wanted in (forms | {"b_grad_kernel": large} | mma).items():
         assert rows[kernel]["mma"] == wanted, kernel
 
 

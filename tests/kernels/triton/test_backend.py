@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hycam_kernels import explain_backend, hycam_modulation, triton_backend
-from hycam_kernels.kernels.tables import launch_parameters, select
+from hycam_kernels.kernels.tables import launch_parameters, select, with_candidates
 from tests.kernels.cases import Case
 
 
@@ -104,11 +104,13 @@ def test_the_first_row_that_takes_the_call_is_chosen():
             {"dtypes": ["bfloat16"], "max_tokens": 64, "BLOCK": 1},
             {"dtypes": ["bfloat16"], "max_rank": 16, "max_dim": 128, "BLOCK": 2},
             {"max_experts": 4, "BLOCK": 3},
+            {"kept": False, "max_experts": 5, "BLOCK": 4},
+            {"candidate": True, "BLOCK": 5},
         ]
     }
 
-    def block(dtype=torch.bfloat16, tokens=64, d=128, experts=2, rank=16):
-        index = select(table, "kernel", dtype, tokens, d, experts, rank)
+    def block(dtype=torch.bfloat16, tokens=64, d=128, experts=2, rank=16, kept=True, table=table):
+        index = select(table, "kernel", dtype, tokens, d, experts, rank, kept=kept)
         return None if index is None else launch_parameters(table["kernel"][index])
 
     assert block() == {"BLOCK": 1}
@@ -117,4 +119,7 @@ def test_the_first_row_that_takes_the_call_is_chosen():
     assert block(tokens=65, d=129) == {"BLOCK": 3}
     assert block(dtype=torch.float32) == {"BLOCK": 3}
     assert block(dtype=torch.float32, experts=5) is None
+    assert block(dtype=torch.float32, experts=5, kept=False) == {"BLOCK": 4}
+    assert block(dtype=torch.float32, experts=6, kept=False) is None
+    assert block(dtype=torch.float32, experts=6, kept=False, table=with_candidates(table)) == {"BLOCK": 5}
     assert select(table, "another", torch.float32, 1, 1, 1, 1) is None

@@ -1,19 +1,22 @@
 """Each kernel against the equation beside it, with the configurations of every GPU family; and what it must move."""
 
+import copy
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.shapes import TRAINING
 from hycam_kernels import gumbel_noise, triton_backend
 from hycam_kernels.modulation import _prepare
 from tests.kernels.cases import Case
 
 fusion_forward = pytest.importorskip("hycam_kernels.kernels.fusion_forward")
-from hycam_kernels.kernels import fusion_backward, router  # noqa: E402
+from hycam_kernels.kernels import fusion_backward, product_forward, router  # noqa: E402
 from hycam_kernels.kernels.launch import Launcher  # noqa: E402
-from hycam_kernels.kernels.tables import families, load_table  # noqa: E402
+from hycam_kernels.kernels.tables import OPTIONAL, drop_limits, families, load_table  # noqa: E402
 
 CASES = {
     "paper": Case((77,), 96, 3, 16),
@@ -95,6 +98,43 @@ def test_fusion_forward(name, dtype, launch, device):
     at = Setting(CASES[name], dtype, device)
     got = fusion_forward.fusion_forward(launch, at.x, at.s, at.v, at.x.lora_b, at.used)
     assert_near(got, fusion_forward.fusion_forward_reference(**at.equation), dtype)
+
+
+def own_product(launch: Launcher, **changes: int) -> Launcher:
+    """The launcher with the rows of our own shared product free of limits that are a choice, and changed."""
+    launch = copy.copy(launch)
+    rows = drop_limits(launch.table["product_forward"], "candidate", "kept")
+    launch.table = launch.table | {"product_forward": [row | changes for row in rows]}
+    return launch
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), [covered for covered in COVERING if CASES[covered[0]].shared])
+def test_product_forward(name, dtype, keep, launch, device):
+    assert_product_forward(CASES[name], dtype, keep, own_product(launch), device)
+
+
+@pytest.mark.parametrize(("strip", "group"), [(16, 3), (64, 1)])
+def test_product_forward_by_strips_and_groups(strip, group, device):
+    """5 blocks of tokens and 4 of columns: the last group is short, and d ends inside a strip."""
+    blocks = {"BLOCK_T": 16, "BLOCK_D": 64, "BLOCK_STRIP": strip}
+    launch = own_product(triton_backend.launcher(device), **blocks, GROUP=group)
+    assert_product_forward(CASES["ragged"], torch.bfloat16, True, launch, device)
+
+
+def assert_product_forward(case: Case, dtype: torch.dtype, keep: bool, launch: Launcher, device: torch.device) -> None:
+    at = Setting(case, dtype, device)
+    x = at.x._replace(keep=keep)
+    if not launch.takes("product_forward", x):
+        pytest.skip("the family's product_forward doesn't take this call")
+    out, s = product_forward.product_forward(launch, x, x.hidden, at.v, x.lora_b, at.used)
+    shared_bias = None if x.shared_bias is None else x.shared_bias.double()
+    product = {"hidden": x.hidden.double(), "shared_weight": x.shared_weight.double(), "shared_bias": shared_bias}
+    others = {name: value for name, value in at.equation.items() if name != "s"}
+    assert_near(out, product_forward.product_forward_reference(**product, **others), dtype)
+    assert (s is not None) == keep
+    if s is not None:
+        assert_near(s, F.linear(*product.values()), dtype)
 
 
 @pytest.mark.parametrize("structure", ["split", "rows"])
@@ -196,6 +236,11 @@ def test_costs_count_every_tensor_once(residual, device):
     backward.stream_and_v(attn=True, residual=residual)
     backward.v()
     backward.b()
+    for keep in (False, True):
+        x = at.x._replace(keep=keep)
+        product_forward.product_forward(own_product(launch), x, x.hidden, at.v, x.lora_b, at.used)
+        cost = product_forward.product_forward_cost(T, d, E, r, residual=residual, kept=keep)
+        assert launch.bytes.pop("product_forward_kernel") == cost.bytes
     costs = {
         "fusion_forward_kernel": fusion_forward.fusion_forward_cost,
         "stream_grad_kernel": fusion_backward.stream_grad_cost,
@@ -221,8 +266,18 @@ def test_every_table_takes_every_call(family):
         x = x._replace(hidden=torch.empty(tokens, 1, dtype=dtype, device="meta"))
         x = x._replace(lora_a=torch.empty(16, rank, 1, dtype=dtype, device="meta"))
         for kernel in table:
-            if kernel == "row_grad" and not launcher.takes(kernel, x):
+            if kernel in OPTIONAL and not launcher.takes(kernel, x):
                 continue
             config = launcher.config(kernel, x)
             assert all(isinstance(value, int) and value > 0 for value in config.values())
             assert config.get("BLOCK_R", 16) >= 16
+
+
+@pytest.mark.parametrize("family", families())
+def test_both_forms_of_the_forward_can_be_measured(family):
+    """At the sizes of the GPU comparison every table has a row for our own shared product, as a candidate at least."""
+    launcher = own_product(Launcher(family, inline_assembly=False))
+    for shape in TRAINING:
+        x = _prepare(**Case((1,), 16, shape.num_experts, shape.rank).make(torch.bfloat16))
+        x = x._replace(hidden=torch.empty(shape.tokens, shape.d, dtype=torch.bfloat16, device="meta"))
+        assert launcher.takes("product_forward", x), shape

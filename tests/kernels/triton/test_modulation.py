@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from hycam_kernels import gumbel_noise, hycam_modulation, torch_backend, triton_backend
-from hycam_kernels.inputs import DIFFERENTIABLE
 from hycam_kernels.modulation import _prepare
 from hycam_kernels.reference import modulation_reference
 from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, run
-from tests.kernels.triton.fused import CASES, run_fused
-from tests.kernels.triton.guards import GuardedAllocations, Guards
+from tests.kernels.triton.fused import CASES, assert_touches_only_its_own_memory, run_fused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -61,37 +59,7 @@ def test_recomputation_changes_no_bit(name, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["paper", "many-experts", "rank-over-a-block", "released", "shared-only"])
 def test_touches_no_memory_but_its_own(name, dtype, device):
-    """Inputs with poisoned gaps between rows, outputs poisoned before: right values, and every gap as it was."""
-    case = dataclasses.replace(CASES[name], leading=(70,))
-    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.make(dtype).items()}
-    needs = [arguments.get(field) is not None for field in DIFFERENTIABLE]
-
-    def both_passes(arguments: dict, grads: list[Tensor | None]) -> list[Tensor]:
-        x = _prepare(**arguments, backend="triton")
-        out, load, router_prob, saved = triton_backend.forward(x)
-        return [out, load, router_prob, *saved, *triton_backend.backward(*grads, x, saved, needs)]
-
-    count = case.num_experts if case.experts else 0
-    grads = [torch.randn(70, case.d, device=device).to(dtype), *(torch.randn(count, device=device) for _ in range(2))]
-    guards = Guards()
-    rows = ("hidden", "attn_output", "residual")
-    guarded = {
-        name: guards.copy(value, gap=24 if name in rows else 0).requires_grad_(value.requires_grad)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in arguments.items()
-    }
-    guarded_grads = [guards.copy(grads[0], gap=8), *(guards.copy(grad) for grad in grads[1:])]
-    # oneDNN's bfloat16 products read past a row's end where d isn't a multiple of 32
-    with torch.backends.mkldnn.flags(enabled=False):
-        with GuardedAllocations(guards) as allocations:
-            got = both_passes(guarded, guarded_grads)
-        assert allocations.count > 3
-        guards.check()
-        want = both_passes(arguments, grads)
-    for index, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert a.isfinite().all(), index
-        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert_touches_only_its_own_memory(dataclasses.replace(CASES[name], leading=(70,)), dtype, device)
 
 
 @pytest.mark.parametrize("name", ["paper", "released", "shared-only"])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-FORWARD, BACKWARD, ROUTER, SHARED = (
-    f"hycam_kernels/kernels/{name}.py" for name in ("fusion_forward", "fusion_backward_kernels", "router", "primitives")
+FORWARD, PRODUCT, BACKWARD, ROUTER, SHARED = (
+    f"hycam_kernels/kernels/{name}.py"
+    for name in ("fusion_forward", "product_forward", "fusion_backward_kernels", "router", "primitives")
 )
 DECODE, NORM = (f"hycam_kernels/kernels/{name}.py" for name in ("decode", "norm_projection"))
 BACKEND, NORM_BACKEND = "hycam_kernels/triton_backend.py", "hycam_kernels/norm_triton_backend.py"
@@ -18,8 +19,45 @@ BACKEND, NORM_BACKEND = "hycam_kernels/triton_backend.py", "hycam_kernels/norm_t
 FAULTS = {
     "fusion forward: no column mask": (FORWARD, "col_mask = cols < d\n", "col_mask = cols < d + 8\n"),
     "fusion forward: no row mask": (FORWARD, "row_mask = rows < tokens\n", "row_mask = rows < tokens + 1\n"),
-    "fusion forward: last expert dropped": (FORWARD, "range(0, NUM_EXPERTS,", "range(0, NUM_EXPERTS - 1,"),
-    "fusion forward: residual not added": (FORWARD, "stream += load_tile", "load_tile"),
+    "forward: last expert dropped": (SHARED, "range(0, NUM_EXPERTS,", "range(0, NUM_EXPERTS - 1,"),
+    "forward: residual not added": (
+        SHARED,
+        "stride_attn, mask)\n    stream = attn\n    if residual is not None:\n        stream += load_tile",
+        "stride_attn, mask)\n    stream = attn\n    if residual is not None:\n        load_tile",
+    ),
+    "product forward: no column mask": (PRODUCT, "        col_mask = cols < d\n", "        col_mask = cols < d + 8\n"),
+    "product forward: no row mask": (PRODUCT, "row_mask = rows < tokens\n", "row_mask = rows < tokens + 1\n"),
+    "product forward: a whole last group": (
+        PRODUCT,
+        "tl.minimum(row_blocks - first, GROUP)",
+        "GROUP",
+    ),
+    "product forward: the first strip of S for all": (PRODUCT, "tiles[index]", "tiles[0]"),
+    "product forward: the first strip's columns for all": (PRODUCT, "start + index * BLOCK_STRIP", "start"),
+    "product forward: strips from right to left": (
+        PRODUCT,
+        "return strips(left, ROWS, COLUMNS // 2, WIDTH) + strips(right, ROWS, COLUMNS // 2, WIDTH)",
+        "return strips(right, ROWS, COLUMNS // 2, WIDTH) + strips(left, ROWS, COLUMNS // 2, WIDTH)",
+    ),
+    "product forward: shared bias dropped": (PRODUCT, "s_tile += tl.load(shared_bias", "tl.load(shared_bias"),
+    "product forward: S kept without its bias": (
+        PRODUCT,
+        "s_tile.to(s.dtype.element_ty)",
+        "tiles[index].to(s.dtype.element_ty)",
+    ),
+    "product forward: S's rows past the last": (
+        PRODUCT,
+        "mask=row_mask[:, None] & col_mask[None, :],\n            )",
+        "mask=(rows < tokens + 1)[:, None] & col_mask[None, :],\n            )",
+    ),
+    "product forward: SiLU of S without S": (PRODUCT, "s_tile * sigmoid(s_tile", "sigmoid(s_tile"),
+    "product forward: S not kept": (PRODUCT, "if x.keep else None", "if not x.keep else None"),
+    "product: a feature past the last": (SHARED, "inside = (features < end)", "inside = (features < end + 1)"),
+    "product: last block of features dropped": (
+        SHARED,
+        "range(start, end, BLOCK_K)",
+        "range(start, end - BLOCK_K, BLOCK_K)",
+    ),
     "expert tile: scale dropped": (SHARED, "return z * scale", "return z"),
     "expert tile: rank mask dropped": (
         SHARED,
@@ -62,9 +100,12 @@ FAULTS = {
     "router backward: one partial sum": (ROUTER, "for _ in range(partials):", "for _ in range(1):"),
     "router backward: tau dropped": (ROUTER, "tl.sum(d_p * p, 1)[:, None]) / tau", "tl.sum(d_p * p, 1)[:, None])"),
     "router backward: q's term dropped": (ROUTER, "d_logit += q * (", "q * ("),
-    "decode: a feature past the split": (DECODE, "inside = (features < end)", "inside = (features < end + 1)"),
     "decode: last split dropped": (DECODE, "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
-    "decode: products of a wider type": (DECODE, 'if COMPUTE == "bf16":', 'if COMPUTE == "none":'),
+    "decode: products of a wider type": (
+        DECODE,
+        '"COMPUTE": COMPUTE_NAMES[x.compute_dtype]',
+        '"COMPUTE": "fp32"',
+    ),
     "decode: router columns misplaced": (DECODE, "first = low_rank\n", "first = low_rank - 1\n"),
     "decode: token row past the last": (DECODE, "row_mask = rows < tokens\n", "row_mask = rows <= tokens\n"),
     "decode: column past the last": (DECODE, "col_mask = cols < d\n", "col_mask = cols <= d\n"),
@@ -112,9 +153,21 @@ FAULTS = {
 }
 # what runs for a file's faults: tests in guarded memory first, since elsewhere a stray write may end the process
 FUSION_TESTS = (["test_modulation.py", "-k", "memory"], ["test_kernels.py"], ["test_modulation.py"])
+PRODUCT_TESTS = (
+    ["test_product_forward.py", "-k", "memory"],
+    ["test_kernels.py", "-k", "product"],
+    ["test_product_forward.py"],
+)
 DECODE_TESTS = (["test_decode.py", "-k", "memory"], ["test_decode.py"])
 NORM_TESTS = (["test_norm_projection.py", "-k", "memory"], ["test_norm_projection.py"])
-TESTS = {DECODE: DECODE_TESTS, BACKEND: DECODE_TESTS, NORM: NORM_TESTS, NORM_BACKEND: NORM_TESTS}
+TESTS = {
+    PRODUCT: PRODUCT_TESTS,
+    SHARED: (*PRODUCT_TESTS[:2], *FUSION_TESTS),
+    DECODE: DECODE_TESTS,
+    BACKEND: DECODE_TESTS,
+    NORM: NORM_TESTS,
+    NORM_BACKEND: NORM_TESTS,
+}
 
 
 @pytest.mark.slow

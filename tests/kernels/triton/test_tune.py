@@ -104,6 +104,36 @@ def test_an_optional_kernel_that_stays_keeps_its_limits():
     assert launch_parameters(unchanged[0]) == ROW
 
 
+CANDIDATE = {"candidate": True, "dtypes": ["bfloat16"], "kept": False, "max_rank": 32}
+FORMS_TABLE = {"fusion_forward": [ROW], "product_forward": [CANDIDATE | ROW]}
+
+
+def of_product_forward(times: dict[str, float]) -> list[Measurement]:
+    rows = {"candidate": ROW, "wide": WIDE, "left out": tune.LEFT_OUT}
+    return [
+        Measurement("product_forward", tune.NOT_KEPT, SMALL, rows[name], median_us=time) for name, time in times.items()
+    ]
+
+
+def test_a_candidate_that_wins_takes_its_calls():
+    """Those within its limits, that don't keep S; and only by more than the noise."""
+    table = winners(of_product_forward({"left out": 10, "candidate": 9, "wide": 5}), FORMS_TABLE)
+    first, *rest = table["product_forward"]
+    assert first == {"dtypes": ["bfloat16"], "kept": False, "max_rank": 16} | WIDE
+    assert rest == FORMS_TABLE["product_forward"]
+    assert select(table, "product_forward", torch.bfloat16, *SMALL, kept=False) == 0
+    assert select(table, "product_forward", torch.bfloat16, *SMALL, kept=True) is None
+    left = winners(of_product_forward({"left out": 10, "candidate": 9.95, "wide": 20}), FORMS_TABLE)
+    assert "product_forward" not in left
+
+
+def test_a_winner_of_before_can_lose_again():
+    before = winners(of_product_forward({"left out": 10, "candidate": 9, "wide": 5}), FORMS_TABLE)
+    assert "product_forward" not in winners(of_product_forward({"left out": 5, "wide": 9}), before)
+    kept = winners(of_product_forward({"left out": 4.99, "wide": 5}), before)
+    assert launch_parameters(kept["product_forward"][0]) == WIDE
+
+
 def test_tuning_again_replaces_the_rows_of_before():
     once = winners(measured({(SMALL, 0): 10, (SMALL, 1): 5}), TABLE)
     twice = winners(measured({(SMALL, 0): 5, (SMALL, 1): 10}, rows=(ROW, WIDE)), once)
@@ -163,8 +193,9 @@ def test_every_kernel_of_both_passes_is_measured(tuner, device):
     passes = {found.kernel: found.pass_ for found in tuner.found}
     assert passes["fusion_forward"] == passes["router"] == "forward"
     assert passes["b_grad"] == passes["router_backward"] == "backward"
+    assert passes.get("product_forward", tune.NOT_KEPT) == tune.NOT_KEPT
     left_out = [found for found in tuner.found if found.row == tune.LEFT_OUT]
-    assert {found.kernel for found in left_out} == {"row_grad"} & candidates.keys()
+    assert {found.kernel for found in left_out} == set(tables.OPTIONAL) & candidates.keys()
     assert len(tuner.found) == sum(map(len, candidates.values())) + len(left_out)
     assert all(found.refusal is None and found.median_us for found in tuner.found)
     assert winners(tuner.found, tuner.table).keys() == tuner.table.keys()
