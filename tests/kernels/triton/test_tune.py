@@ -10,6 +10,7 @@ import torch
 from benchmarks.candidates import search
 from benchmarks.record import Budget
 from benchmarks.shapes import Shape
+from benchmarks.structures import forward_forms, measure_structures
 from hycam_kernels import tune
 from hycam_kernels.kernels import tables
 from hycam_kernels.kernels.tables import launch_parameters, load_table, select
@@ -253,3 +254,26 @@ def test_the_search_records_every_candidate_and_stops_in_time(tuner, device, tmp
     session.budget = ended
     search(tuner, session, [size], torch.float32)
     assert "needed" in session.record.entries[-1]["skipped"]
+
+
+def test_both_forms_of_the_forward_are_timed_where_s_is_kept_and_not(tuner, device, tmp_path):
+    session = dataclasses.replace(make_session(tmp_path / "r.json"), device=device)
+    measure_structures(session, Shape(70, 48, 2, 16), torch.bfloat16, tuner.table)
+    forms = forward_forms(tuner.table, inline_assembly=not INTERPRETING)
+    assert len(forms) == 4
+    assert set(forms) < {entry["what"] for entry in session.record.entries}
+
+    x = make_call(Size(70, 48, 2, 16), torch.bfloat16, device, training=True)
+    first, *others = [form(x) for form in forms.values()]
+    for out in others:
+        torch.testing.assert_close(out, first, rtol=tune.ROUNDING, atol=tune.ROUNDING)
+    for name, form in forms.items():
+        assert ("product_forward" in form.keywords["launch"].asked) == ("own product" in name)
+
+
+def test_a_table_without_our_own_product_has_one_form(tuner):
+    table = {kernel: rows for kernel, rows in tuner.table.items() if kernel != "product_forward"}
+    assert list(forward_forms(table, inline_assembly=False)) == [
+        "forward, library product, S kept",
+        "forward, library product, S not kept",
+    ]
