@@ -46,7 +46,7 @@ def _time(session: Session, shape: Shape, dtype: torch.dtype, works: dict[str, W
             session.add("structure", shape, dtype=dtype_name(dtype), what=name, method=timer.method, samples_us=samples)
 
 
-def forward_forms(table: Table, *, inline_assembly: bool) -> dict[str, Callable[[ModulationInputs], Tensor]]:
+def forward_forms(table: Table, *, inline_assembly: bool) -> dict[str, partial[Tensor]]:
     """h_out by name of the form; a table without our own product has the library's alone."""
     kernel = "product_forward"
     tables = {"library product": {name: rows for name, rows in table.items() if name != kernel}}

@@ -195,9 +195,9 @@ class Tuner:
         return by_kernel
 
     def _structures(self) -> list[Table]:
-        """The table, with its candidates, and without each kernel that it may leave out."""
-        others = (_without(self.table, kernel) for kernel in OPTIONAL if kernel in self.table)
-        return [self.table, with_candidates(self.table), *others]
+        """The table, with its candidates, and without each optional kernel that it uses."""
+        used = (kernel for kernel in OPTIONAL if not all(map(_is_candidate, self.table.get(kernel, []))))
+        return [self.table, with_candidates(self.table), *(_without(self.table, kernel) for kernel in used)]
 
     def _asked(self, x: ModulationInputs, table: Table, *, training: bool) -> dict[str, Config]:
         launch = RowLauncher(table, inline_assembly=self.inline_assembly)
@@ -276,6 +276,10 @@ def _spill(spills: dict[str, int]) -> str | None:
     return f"spills registers: {spilled}" if spilled else None
 
 
+def _is_candidate(row: Config) -> bool:
+    return row.get("candidate", False)
+
+
 def _without(table: Table, kernel: str) -> Table:
     return {name: rows for name, rows in table.items() if name != kernel}
 
@@ -286,13 +290,15 @@ def winners(found: Sequence[Measurement], table: Table) -> Table:
     Ranges end at the power of two after each measured number of tokens; the largest has no end. Within a range the row
     with the smallest geometric mean of times wins. Winning rows take 16-bit floats, ranks up to the largest measured,
     and what else the present row is limited to; earlier rows of the same limits go. An optional kernel that is better
-    left out over all sizes loses all its rows.
+    left out over all sizes loses all its rows but candidates.
     """
     tuned = {kernel: list(rows) for kernel, rows in table.items()}
     for kernel in dict.fromkeys(m.kernel for m in found):
         measured = [m for m in found if m.kernel == kernel]
         if _best(measured, table) == LEFT_OUT:
-            del tuned[kernel]
+            tuned[kernel] = [row for row in tuned[kernel] if _is_candidate(row)]
+            if not tuned[kernel]:
+                del tuned[kernel]
             continue
         measured = [m for m in measured if m.row != LEFT_OUT]
         tokens = sorted({m.size.tokens for m in measured})

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..inputs import ModulationInputs
 from .cost import Cost
 from .launch import COMPUTE_NAMES, Launcher, dense_rows, padded_experts, row_stride
-from .primitives import as_compute, load_b, load_expert_bias, load_tile, row_product, sigmoid
+from .primitives import as_compute, load_b, load_expert_bias, row_product, sigmoid, store_modulated
 from .router import device_seed, gumbel_noise, mask_bytes, softmax_rows
 
 
@@ -95,7 +95,6 @@ def decode_fusion_kernel(
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     row_mask = rows < tokens
     col_mask = cols < d
-    mask = row_mask[:, None] & col_mask[None, :]
 
     fusion = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if shared_weight is not None:
@@ -176,12 +175,9 @@ def decode_fusion_kernel(
             weight = tl.sum(tl.where(experts[None, :] == expert, used, 0.0), 1)
             fusion += weight[:, None] * (z * sigmoid(z, FAST_RECIPROCAL))
 
-    attn = load_tile(attn_output, rows[:, None], cols[None, :], stride_attn, mask)
-    stream = attn
-    if residual is not None:
-        stream += load_tile(residual, rows[:, None], cols[None, :], stride_residual, mask)
-    result = attn + stream * fusion
-    tl.store(out + rows.to(tl.int64)[:, None] * d + cols[None, :], result.to(out.dtype.element_ty), mask=mask)
+    store_modulated(
+        fusion, attn_output, residual, out, rows, cols, row_mask, col_mask, d, stride_attn, stride_residual
+    )  # fmt: skip
 
 
 def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

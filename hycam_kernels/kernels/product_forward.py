@@ -126,7 +126,9 @@ def product_forward_reference(hidden: Tensor, shared_weight: Tensor, shared_bias
     return fusion_forward_reference(F.linear(hidden, shared_weight, shared_bias), **others)
 
 
-def product_forward_cost(tokens: int, d: int, num_experts: int, rank: int, *, residual=False, kept=False, itemsize=2):
+def product_forward_cost(
+    tokens: int, d: int, num_experts: int, rank: int, *, residual=False, kept=False, itemsize=2
+) -> Cost:
     """Reads h, W_s, h_att (h_in), V, B and p; writes h_out (S); the products of T d d and T d E r."""
     after = fusion_forward_cost(tokens, d, num_experts, rank, residual=residual, itemsize=itemsize)
     return Cost(

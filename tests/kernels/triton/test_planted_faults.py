@@ -125,7 +125,6 @@ FAULTS = {
         "as_compute(n, COMPUTE), v,",
     ),
     "decode: scale dropped": (DECODE, "z *= scale\n", "z *= 1.0\n"),
-    "decode: residual not added": (DECODE, "stream += load_tile", "load_tile"),
     "decode: runs where gradients follow": (BACKEND, "not x.needs_grad and 0 < ", "0 < "),
     "norm: statistics of a padded block": (NORM, "centred = tl.where(col_mask[None, :], x -", "centred = (x -"),
     "norm: block means not combined": (NORM, "mean += step * share\n", "mean = block_mean\n"),
