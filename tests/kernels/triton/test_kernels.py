@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import TRAINING
 from hycam_kernels import gumbel_noise, triton_backend
 from hycam_kernels.modulation import _prepare
 from tests.kernels.cases import Case
@@ -271,13 +270,3 @@ def test_every_table_takes_every_call(family):
             config = launcher.config(kernel, x)
             assert all(isinstance(value, int) and value > 0 for value in config.values())
             assert config.get("BLOCK_R", 16) >= 16
-
-
-@pytest.mark.parametrize("family", families())
-def test_both_forms_of_the_forward_can_be_measured(family):
-    """At the sizes of the GPU comparison every table has a row for our own shared product, as a candidate at least."""
-    launcher = own_product(Launcher(family, inline_assembly=False))
-    for shape in TRAINING:
-        x = _prepare(**Case((1,), 16, shape.num_experts, shape.rank).make(torch.bfloat16))
-        x = x._replace(hidden=torch.empty(shape.tokens, shape.d, dtype=torch.bfloat16, device="meta"))
-        assert launcher.takes("product_forward", x), shape

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.candidates import search
 from benchmarks.record import Budget
-from benchmarks.shapes import Shape
+from benchmarks.shapes import TRAINING, Shape
 from benchmarks.structures import forward_forms, measure_structures
 from hycam_kernels import tune
 from hycam_kernels.kernels import tables
@@ -277,3 +277,12 @@ def test_a_table_without_our_own_product_has_one_form(tuner):
         "forward, library product, S kept",
         "forward, library product, S not kept",
     ]
+
+
+@pytest.mark.parametrize("family", tables.families())
+@pytest.mark.parametrize("kept", [False, True])
+def test_both_forms_can_be_timed_at_every_size(family, kept):
+    """The GPU comparison's rows for our own product take its calls, with the limits that are a choice dropped."""
+    rows = tables.drop_limits(load_table(family)["product_forward"], "candidate", "kept")
+    for shape in TRAINING:
+        assert select({"": rows}, "", torch.bfloat16, *shape.as_dict().values(), kept=kept) is not None, shape
