@@ -114,7 +114,7 @@ FAULTS = {
     "decode: temperature dropped": (DECODE, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
     "decode: explicit noise dropped": (DECODE, "noisy += tl.load(gumbel", "tl.load(gumbel"),
     "decode: token mask ignored": (DECODE, "counted = tl.load(token_mask", "tl.load(token_mask"),
-    "decode: load of the soft p": (DECODE, "share[:, None] * used, 0)", "share[:, None] * p, 0)"),
+    "decode: load of the soft p": (DECODE, "counted[:, None] * used, 0)", "counted[:, None] * p, 0)"),
     "decode: balance of load alone": (DECODE, "tl.sum(mean_p * mean_q, 0)", "tl.sum(mean_p, 0)"),
     "decode: output of the soft p": (DECODE, "== expert, used, 0.0)", "== expert, p, 0.0)"),
     "decode: A's bias dropped": (DECODE, "u += tl.load(lora_a_bias", "tl.load(lora_a_bias"),
