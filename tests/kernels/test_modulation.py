@@ -190,12 +190,12 @@ def test_a_token_that_does_not_count_may_be_nan():
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_a_token_with_nan_logits_is_nan(hard):
-    arguments = Case(leading=(4,), options={"hard": hard, "seed": 3}).make(torch.float32)
-    arguments["router_weight"] = torch.full_like(arguments["router_weight"], float("inf"))
-    arguments["hidden"] = torch.eye(4, 24)  # each token's logits are inf + 0 * inf = NaN
+def test_a_token_whose_p_is_nan_is_nan(hard):
+    arguments = Case(leading=(4,), options={"hard": hard, "gumbel": torch.zeros(4, 3)}).make(torch.float32)
+    arguments["gumbel"][2] = float("nan")
     got, want = (function(**arguments) for function in (hycam_modulation, modulation_reference))
-    assert want.hidden_states.isnan().all()
+    assert want.hidden_states.isnan().sum() == want.hidden_states[2].numel()
+    assert want.load.isnan().all()
     for value, expected in zip(got, want, strict=True):
         assert torch.equal(value.isnan(), expected.isnan())
 
