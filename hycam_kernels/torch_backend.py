@@ -33,9 +33,9 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     p = _used_probs(x, probs)
 
     fusion = hidden.new_zeros(hidden.shape, dtype=x.sum_dtype) if s is None else F.silu(s.to(x.sum_dtype))
-    for k, z in _expert_outputs(x, hidden, v):
-        for fusion_rows, z_rows, p_rows in _row_blocks(x, fusion, z, p[:, k : k + 1]):
-            fusion_rows.addcmul_(p_rows, F.silu(_scaled(x, z_rows)))
+    for k, product, shift in _expert_products(x, hidden, v):
+        for fusion_rows, product_rows, p_rows in _row_blocks(x, fusion, product, p[:, k : k + 1]):
+            fusion_rows.addcmul_(p_rows, F.silu(_expert_output(x, product_rows, shift)))
     out = torch.empty_like(x.attn_output, memory_format=torch.contiguous_format)
     for out_rows, fusion_rows, attn_rows, residual_rows in _row_blocks(x, out, fusion, x.attn_output, x.residual):
         stream = _stream(x, attn_rows, residual_rows)
@@ -91,8 +91,8 @@ def backward(
 
         d_v = None if v is None else torch.empty_like(v)
         per_expert: dict[str, list[Tensor]] = {"lora_b": [], "lora_b_bias": [], "expert_weight": []}
-        for k, z in _expert_outputs(x, hidden, v):
-            d_z = _activation_backward(x, z, p[:, k : k + 1], d_fusion, fusion, d_probs[:, k])
+        for k, product, shift in _expert_products(x, hidden, v):
+            d_z = _activation_backward(x, product, shift, p[:, k : k + 1], d_fusion, fusion, d_probs[:, k])
             if need["lora_b_bias"]:
                 per_expert["lora_b_bias"].append(d_z.sum(0))
             if v is not None and d_v is not None and x.lora_b is not None:
@@ -168,32 +168,40 @@ def _stream(x: ModulationInputs, attn_output: Tensor, residual: Tensor | None) -
     return attn_output if residual is None else attn_output + residual
 
 
-def _scaled(x: ModulationInputs, z: Tensor) -> Tensor:
-    """scale * z in the sum dtype."""
-    z = z.to(x.sum_dtype)
-    return z if x.scale == 1 else z * x.scale
+def _expert_output(x: ModulationInputs, product: Tensor, shift: Tensor | None) -> Tensor:
+    """Z_k = scale * product + shift, in the sum dtype."""
+    product = product.to(x.sum_dtype)
+    if shift is not None:
+        return torch.add(shift, product, alpha=x.scale)
+    return product if x.scale == 1 else product * x.scale
 
 
 def _activation_backward(
-    x: ModulationInputs, z: Tensor, p: Tensor, d_fusion: Tensor, fusion: Tensor, d_p: Tensor
+    x: ModulationInputs,
+    product: Tensor,
+    shift: Tensor | None,
+    p: Tensor,
+    d_fusion: Tensor,
+    fusion: Tensor,
+    d_p: Tensor,
 ) -> Tensor:
-    """Gradient of an expert's output before the scale, [T, d], written over that output.
+    """Gradient of an expert's product [T, d], written over it.
 
     Adds the expert's share of A_fusion to ``fusion`` [T, d] and writes the gradient of its p [T, 1] to ``d_p`` [T].
     With a = SiLU(z), ``g SiLU'(z) = g (a + sigmoid(z) (1 - a))``, which lies at sigmoid(z) between g a and g.
     """
     scaled_p = p * x.scale
-    for z_rows, p_rows, scaled_p_rows, d_rows, fusion_rows, d_p_rows in _row_blocks(
-        x, z, p, scaled_p, d_fusion, fusion, d_p
+    for product_rows, p_rows, scaled_p_rows, d_rows, fusion_rows, d_p_rows in _row_blocks(
+        x, product, p, scaled_p, d_fusion, fusion, d_p
     ):
-        scaled = _scaled(x, z_rows)
-        gate = torch.sigmoid(scaled)
-        activation = scaled * gate
+        z = _expert_output(x, product_rows, shift)
+        gate = torch.sigmoid(z)
+        activation = z * gate
         fusion_rows.addcmul_(p_rows, activation)
         d_z = activation.mul_(d_rows)
         torch.sum(d_z, -1, out=d_p_rows)
-        z_rows.copy_(d_z.lerp_(d_rows, gate).mul_(scaled_p_rows))
-    return z
+        product_rows.copy_(d_z.lerp_(d_rows, gate).mul_(scaled_p_rows))
+    return product
 
 
 def _shared_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
@@ -285,15 +293,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _expert_outputs(x: ModulationInputs, hidden: Tensor, v: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """(k, Z_k / scale [T, d] in the compute dtype), V_k B_k^T + b_k or h W_k^T + b_k."""
+def _expert_products(
+    x: ModulationInputs, hidden: Tensor, v: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(k, V_k B_k^T or h W_k^T [T, d] in the compute dtype, scale * b_k [d] in the sum dtype or None)."""
     for k in range(x.num_experts):
-        bias = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.compute_dtype)
+        shift = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.sum_dtype) * x.scale
         if v is not None and x.lora_b is not None:
-            yield k, F.linear(v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype), bias)
+            yield k, F.linear(v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype)), shift
         else:
             assert x.expert_weight is not None
-            yield k, F.linear(hidden, x.expert_weight[k].to(x.compute_dtype), bias)
+            yield k, F.linear(hidden, x.expert_weight[k].to(x.compute_dtype)), shift
 
 
 def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
