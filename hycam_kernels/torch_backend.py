@@ -156,9 +156,11 @@ def finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
 def _row_blocks(x: ModulationInputs, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Views of some rows of each tensor of T rows, None for None, block by block: all rows at once but on a CPU."""
     tokens, d = x.shape
-    size = max(tokens, 1)
+    size = tokens
     if x.hidden.device.type == "cpu":
         size = max(_BLOCK_ELEMENTS * torch.get_num_threads() // d, 1)
+    if size >= tokens:
+        return iter([tensors])
     return zip(*(repeat(None) if tensor is None else tensor.split(size) for tensor in tensors), strict=False)
 
 
