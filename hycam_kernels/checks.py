@@ -10,6 +10,8 @@ from .philox import check_seed
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "triton")
 NORM_KINDS = ("rms", "layer")
+# float32 holds logits up to 1e8 divided by it
+MIN_TAU = 1e-30
 
 
 def check_arguments(tensors: dict[str, Tensor | None], **options) -> None:
@@ -192,9 +194,13 @@ def _check_options(
     token_mask: Tensor | None,
     backend: str,
 ) -> None:
-    if not (0 < tau < math.inf):
-        raise ValueError(f"hycam_modulation: tau must be above 0 and finite, got {tau}")
-    # a comparison, not math.isfinite: torch.compile may hold a scale symbolically
+    for name, value in (("tau", tau), ("scale", scale)):
+        # torch.compile may hold a number symbolically
+        if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
+            raise TypeError(f"hycam_modulation: {name} must be a float, got {type(value).__name__}")
+    if not (MIN_TAU <= tau < math.inf):
+        raise ValueError(f"hycam_modulation: tau must be above 0, at least {MIN_TAU}, and finite, got {tau}")
+    # a comparison, not math.isfinite, for a symbolic scale
     if not (-math.inf < scale < math.inf):
         raise ValueError(f"hycam_modulation: scale must be finite, got {scale}")
     _check_backend("hycam_modulation", backend)

@@ -1,7 +1,17 @@
-"""`hycam_modulation`: backend choice, and the `torch.library` ops that carry it through autograd and torch.compile."""
+"""`hycam_modulation`: checks, backend choice, and its place in autograd and torch.compile.
+
+The op has two doors to the same forward, kept tensors and backward. Where a tracer looks on (torch.compile, fake
+tensors) it is the `torch.library` op `hycam::modulation`, one node to the tracer, with a fake kernel and a registered
+backward. In eager mode it is a plain `torch.autograd.Function`, which spares each pass the dispatcher's two ways
+through Python.
+"""
+
+from collections.abc import Iterable
+from types import NoneType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import torch_backend, triton_backend
 from .checks import check_arguments
@@ -54,7 +64,7 @@ def hycam_modulation(
         lora_n: [E, r, r].
         lora_b: [E, d, r].
         router_weight: [E, d].
-        tau: temperature of the Gumbel-softmax, above 0.
+        tau: temperature of the Gumbel-softmax, at least 1e-30.
         gumbel: [..., E] explicit noise, a constant for autograd.
         seed: int or 0-d int64 tensor (on hidden's device or the CPU): noise is ``gumbel_noise(seed, T, E)``. Without
             gumbel and seed there is no noise.
@@ -77,13 +87,16 @@ def hycam_modulation(
 
     dtypes: float64, float32, bfloat16 and float16. Matrix products run in autocast's dtype where autocast is on, else
     in hidden's; weights of another dtype are cast to it. Logits, softmax, activations and sums are float32 (float64 for
-    float64). h_out has attn_output's dtype, each gradient the dtype of its tensor.
+    float64), and so is what h_att and h_in are read in: a float64 attn_output beside a float32 hidden gives an h_out of
+    float32's precision. h_out has attn_output's dtype, each gradient the dtype of its tensor.
 
     Raises:
-        TypeError: a non-float tensor, a ``token_mask`` that isn't bool, a ``seed`` of another type.
-        ValueError: a shape, a device mismatch, ``tau`` not above 0, ``gumbel`` together with ``seed``, noise without
-            experts, experts given in part, an unknown backend.
-        RuntimeError: ``backend="triton"`` where it can't run, with the reason; a second-order gradient.
+        TypeError: a non-float tensor, a ``token_mask`` that isn't bool, a ``seed``, ``tau`` or ``scale`` of another
+            type.
+        ValueError: a shape, a device mismatch, ``tau`` below 1e-30 or infinite, ``gumbel`` together with ``seed``,
+            noise without experts, experts given in part, an unknown backend.
+        RuntimeError: ``backend="triton"`` where it can't run, with the reason; a second-order gradient; forward-mode
+            derivatives and other transforms of torch.func.
     """
     call = _prepare(
         hidden, attn_output, shared_weight, lora_a, lora_n, lora_b, router_weight,
@@ -98,7 +111,8 @@ def hycam_modulation(
     if triton_backend.decodes(call):
         out, load, router_prob, balance_loss = torch.ops.hycam.modulation_decode(*call)
     else:
-        out, load, router_prob, *_ = torch.ops.hycam.modulation(*call)
+        run = torch.ops.hycam.modulation if _is_traced(call) else _Modulation.apply
+        out, load, router_prob, *_ = run(*call)
         balance_loss = (load * router_prob).sum()
     return HyCAMOutput(out.view(attn_output.shape), load, router_prob, balance_loss)
 
@@ -126,6 +140,8 @@ def _prepare(
     expert_weight=None, recompute=False, residual=None, backend="auto",
 ) -> ModulationInputs:  # fmt: skip
     """Check the arguments of `hycam_modulation` and flatten the tokens."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError("hycam_modulation: transforms of torch.func are not supported; use torch.autograd")
     tensors = {
         "hidden": hidden,
         "attn_output": attn_output,
@@ -171,6 +187,18 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+_PLAIN_TYPES = {Tensor, Parameter, NoneType, float, bool, str, torch.dtype}
+
+
+def _is_traced(values: Iterable[object]) -> bool:
+    """Whether somebody must see the library's op: torch.compile, a dispatch mode, a tensor subclass (a fake tensor)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not _PLAIN_TYPES.issuperset(map(type, values))
+    )
+
+
 _SCHEMA_TYPES = {"token_mask": "Tensor?", "tau": "float", "hard": "bool", "scale": "float"} | {
     "compute_dtype": "ScalarType", "keep": "bool", "needs_grad": "bool", "backend": "str",
     "hidden": "Tensor", "attn_output": "Tensor",
@@ -189,7 +217,6 @@ def _backend(inputs: ModulationInputs):
     return triton_backend if inputs.backend == "triton" else torch_backend
 
 
-@torch.library.impl("hycam::modulation", "CompositeExplicitAutograd", lib=_library)
 def _modulation(*args) -> tuple[Tensor, ...]:
     inputs = ModulationInputs(*args)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
@@ -197,16 +224,18 @@ def _modulation(*args) -> tuple[Tensor, ...]:
     return out, load, router_prob, *saved
 
 
-@torch.library.impl("hycam::modulation_decode", "CompositeExplicitAutograd", lib=_library)
 def _modulation_decode(*args) -> tuple[Tensor, ...]:
     return triton_backend.decode(ModulationInputs(*args))
 
 
-@torch.library.impl("hycam::modulation_backward", "CompositeExplicitAutograd", lib=_library)
 def _modulation_backward(grad_out, grad_load, grad_router_prob, *args) -> list[Tensor]:
     inputs, saved, needs = _split_backward_args(args)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         return _backend(inputs).backward(grad_out, grad_load, grad_router_prob, inputs, saved, needs)
+
+
+for _implementation in (_modulation, _modulation_decode, _modulation_backward):
+    _library.impl(_implementation.__name__.removeprefix("_"), _implementation, "CompositeExplicitAutograd")
 
 
 def _split_backward_args(args: tuple) -> tuple[ModulationInputs, Saved, list[bool]]:
@@ -263,13 +292,32 @@ def _autograd_backward(ctx, grad_out, grad_load, grad_router_prob, *_):
     tensors, saved = kept[:count], kept[count:]
     inputs = (option if tensor is None else tensor for tensor, option in zip(tensors, ctx.options, strict=True))
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
-    grads = torch.ops.hycam.modulation_backward(grad_out, grad_load, grad_router_prob, *inputs, *saved, needs)
+    # where a graph of the backward is wanted, the library's op is in it and refuses to be differentiated
+    as_op = torch.is_grad_enabled() or _is_traced(kept)
+    run = torch.ops.hycam.modulation_backward if as_op else _modulation_backward
+    grads = run(grad_out, grad_load, grad_router_prob, *inputs, *saved, needs)
     rest = count - len(DIFFERENTIABLE)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * rest
 
 
 def _no_second_order(ctx, *_):
     raise RuntimeError("hycam_modulation: second-order gradients are not supported")
+
+
+class _Modulation(torch.autograd.Function):
+    """`hycam::modulation` with its backward, without the dispatcher; what is kept is no output here."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _modulation(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[:3]
+
+    backward = staticmethod(_autograd_backward)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError("hycam_modulation: forward-mode derivatives are not supported")
 
 
 torch.library.register_autograd("hycam::modulation", _autograd_backward, setup_context=_setup_context, lib=_library)

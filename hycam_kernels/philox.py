@@ -22,14 +22,6 @@ def as_seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Te
     return torch.full((), seed - (1 << 64) if seed >= 1 << 63 else seed, dtype=torch.int64, device=device)
 
 
-def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product of two unsigned words, without overflowing int64."""
-    low = (a & 0xFFFF) * b
-    high = (a >> 16) * b
-    total = low + ((high & 0xFFFF) << 16)
-    return (high >> 16) + (total >> 32), total & _WORD
-
-
 def philox_uniform(seed: Tensor, counter: Tensor) -> Tensor:
     """Uniforms in [0, 1), float32, bit-equal to ``tl.rand(seed, counter)`` for counters below 2^32.
 
@@ -39,14 +31,14 @@ def philox_uniform(seed: Tensor, counter: Tensor) -> Tensor:
     """
     c0 = counter & _WORD
     c1 = c2 = c3 = torch.zeros_like(c0)
-    k0 = seed & _WORD
-    k1 = (seed >> 32) & _WORD
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply_words(_MULTIPLIERS[0], c0)
-        high1, low1 = _multiply_words(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 = (k0 + _WEYL_KEYS[0]) & _WORD
-        k1 = (k1 + _WEYL_KEYS[1]) & _WORD
+    steps = torch.arange(_ROUNDS, device=seed.device)
+    keys = zip(seed + _WEYL_KEYS[0] * steps, (seed >> 32) + _WEYL_KEYS[1] * steps, strict=True)
+    for k0, k1 in keys:
+        # The 64 bits of a product of two words, whatever its sign as int64: the low word is that of the product as it
+        # is, the high word comes down by the shift. What lies above a word is masked off before it is multiplied.
+        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c2 = ((product1 >> 32) ^ c1 ^ k0) & _WORD, ((product0 >> 32) ^ c3 ^ k1) & _WORD
+        c1, c3 = product1, product0
     # the word read as a signed 32-bit integer, its negative half mirrored onto [0, 2^31)
     folded = torch.where(c0 >= 1 << 31, _WORD - c0, c0)
     return folded.to(torch.float32) * _UINT31_TO_UNIT

@@ -3,9 +3,15 @@
 Matrix products run in the compute dtype; element-wise terms, softmax and sums in the sum dtype. N is folded into A in
 weight space, ``M_k = N_k A_k``, so that one product ``V = h M^T`` serves all experts. The forward keeps S and V only;
 expert outputs Z_k = scale * (V_k B_k^T + b_k) are made again in the backward, one expert at a time.
+
+Products take whole tensors, element-wise terms go through them by blocks of rows that a CPU's cache holds from one term
+to the next (`_row_blocks`): beside the results there are two [T, d] tensors in the sum dtype and one or two in the
+compute dtype at a time. No term crosses rows, so a result doesn't depend on the block size.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +19,9 @@ from torch import Tensor
 
 from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
 from .philox import gumbel_noise
+
+# of a row block, for each of a CPU's threads: half a dozen float32 blocks of it fit a core's cache
+_BLOCK_ELEMENTS = 1 << 17
 
 
 def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
@@ -23,11 +32,14 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     logits, probs = _route(x, hidden)
     p = _used_probs(x, probs)
 
-    fusion = x.attn_output.new_zeros((), dtype=x.sum_dtype) if s is None else F.silu(s.to(x.sum_dtype))
-    for k, z in _expert_outputs(x, hidden, v):
-        fusion = fusion + p[:, k : k + 1] * F.silu(z)
-    attn_output = x.attn_output.to(x.sum_dtype)
-    out = attn_output + _stream(x, attn_output) * fusion
+    fusion = hidden.new_zeros(hidden.shape, dtype=x.sum_dtype) if s is None else F.silu(s.to(x.sum_dtype))
+    for k, product, shift in _expert_products(x, hidden, v):
+        for fusion_rows, product_rows, p_rows in _row_blocks(x, fusion, product, p[:, k : k + 1]):
+            fusion_rows.addcmul_(p_rows, F.silu(_expert_output(x, product_rows, shift)))
+    out = torch.empty_like(x.attn_output, memory_format=torch.contiguous_format)
+    for out_rows, fusion_rows, attn_rows, residual_rows in _row_blocks(x, out, fusion, x.attn_output, x.residual):
+        stream = _stream(x, attn_rows, residual_rows)
+        out_rows.copy_(fusion_rows.mul_(stream).add_(attn_rows))
 
     saved = Saved(
         s if x.keep and s is not None else hidden.new_empty(0),
@@ -37,7 +49,7 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     )
     load = _token_mean(x, p)
     router_prob = _token_mean(x, torch.softmax(logits, dim=-1))
-    return out.to(x.attn_output.dtype), load, router_prob, saved
+    return out, load, router_prob, saved
 
 
 def backward(
@@ -60,28 +72,29 @@ def backward(
         s = saved.s if saved.s.numel() else _shared_product(x, hidden)
         v = saved.v if saved.v.numel() else _folded_product(x, hidden)
         p = _used_probs(x, saved.probs)
-        grad_out = grad_out.to(x.sum_dtype)
         # h_out = h_att + stream * A_fusion
-        d_fusion = grad_out * _stream(x, x.attn_output.to(x.sum_dtype))
-
-        fusion = grad_out.new_zeros(())
-        if s is not None:
-            s = s.to(x.sum_dtype)
-            fusion = F.silu(s)
-            _shared_backward(x, hidden, _silu_backward(d_fusion, s), need, grads, d_hidden)
-            del s
+        d_fusion, fusion = (hidden.new_empty(hidden.shape, dtype=x.sum_dtype) for _ in range(2))
+        d_s = None if s is None else torch.empty_like(s)
+        for d_rows, fusion_rows, d_s_rows, s_rows, grad_rows, attn_rows, residual_rows in _row_blocks(
+            x, d_fusion, fusion, d_s, s, grad_out, x.attn_output, x.residual
+        ):
+            torch.mul(_stream(x, attn_rows, residual_rows), grad_rows.to(x.sum_dtype), out=d_rows)
+            if s_rows is None:
+                fusion_rows.zero_()
+            else:
+                s_rows = s_rows.to(x.sum_dtype)
+                torch.ops.aten.silu.out(s_rows, out=fusion_rows)
+                d_s_rows.copy_(torch.ops.aten.silu_backward(d_rows, s_rows))
+        if d_s is not None:
+            _shared_backward(x, hidden, d_s, need, grads, d_hidden)
+        del s, d_s
 
         d_v = None if v is None else torch.empty_like(v)
         per_expert: dict[str, list[Tensor]] = {"lora_b": [], "lora_b_bias": [], "expert_weight": []}
-        for k, z in _expert_outputs(x, hidden, v):
-            activation = F.silu(z)
-            p_k = p[:, k : k + 1]
-            fusion = fusion + p_k * activation
-            d_probs[:, k] = (d_fusion * activation).sum(-1)
-            d_z = _silu_backward(d_fusion * p_k, z).mul_(x.scale)
+        for k, product, shift in _expert_products(x, hidden, v):
+            d_z = _activation_backward(x, product, shift, p[:, k : k + 1], d_fusion, fusion, d_probs[:, k])
             if need["lora_b_bias"]:
                 per_expert["lora_b_bias"].append(d_z.sum(0))
-            d_z = d_z.to(x.compute_dtype)
             if v is not None and d_v is not None and x.lora_b is not None:
                 of_k = slice(k * x.rank, (k + 1) * x.rank)
                 d_v[:, of_k] = d_z @ x.lora_b[k].to(x.compute_dtype)
@@ -96,11 +109,17 @@ def backward(
         if d_v is not None:
             _folded_backward(x, hidden, d_v, need, grads, d_hidden)
 
-        d_stream = grad_out * fusion
-        if need["residual"]:
-            grads["residual"] = d_stream
-        if need["attn_output"]:
-            grads["attn_output"] = grad_out + d_stream
+        for name in ("residual", "attn_output"):
+            if need[name]:
+                grads[name] = torch.empty_like(getattr(x, name), memory_format=torch.contiguous_format)
+        for fusion_rows, grad_rows, d_residual_rows, d_attn_rows in _row_blocks(
+            x, fusion, grad_out, grads.get("residual"), grads.get("attn_output")
+        ):
+            d_stream = fusion_rows.mul_(grad_rows)
+            if d_residual_rows is not None:
+                d_residual_rows.copy_(d_stream)
+            if d_attn_rows is not None:
+                d_attn_rows.copy_(d_stream.add_(grad_rows))
 
     if x.num_experts:
         d_logits = _route_backward(x, saved, d_probs, grad_load, grad_router_prob)
@@ -134,14 +153,57 @@ def finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
     return torch.zeros_like(of) if grad is None else grad.to(of.dtype)
 
 
-def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
-    """grad * SiLU'(z), SiLU'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))."""
-    return torch.ops.aten.silu_backward(grad, z)
+def _row_blocks(x: ModulationInputs, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Views of some rows of each tensor of T rows, None for None, block by block: all rows at once but on a CPU."""
+    tokens, d = x.shape
+    size = tokens
+    if x.hidden.device.type == "cpu":
+        size = max(_BLOCK_ELEMENTS * torch.get_num_threads() // d, 1)
+    if size >= tokens:
+        return iter([tensors])
+    return zip(*(repeat(None) if tensor is None else tensor.split(size) for tensor in tensors), strict=False)
 
 
-def _stream(x: ModulationInputs, attn_output: Tensor) -> Tensor:
-    """What A_fusion multiplies: h_att, or the residual stream h_in + h_att."""
-    return attn_output if x.residual is None else attn_output + x.residual.to(x.sum_dtype)
+def _stream(x: ModulationInputs, attn_output: Tensor, residual: Tensor | None) -> Tensor:
+    """What A_fusion multiplies, in the sum dtype: h_att, or the residual stream h_in + h_att."""
+    attn_output = attn_output.to(x.sum_dtype)
+    return attn_output if residual is None else attn_output + residual
+
+
+def _expert_output(x: ModulationInputs, product: Tensor, shift: Tensor | None) -> Tensor:
+    """Z_k = scale * product + shift, in the sum dtype."""
+    product = product.to(x.sum_dtype)
+    if shift is not None:
+        return torch.add(shift, product, alpha=x.scale)
+    return product if x.scale == 1 else product * x.scale
+
+
+def _activation_backward(
+    x: ModulationInputs,
+    product: Tensor,
+    shift: Tensor | None,
+    p: Tensor,
+    d_fusion: Tensor,
+    fusion: Tensor,
+    d_p: Tensor,
+) -> Tensor:
+    """Gradient of an expert's product [T, d], written over it.
+
+    Adds the expert's share of A_fusion to ``fusion`` [T, d] and writes the gradient of its p [T, 1] to ``d_p`` [T].
+    With a = SiLU(z), ``g SiLU'(z) = g (a + sigmoid(z) (1 - a))``, which lies at sigmoid(z) between g a and g.
+    """
+    scaled_p = p * x.scale
+    for product_rows, p_rows, scaled_p_rows, d_rows, fusion_rows, d_p_rows in _row_blocks(
+        x, product, p, scaled_p, d_fusion, fusion, d_p
+    ):
+        z = _expert_output(x, product_rows, shift)
+        gate = torch.sigmoid(z)
+        activation = z * gate
+        fusion_rows.addcmul_(p_rows, activation)
+        d_z = activation.mul_(d_rows)
+        torch.sum(d_z, -1, out=d_p_rows)
+        product_rows.copy_(d_z.lerp_(d_rows, gate).mul_(scaled_p_rows))
+    return product
 
 
 def _shared_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
@@ -163,7 +225,6 @@ def _shared_backward(
     assert x.shared_weight is not None
     if need["shared_bias"]:
         grads["shared_bias"] = d_s.sum(0)
-    d_s = d_s.to(x.compute_dtype)
     if need["shared_weight"]:
         grads["shared_weight"] = d_s.T @ hidden
     if need["hidden"]:
@@ -185,9 +246,8 @@ def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
 
 
 def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
-    """M [E * r, d], M_k = N_k A_k, made in float32 at least from the weights as they are, and rounded to dtype once."""
-    sum_dtype = torch.promote_types(dtype, torch.float32)
-    return (lora_n.to(sum_dtype) @ lora_a.to(sum_dtype)).flatten(0, 1).to(dtype)
+    """M [E * r, d], M_k = N_k A_k, summed in float32 at least from the weights as they are, rounded to dtype once."""
+    return _product(lora_n, lora_a.to(torch.promote_types(lora_a.dtype, dtype))).flatten(0, 1).to(dtype)
 
 
 def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
@@ -207,41 +267,45 @@ def _folded_backward(
         d_hidden.add_product(d_v, fold(x)[0])
     if not any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias")):
         return
-    d_folded = (d_v.T @ hidden).to(x.sum_dtype)
-    d_bias = d_v.sum(0, dtype=x.sum_dtype)
-    grads |= unfold_grads(x, d_folded, d_bias, need)
+    grads |= unfold_grads(x, d_v.T @ hidden, d_v.sum(0, dtype=x.sum_dtype), need)
 
 
 def unfold_grads(x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
-    """Gradients of A, N, a and n from those of M [E * r, d] and of its bias [E * r], in the sum dtype."""
+    """Gradients of A, N, a and n from those of M [E * r, d] and, in the sum dtype, of its bias [E * r]."""
     assert x.lora_a is not None and x.lora_n is not None
     grads = {}
     d_folded = d_folded.view(x.num_experts, x.rank, -1)
     d_bias = d_bias.view(x.num_experts, x.rank)
-    lora_n_t = x.lora_n.to(x.sum_dtype).mT
     if need["lora_a"]:
-        grads["lora_a"] = lora_n_t @ d_folded
+        grads["lora_a"] = _product(x.lora_n.mT, d_folded)
     if need["lora_n"]:
-        grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
+        grads["lora_n"] = _product(d_folded, x.lora_a.mT)
         if x.lora_a_bias is not None:
-            grads["lora_n"] += d_bias[:, :, None] * x.lora_a_bias.to(x.sum_dtype)[:, None, :]
+            grads["lora_n"] = grads["lora_n"] + d_bias[:, :, None] * x.lora_a_bias[:, None, :]
     if need["lora_a_bias"]:
-        grads["lora_a_bias"] = (lora_n_t @ d_bias[..., None]).squeeze(-1)
+        grads["lora_a_bias"] = _product(x.lora_n.mT, d_bias[..., None]).squeeze(-1)
     if need["lora_n_bias"]:
         grads["lora_n_bias"] = d_bias
     return grads
 
 
-def _expert_outputs(x: ModulationInputs, hidden: Tensor, v: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """(k, Z_k [T, d] in the sum dtype), Z_k = scale * (V_k B_k^T + b_k) or scale * (h W_k^T + b_k)."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the wider of their dtypes; of two low-precision matrices the library sums in float32 and rounds once."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _expert_products(
+    x: ModulationInputs, hidden: Tensor, v: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(k, V_k B_k^T or h W_k^T [T, d] in the compute dtype, scale * b_k [d] in the sum dtype or None)."""
     for k in range(x.num_experts):
-        bias = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.compute_dtype)
+        shift = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.sum_dtype) * x.scale
         if v is not None and x.lora_b is not None:
-            z = F.linear(v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype), bias)
+            yield k, F.linear(v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype)), shift
         else:
             assert x.expert_weight is not None
-            z = F.linear(hidden, x.expert_weight[k].to(x.compute_dtype), bias)
-        yield k, z.to(x.sum_dtype).mul_(x.scale)
+            yield k, F.linear(hidden, x.expert_weight[k].to(x.compute_dtype)), shift
 
 
 def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,10 +324,10 @@ def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _used_probs(x: ModulationInputs, probs: Tensor) -> Tensor:
-    """p as the output and the load use it: one-hot under hard routing."""
+    """p as the output and the load use it: one-hot under hard routing, but NaN where p is."""
     if not (x.hard and x.num_experts):
         return probs
-    return F.one_hot(probs.argmax(dim=-1), x.num_experts).to(probs.dtype)
+    return F.one_hot(probs.argmax(dim=-1), x.num_experts) + (probs - probs)
 
 
 def _token_mean(x: ModulationInputs, values: Tensor) -> Tensor:

@@ -260,10 +260,10 @@ def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
 
 
 def _used_weights(x: ModulationInputs, probs: Tensor) -> Tensor:
-    """p as the output uses it: soft, or one-hot at the first largest entry."""
+    """p as the output uses it: soft, or one-hot at the first largest entry, but NaN where p is."""
     if not (x.hard and x.num_experts):
         return probs
-    return torch.zeros_like(probs).scatter_(1, probs.argmax(-1, keepdim=True), 1)
+    return torch.zeros_like(probs).scatter_(1, probs.argmax(-1, keepdim=True), 1) + (probs - probs)
 
 
 def _sum_of_products(products: list[tuple[Tensor, Tensor]]) -> Tensor | None:

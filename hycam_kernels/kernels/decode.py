@@ -131,7 +131,7 @@ def decode_fusion_kernel(
         p = softmax_rows(noisy / tau, expert_mask[None, :])
         used = p
         if HARD:
-            used = tl.where(tl.argmax(p, 1)[:, None] == experts[None, :], 1.0, 0.0)
+            used = tl.where(tl.argmax(p, 1)[:, None] == experts[None, :], 1.0, 0.0) + (p - p)  # NaN stays NaN
 
         if first_program:
             counted = row_mask
@@ -140,8 +140,9 @@ def decode_fusion_kernel(
             counted = tl.where(counted, 1.0, 0.0)
             count = tl.maximum(tl.sum(counted, 0), 1.0)
             q = softmax_rows(logit, expert_mask[None, :])
-            mean_p = tl.sum(counted[:, None] * used, 0) / count
-            mean_q = tl.sum(counted[:, None] * q, 0) / count
+            # chosen, not multiplied by 0: a token that doesn't count may hold NaN
+            mean_p = tl.sum(tl.where(counted[:, None] != 0, used, 0.0), 0) / count
+            mean_q = tl.sum(tl.where(counted[:, None] != 0, q, 0.0), 0) / count
             tl.store(load + experts, mean_p, mask=expert_mask)
             tl.store(router_prob + experts, mean_q, mask=expert_mask)
             tl.store(balance_loss, tl.sum(mean_p * mean_q, 0))

@@ -84,7 +84,7 @@ def router_kernel(
 
     used = p
     if HARD:
-        used = tl.where(tl.argmax(p, 1)[:, None] == experts[None, :], 1.0, 0.0)
+        used = tl.where(tl.argmax(p, 1)[:, None] == experts[None, :], 1.0, 0.0) + (p - p)  # NaN stays NaN
     q = softmax_rows(logit, expert_mask[None, :])
     counted = row_mask
     if token_mask is not None:

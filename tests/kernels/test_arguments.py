@@ -41,6 +41,7 @@ BAD_VALUES = {
     "tau-zero": ({"tau": 0.0}, "tau must be above 0", "0.0"),
     "tau-negative": ({"tau": -1.0}, "tau must be above 0", "-1.0"),
     "tau-nan": ({"tau": float("nan")}, "tau must be above 0", "nan"),
+    "tau-underflow": ({"tau": 1e-37}, "tau must be above 0, at least 1e-30", "1e-37"),
     "scale": ({"scale": float("inf")}, "scale must be finite", "inf"),
     "two-noises": ({"gumbel": zeros(4, E), "seed": 1}, "gumbel and seed were both given", ""),
     "in-part": ({"lora_n": None}, "lora_a, lora_b, router_weight without lora_n", ""),
@@ -68,6 +69,9 @@ BAD_TYPES = {
     "weight-list": ({"lora_b": [1.0]}, "lora_b must be a tensor", "list"),
     "mask-float": ({"token_mask": zeros(4)}, "token_mask must be a bool tensor", "torch.float32"),
     "mask-list": ({"token_mask": [True] * 4}, "token_mask must be a bool tensor", "list"),
+    "tau-str": ({"tau": "a"}, "tau must be a float", "str"),
+    "scale-none": ({"scale": None}, "scale must be a float", "NoneType"),
+    "scale-bool": ({"scale": True}, "scale must be a float", "bool"),
     "seed-float": ({"seed": 1.0}, "seed must be an int", "float"),
     "seed-dtype": ({"seed": torch.tensor(1.0)}, "seed must be an int", "torch.float32"),
 }

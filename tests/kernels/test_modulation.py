@@ -3,8 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation
+from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation, torch_backend
 from hycam_kernels.modulation import _prepare
 from hycam_kernels.reference import modulation_reference
 from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, reference_results, run
@@ -109,6 +113,19 @@ def test_mixed_dtypes(weight_dtype):
     assert_as_good_as_eager(lambda arguments: run(hycam_modulation, arguments), case, torch.bfloat16, weight_dtype)
 
 
+def test_float64_attention_output_beside_float32_hidden():
+    """h_att is read in the sum dtype: float64 out, float32's precision."""
+    arguments = Case(residual=True, options={"seed": 3}).make(torch.float32)
+    arguments["attn_output"] = arguments["attn_output"].detach().double().requires_grad_()
+    got = run(hycam_modulation, arguments)
+    assert got["hidden_states"].dtype == got["grad_attn_output"].dtype == torch.float64
+    narrow = dict(arguments, attn_output=arguments["attn_output"].detach().float().requires_grad_())
+    for name, value in run(hycam_modulation, narrow).items():
+        torch.testing.assert_close(got[name].to(value.dtype), value, rtol=1e-6, atol=1e-6)
+    for name, (whole, _) in errors(got, reference_results(arguments, torch.float64)).items():
+        assert whole < 1e-6, (name, whole)
+
+
 def test_autocast():
     def autocast(arguments):
         for name in ("hidden", "attn_output"):
@@ -172,6 +189,22 @@ def test_a_token_that_does_not_count_may_be_nan():
     assert modulation_reference(**arguments).load.isfinite().all()
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_token_whose_p_is_nan_is_nan(hard):
+    arguments = Case(leading=(4,), options={"hard": hard, "gumbel": torch.zeros(4, 3)}).make(torch.float32)
+    arguments["gumbel"][2] = float("nan")
+    got, want = (function(**arguments) for function in (hycam_modulation, modulation_reference))
+    assert want.hidden_states.isnan().sum() == want.hidden_states[2].numel()
+    assert want.load.isnan().all()
+    for value, expected in zip(got, want, strict=True):
+        assert torch.equal(value.isnan(), expected.isnan())
+
+
+def test_the_smallest_tau():
+    for name, value in run(hycam_modulation, Case(options={"tau": 1e-30, "seed": 3}).make(torch.float32)).items():
+        assert value.isfinite().all() or name.startswith("grad"), name
+
+
 def test_balance_gradient_survives_float16():
     """A token's share of it is below float16's smallest number."""
     arguments = Case(leading=(4096,), d=8, rank=2).make(torch.float16, torch.float32)
@@ -224,6 +257,68 @@ def test_kept_for_backward(recompute):
     assert kept
 
 
+def test_bit_equal_whatever_the_row_block(case, monkeypatch):
+    want = run(hycam_modulation, case.make(torch.bfloat16))
+    monkeypatch.setattr(torch_backend, "_BLOCK_ELEMENTS", 3 * case.d)
+    for name, value in run(hycam_modulation, case.make(torch.bfloat16)).items():
+        assert torch.equal(value, want[name]), name
+
+
+def test_eager_mode_passes_by_the_dispatcher(monkeypatch):
+    """And a tracer gets the library's op, forward and backward."""
+
+    class Ops(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.add(str(function))
+            return function(*args, **kwargs or {})
+
+    arguments = CASES["released"].make(torch.float32)
+    want = run(hycam_modulation, arguments)
+    with Ops() as mode:
+        got = run(hycam_modulation, arguments)
+    assert {"hycam.modulation.default", "hycam.modulation_backward.default"} <= mode.seen
+    for name, value in got.items():
+        assert torch.equal(value, want[name]), name
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.hycam, "modulation", None)
+        patch.setattr(torch.ops.hycam, "modulation_backward", None)
+        run(hycam_modulation, arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_fake_tensors(backend):
+    arguments = CASES["released"].make(torch.float32)
+    with FakeTensorMode() as mode:
+        fake = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in arguments.items()
+        }
+        out = hycam_modulation(**fake, backend=backend)
+        (grad,) = torch.autograd.grad(out.hidden_states.sum() + out.balance_loss, fake["lora_a"])
+    assert out.hidden_states.shape == arguments["hidden"].shape
+    assert grad.shape == arguments["lora_a"].shape
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant):
+    grads = []
+    for checkpointed in (False, True):
+        arguments = CASES["paper"].make(torch.float32)
+
+        def function(hidden, arguments=arguments):
+            return tuple(hycam_modulation(**arguments | {"hidden": hidden}))
+
+        hidden = arguments["hidden"]
+        out = checkpoint(function, hidden, use_reentrant=use_reentrant) if checkpointed else function(hidden)
+        (out[0].square().sum() + out[3]).backward()
+        grads.append([leaf.grad for leaf in leaves(arguments).values()])
+    for want, got in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("name", ["paper", "released", "shared-only", "full-rank", "no-branch"])
 def test_opcheck(name, keep):
@@ -262,6 +357,25 @@ def test_second_order_gradients_are_refused():
     (grad,) = torch.autograd.grad(out, arguments["shared_weight"], create_graph=True)
     with pytest.raises(RuntimeError, match="second-order"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_forward_mode_is_refused(requires_grad, grad_mode):
+    hidden, weight = torch.randn(3, 8), torch.eye(8, requires_grad=requires_grad)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+        dual = forward_ad.make_dual(weight, torch.ones(8, 8))
+        with pytest.raises(RuntimeError, match="hycam_modulation: forward-mode derivatives are not supported"):
+            hycam_modulation(hidden, hidden, dual, None, None, None, None)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd, torch.func.jacrev])
+def test_function_transforms_are_refused(transform):
+    def function(hidden):
+        return hycam_modulation(hidden, hidden, torch.eye(8), None, None, None, None).hidden_states.sum()
+
+    with pytest.raises(RuntimeError, match=r"hycam_modulation: transforms of torch\.func are not supported"):
+        transform(function)(torch.randn(3, 8))
 
 
 def test_explain_backend():

@@ -91,6 +91,23 @@ def test_mask_that_counts_no_token(device):
     assert all(value.isfinite().all() for value in got.values())
 
 
+@pytest.mark.parametrize("decodes", [False, True])
+def test_hard_routing_does_not_hide_nan(decodes, device):
+    """A token whose p is NaN is NaN in h_out and the load, unless the mask leaves it out of the load."""
+    arguments = Case((5,), 80, 3, 4, options={"hard": True, "gumbel": torch.zeros(5, 3)}).make(torch.float32)
+    arguments["gumbel"][2] = float("nan")
+    arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    arguments["shared_weight"].requires_grad_(not decodes)
+    others = torch.arange(5, device=device) != 2
+    for token_mask in (None, others):
+        got = hycam_modulation(**arguments | {"token_mask": token_mask}, backend="triton")
+        assert got.hidden_states[2].isnan().all()
+        assert got.hidden_states[others].isfinite().all()
+        assert got.load.isnan().all() == (token_mask is None)
+        assert got.load.isfinite().all() == (token_mask is not None)
+        assert got.router_prob.isfinite().all()
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_balance_loss_alone(hard, device):
     """The output is unused: its gradient is absent, and only the router and h get one."""
