@@ -2,11 +2,9 @@
 
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hycam_kernels import HyCAMOutput, hycam_modulation
@@ -15,7 +13,15 @@ from .architectures import hidden_size_of
 from .balance import CONTEXT_KEYWORD, ForwardContext, Routing
 from .config import HyCAMConfig
 from .errors import InputError
-from .parameters import STACKED_NAMES, AdapterParameters, initialise, placement, projections, stacked_shapes
+from .parameters import (
+    STACKED_NAMES,
+    AdapterLayer,
+    AdapterParameters,
+    initialise,
+    placement,
+    projections,
+    stacked_shapes,
+)
 
 if TYPE_CHECKING:
     from .binding import Binding
@@ -49,7 +55,7 @@ class ResidualTap:
         return hidden_in
 
 
-class HyCAMAttention(nn.Module, BaseTunerLayer):
+class HyCAMAttention(nn.Module, AdapterLayer):
     """A self-attention module whose output HyCAM modulates (CIKM 2025, equations 2-12).
 
     Calls the attention as the model does, takes h from its `hidden_states` (keyword, or first argument) and replaces
@@ -244,19 +250,8 @@ class HyCAMAttention(nn.Module, BaseTunerLayer):
             f"tuple whose first element has the shape of its hidden states, {tuple(hidden.shape)}"
         )
 
-    def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of all adapters, without the wrapped attention's."""
-        for name in self.adapter_layer_names:
-            yield from getattr(self, name).parameters()
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError("HyCAM can't be merged into the backbone: its modulation depends on the input")
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        target = device or placement(self.base_layer)[0]
-        for name, parameter in self.named_parameters():
-            if name.startswith(self.adapter_layer_names) and adapter_name in name.split(".") and target.type != "meta":
-                parameter.data = parameter.data.to(target)
 
     def __getattr__(self, name: str) -> Any:
         try:

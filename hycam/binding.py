@@ -239,7 +239,7 @@ def check_forward_arguments(arguments: dict[str, Any]) -> None:
     """Refuse PEFT's per-sample arguments, which would otherwise go unheeded."""
     for name in ("adapter_names", "task_ids"):
         if arguments.get(name) is not None:
-            raise InputError(f"{name}: got a value, want none: HyCAM applies its active adapters to the whole batch")
+            raise InputError(f"{name}: got a value, want none: the active adapters apply to the whole batch")
 
 
 def _freeze(model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:

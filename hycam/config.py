@@ -129,7 +129,7 @@ class HyCAMConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write adapter_config.json as PEFT does, and into the folder's model card what a reader must import first."""
         super().save_pretrained(str(save_directory), **kwargs)
-        write_usage(save_directory)
+        write_usage(save_directory, "HyCAM", HYCAM)
 
     def _check(self) -> None:
         for name, literal in _CHOICES.items():
@@ -139,13 +139,13 @@ class HyCAMConfig(PeftConfig):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: got {getattr(self, name)!r}, want true or false")
         for name in ("r", "num_experts"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)!r}, want an integer of at least 1")
-        if not _is_finite(self.tau) or self.tau <= 0:
+        if not is_finite(self.tau) or self.tau <= 0:
             raise InputError(f"tau: got {self.tau!r}, want a finite number above 0")
-        if not _is_finite(self.balance_coef) or self.balance_coef < 0:
+        if not is_finite(self.balance_coef) or self.balance_coef < 0:
             raise InputError(f"balance_coef: got {self.balance_coef!r}, want a finite number of at least 0")
-        if self.lora_alpha is not None and (not _is_finite(self.lora_alpha) or self.lora_alpha <= 0):
+        if self.lora_alpha is not None and (not is_finite(self.lora_alpha) or self.lora_alpha <= 0):
             raise InputError(f"lora_alpha: got {self.lora_alpha!r}, want a finite number above 0, or none for no scale")
         if self.shared == "none" and self.experts == "none":
             raise InputError("experts: got 'none' together with shared='none', want at least one of the two")
@@ -154,35 +154,31 @@ class HyCAMConfig(PeftConfig):
                 "fuse_norm: got True, want False: it needs the fused norm-projection kernel, which this version "
                 "doesn't carry"
             )
-        self._check_targets()
-
-    def _check_targets(self) -> None:
-        targets = self.target_modules
-        if targets is not None:
-            names = [targets] if isinstance(targets, str) else targets
-            if (
-                not isinstance(names, list | tuple | set)
-                or not names
-                or not all(isinstance(n, str) and n for n in names)
-            ):
-                raise InputError(f"target_modules: got {targets!r}, want a module name or a non-empty list of them")
-        layers = self.layers_to_transform
-        if layers is not None:
-            indices = layers if isinstance(layers, list | tuple) else [layers]
-            if not indices or not all(_is_int(index) and index >= 0 for index in indices):
-                raise InputError(
-                    f"layers_to_transform: got {layers!r}, want an index of at least 0 or a non-empty list of them"
-                )
-            if isinstance(targets, str):
-                raise InputError(
-                    f"layers_to_transform: got {layers!r} with the regular expression target_modules={targets!r}, "
-                    "want a list of names in target_modules, or the layers in the expression itself"
-                )
+        check_targets(self.target_modules, self.layers_to_transform)
 
 
-def _is_int(value: object) -> bool:
+def check_targets(targets: Any, layers: Any) -> None:
+    """Refuse `target_modules` and `layers_to_transform` that PEFT would take wrongly. Raises `InputError`."""
+    if targets is not None:
+        names = [targets] if isinstance(targets, str) else targets
+        if not isinstance(names, list | tuple | set) or not names or not all(isinstance(n, str) and n for n in names):
+            raise InputError(f"target_modules: got {targets!r}, want a module name or a non-empty list of them")
+    if layers is not None:
+        indices = layers if isinstance(layers, list | tuple) else [layers]
+        if not indices or not all(is_int(index) and index >= 0 for index in indices):
+            raise InputError(
+                f"layers_to_transform: got {layers!r}, want an index of at least 0 or a non-empty list of them"
+            )
+        if isinstance(targets, str):
+            raise InputError(
+                f"layers_to_transform: got {layers!r} with target_modules={targets!r}, want a list of names in "
+                "target_modules, or the layers in its regular expression"
+            )
+
+
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

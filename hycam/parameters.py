@@ -1,8 +1,10 @@
-"""The parameters of HyCAM adapters: their modules, shapes and starting values."""
+"""The parameters of adapters: their modules, shapes and starting values."""
 
 import math
+from collections.abc import Iterator
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import HyCAMConfig
@@ -51,6 +53,25 @@ class Projection(nn.Module):
         return self.weight, self.bias
 
 
+class AdapterLayer(BaseTunerLayer):
+    """What every adapted layer needs beyond PEFT's base class; its parameters are `AdapterParameters` and modules."""
+
+    base_layer: nn.Module
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all adapters, without the wrapped layer's."""
+        for name in self.adapter_layer_names:
+            yield from getattr(self, name).parameters()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would also cast what was just loaded to the base layer's dtype, and knows no attention.
+        target = device or placement(self.base_layer)[0]
+        for name in self.adapter_layer_names:
+            for key, parameter in getattr(self, name).named_parameters():
+                if key.split(".")[0] == adapter_name and target.type != "meta":
+                    parameter.data = parameter.data.to(target)
+
+
 def stacked_shapes(config: HyCAMConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of those of `STACKED_NAMES` that the settings ask for."""
     d, r, experts = hidden_size, config.r, config.num_experts
@@ -87,13 +108,22 @@ def initialise(name: str, parameter: Tensor) -> None:
     """Start values: A and N Kaiming-uniform (a = sqrt 5), which is U(-1, 1) / sqrt(fan-in) of one expert's slice;
     zero else.
 
-    The fan-in that `torch.nn.init` reads off a stacked tensor would be E times too large, hence slice by slice.
     """
     if name.endswith(("lora_a", "lora_n")):
-        for expert in parameter.flatten(0, -3) if parameter.ndim > 2 else (parameter,):
-            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+        kaiming_uniform(parameter)
     else:
         nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def kaiming_uniform(parameter: Tensor) -> None:
+    """Kaiming-uniform (a = sqrt 5) of each matrix of a stack [..., out, in].
+
+    The fan-in that `torch.nn.init` reads off a stacked tensor would be too large by the stack's size, hence matrix by
+    matrix.
+    """
+    for matrix in parameter.flatten(0, -3) if parameter.ndim > 2 else (parameter,):
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
 
 def _zeros(wanted: bool, size: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""HyCAM's key in PEFT's registry."""
+"""The keys, in PEFT's registry, of the methods that this package adds."""
 
 
 class ForeignPeftType(str):
@@ -16,3 +16,5 @@ class ForeignPeftType(str):
 
 
 HYCAM = ForeignPeftType("HYCAM")
+MULTILORA = ForeignPeftType("MULTILORA")
+MOELORA = ForeignPeftType("MOELORA")

@@ -1,12 +1,11 @@
 """HyCAM as a PEFT tuner."""
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
@@ -19,12 +18,13 @@ from .architectures import (
     trained_norms,
 )
 from .attention import HyCAMAttention
-from .binding import check_forward_arguments, install, uninstall
+from .binding import install, uninstall
 from .config import HyCAMConfig
 from .errors import InputError
+from .peft_tuner import AdapterTuner
 
 
-class HyCAMModel(BaseTuner):
+class HyCAMModel(AdapterTuner):
     """Wraps the self-attentions of a model in `HyCAMAttention`, and binds them to its calls."""
 
     prefix = "hycam_"
@@ -79,14 +79,8 @@ class HyCAMModel(BaseTuner):
             }
             peft_config.modules_to_save = sorted(norms.union(peft_config.modules_to_save or ()))
 
-    def _targets(self, peft_config: HyCAMConfig, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules that get the adapter, by path."""
-        wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        targets = {
-            name: module
-            for name, module in model.named_modules()
-            if name and not name.startswith(wrapped) and self._check_target_module_exists(peft_config, name)
-        }
+    def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
+        targets = super()._targets(peft_config, model)
         if not targets:
             layers = peft_config.layers_to_transform
             raise InputError(
@@ -96,28 +90,9 @@ class HyCAMModel(BaseTuner):
             )
         return targets
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, HyCAMAttention):
-            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
-            return
+    def _new_layer(self, target: nn.Module, peft_config: Any, adapter_name: str) -> HyCAMAttention:
         hidden_size = hidden_size_of(target) or hidden_size_of(self.model)
-        layer = HyCAMAttention(target, peft_config, hidden_size, adapter_name=adapter_name)
-        if adapter_name not in self.active_adapters:
-            layer.set_adapter(self.active_adapters)
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+        return HyCAMAttention(target, peft_config, hidden_size, adapter_name=adapter_name)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """PEFT's check is about LoRA-like `bias` modes; HyCAM's `bias` is a flag."""
@@ -138,22 +113,10 @@ class HyCAMModel(BaseTuner):
     def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict, config: PeftConfig) -> dict:
         return {}
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's own cast makes every parameter of a ParameterDict trainable again.
-        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-
     def _check_merge_allowed(self) -> NoReturn:
         raise NotImplementedError(
             "HyCAM can't be merged into a backbone: the modulation depends on the input; unload() returns it bare"
         )
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        check_forward_arguments(kwargs)
-        yield
 
 
 def _check_is_attention(name: str, module: nn.Module, peft_config: HyCAMConfig) -> None:

@@ -14,10 +14,10 @@ def write_plots(
     *,
     metrics: Sequence[Mapping[str, Any]],
     loads: Mapping[str, Mapping[str, Sequence[float]]] | None,
-    modulation: Mapping[str, torch.Tensor],
+    modulation: Mapping[str, torch.Tensor] | None,
     tokens: Sequence[str],
 ) -> list[Path]:
-    """`loss.png`, `expert_load.png` (where `loads` is given) and `modulation.png` in `folder`.
+    """`loss.png`, and where they are given `modulation.png` and `expert_load.png` in `folder`.
 
     Args:
         folder: made where it is missing.
@@ -27,9 +27,11 @@ def write_plots(
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "loss.png", folder / "modulation.png"]
+    files = [folder / "loss.png"]
     plot_loss_curves(metrics, files[0])
-    plot_modulation(modulation, tokens, files[1])
+    if modulation is not None:
+        files.append(folder / "modulation.png")
+        plot_modulation(modulation, tokens, files[-1])
     if loads is not None:
         files.append(folder / "expert_load.png")
         plot_expert_load(loads, files[-1])

@@ -1,5 +1,6 @@
 """Which backbone and adapter a command works with."""
 
+import dataclasses
 import json
 from argparse import Namespace
 from dataclasses import dataclass
@@ -13,14 +14,17 @@ from hycam.data import TaskConfig
 from hycam.errors import InputError
 from hycam.training.backbone import backbone_name, check_available, load_model, load_tokenizer
 from hycam.training.recipe import Recipe, load_recipe, parse_recipe
-from hycam.training.run import ADAPTER_FOLDER
+from hycam.training.run import trained_folder
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A recipe and the adapter's folder, None for the backbone alone; `run` is the run's folder that was named."""
+    """A recipe and the adapter's folder, None for the backbone alone; `run` is the run's folder that was named.
+
+    After full fine-tuning the adapter's folder holds a whole model instead.
+    """
 
     recipe: Recipe
     adapter: Path | None
@@ -54,7 +58,7 @@ def select(options: Namespace, tasks: list[str] | None = None) -> Selection:
     recipe.tasks = _chosen_tasks(tasks, recipe.tasks)
     run = Path(source).expanduser() if Path(source).expanduser().is_dir() else None
     if adapter is None and run is not None and not options.base:
-        adapter = run / ADAPTER_FOLDER
+        adapter = run / trained_folder(recipe).name
         _check_adapter(adapter)
     return Selection(recipe, adapter, run)
 
@@ -70,7 +74,13 @@ def _chosen_tasks(chosen: list[str] | None, own: list[TaskConfig]) -> list[TaskC
     ]
 
 
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
 def _check_adapter(folder: Path) -> None:
+    if _holds_model(folder):
+        return
     for name in _ADAPTER_FILES:
         if not (folder / name).is_file():
             raise InputError(f"--adapter: {folder} has no {name}, wanted a folder that holds an adapter")
@@ -79,6 +89,8 @@ def _check_adapter(folder: Path) -> None:
 def _named_backbone(adapter: Path | None) -> dict[str, dict[str, str]]:
     if adapter is None:
         return {}
+    if _holds_model(adapter):
+        return {"backbone": {"name_or_path": str(adapter)}}
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     return {"backbone": {"name_or_path": name}} if name else {}
@@ -93,7 +105,10 @@ def load_selected_tokenizer(selection: Selection) -> tuple[str, PreTrainedTokeni
 
 
 def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | PeftModel:
-    """The backbone with the adapter, on the device that the recipe's run would use."""
+    """The backbone with the adapter, or the model that was trained whole, on the device that a run would use."""
+    if selection.adapter is not None and _holds_model(selection.adapter):
+        trained = dataclasses.replace(selection.recipe.backbone, revision=None)
+        return _placed(selection, load_model(trained, str(selection.adapter)))
     model: Any = load_model(selection.recipe.backbone, name)
     if selection.adapter is not None:
         try:
@@ -103,4 +118,8 @@ def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | Pe
             raise InputError(
                 f"--adapter: {selection.adapter} can't be loaded into {name}: {' '.join(reason[:2])}"
             ) from error
+    return _placed(selection, model)
+
+
+def _placed(selection: Selection, model: Any) -> PreTrainedModel | PeftModel:
     return model.to(selection.recipe.training_arguments().device).eval()

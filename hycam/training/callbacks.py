@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hycam import router_statistics
+from hycam import HyCAMAttention, router_statistics
 from hycam.errors import RunStoppedError
 
 
@@ -55,7 +55,9 @@ class MetricsFile(TrainerCallback):
 
 
 def layer_statistics(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Balance loss and load [E] of each adapted layer's last forward, keyed by module path."""
+    """Balance loss and load [E] of each layer's last forward, keyed by module path; none without HyCAM's experts."""
+    if not any(isinstance(module, HyCAMAttention) for module in model.modules()):
+        return {}
     return {
         name: {"balance_loss": statistics.balance_loss.item(), "load": statistics.load.tolist()}
         for name, statistics in router_statistics(model).items()

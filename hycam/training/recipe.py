@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from peft import PeftConfig
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from hycam.config import HyCAMConfig
 from hycam.data import DataConfig, TaskConfig
 from hycam.errors import InputError
+from hycam.training.method import MethodConfig, method_fields, method_section
 from hycam.training.schema import Reader, suggest
 from hycam.training.scratch import ScratchConfig
 
@@ -76,18 +75,6 @@ class BackboneConfig:
         if (self.name_or_path is None) == (self.scratch is None):
             given = "neither" if self.scratch is None else "both"
             raise ValueError(f"got {given} of name_or_path and scratch, wanted one (set the other to null)")
-
-
-@dataclass
-class MethodConfig:
-    """The adapter: a preset of `HyCAMConfig` and the fields that differ from it."""
-
-    name: Literal["hycam"] = "hycam"
-    preset: str = "paper"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def adapter_config(self) -> HyCAMConfig:
-        return HyCAMConfig.preset(self.preset, **self.options, task_type="CAUSAL_LM")
 
 
 @dataclass
@@ -158,8 +145,7 @@ class Recipe:
         """Plain values: `load_recipe` of their YAML gives this recipe again."""
         values = dataclasses.asdict(self)
         del values["source"]
-        method = values["method"]
-        values["method"] = {"name": method["name"], "preset": method["preset"], **method["options"]}
+        values["method"] = self.method.to_dict()
         return values
 
     def training_arguments(self) -> TrainingArguments:
@@ -229,13 +215,14 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     """A `Recipe` from plain values; `source` names them in messages."""
     if not isinstance(values, dict):
         raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
+    _drop_other_method(values, overrides)
     for name, text in overrides:
         _override(values, name, parse_yaml(text, f"--{name}"))
     reader = Reader(source, frozenset(name for name, _ in overrides))
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
     if "method" in sections:
-        sections["method"] = _method_section(reader, sections["method"])
+        sections["method"] = method_section(reader, sections["method"])
     if "trainer" in sections:
         sections["trainer"] = _trainer_section(reader, sections["trainer"] or {})
     recipe = reader.build(Recipe, sections)
@@ -243,17 +230,17 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     try:
         recipe.method.adapter_config()
     except (ValueError, TypeError) as error:
-        reader.refuse("method", error, {"preset", *typing.get_type_hints(HyCAMConfig)})
+        reader.refuse("method", error, method_fields(recipe.method.name))
     return recipe
 
 
-def _method_section(reader: Reader, value: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(HyCAMConfig)
-    inherited = {base_field.name for base_field in dataclasses.fields(PeftConfig)}
-    own = {item.name: hints[item.name] for item in dataclasses.fields(HyCAMConfig) if item.name not in inherited}
-    options = reader.fields(value, {"name": Literal["hycam"], "preset": str, **own}, "method")
-    head = {name: options.pop(name) for name in ("name", "preset") if name in options}
-    return head | {"options": options}
+def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
+    """Empty the `method` section of `values` where the overrides name another method: its fields are not that one's."""
+    given, section = dict(overrides), values.get("method")
+    if "method.name" in given and "method" not in given and isinstance(section, dict):
+        name = parse_yaml(given["method.name"], "--method.name")
+        if name != section.get("name", "hycam"):
+            values["method"] = {}
 
 
 def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One run, from a recipe to an adapter and its numbers."""
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from peft import PeftModel, get_peft_model
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
+from hycam import HyCAMConfig
 from hycam.analysis import prompt_modulation, write_plots
 from hycam.data import Collator
 from hycam.environment import devices, package_versions
@@ -35,6 +43,7 @@ from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize
 from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint
 
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 PLOTS_FOLDER = "plots"
@@ -65,11 +74,11 @@ def train(
     overwrite: bool = False,
     announce: Callable[[str], object] = _silent,
 ) -> dict[str, Any]:
-    """Train the recipe's adapter and measure it on the test split.
+    """Train the recipe's adapter, or its whole backbone, and measure it on the test split.
 
     The output folder gets `recipe.yaml` and `run.json` (what the run is), `metrics.jsonl` (every log event),
     TensorBoard events, `checkpoint-*` (adapter and training state), `adapter` (the best one), `results.json` and
-    `plots`.
+    `plots`. Full fine-tuning leaves `model`, with the tokenizer, in the place of `adapter`.
 
     Args:
         recipe: what to train.
@@ -89,7 +98,7 @@ def train(
     model = adapted_backbone(recipe, prepared.backbone)
     if not prepared.arguments.should_save:
         announce = _silent
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = _parameter_counts(model)
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     with SaveOnSignal() as on_signal:
         trainer = _trainer(recipe, prepared, model, on_signal)
@@ -100,10 +109,15 @@ def train(
             checkpoint = last_checkpoint(recipe.output_path) if resume else None
         if resume:
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
+        base = None
+        if not isinstance(model, PeftModel):  # training will change the backbone
+            device: Any = prepared.arguments.device
+            base = _measure_test(recipe, prepared, model.to(device), "test, backbone")
         state = _fit(recipe, trainer, checkpoint)
-    if prepared.arguments.should_save:
-        model.save_pretrained(str(recipe.output_path / ADAPTER_FOLDER))
-    results = _measure_run(recipe, prepared, model)
+    trainer.save_model(str(trained_folder(recipe)))
+    if prepared.arguments.should_save and not isinstance(model, PeftModel):
+        prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
+    results = _measure_run(recipe, prepared, model, base)
     results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
     if prepared.arguments.should_save:
         _write_json(recipe.output_path / RESULTS_FILE, results)
@@ -126,6 +140,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if resume and arguments.save_only_model:
         raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
+    _check_sharding(recipe, arguments)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     rows = load_rows(recipe.tasks, recipe.data.fold)
@@ -150,18 +165,38 @@ def _check_metric(recipe: Recipe, metric: str | None) -> None:
         raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
 
 
-def adapted_backbone(recipe: Recipe, name: str) -> PeftModel:
+def _check_sharding(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Refuse the methods that need weights or gradients whole where they are in parts."""
+    if recipe.method.name == "riemoe" and (arguments.deepspeed or arguments.fsdp):
+        raise InputError(
+            "method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed or trainer.fsdp"
+        )
+    if recipe.method.name == "full" and is_deepspeed_zero3_enabled():
+        raise InputError("method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed")
+
+
+def trained_folder(recipe: Recipe) -> Path:
+    """Where a run of the recipe leaves what it trained: the adapter, or the whole model."""
+    return recipe.output_path / (MODEL_FOLDER if recipe.method.name == "full" else ADAPTER_FOLDER)
+
+
+def adapted_backbone(recipe: Recipe, name: str) -> PeftModel | PreTrainedModel:
     """The backbone from `name` with the recipe's adapter, untrained. Raises `InputError` where the two don't fit."""
     backbone = load_model(recipe.backbone, name)
+    config = recipe.method.adapter_config()
+    if config is None:
+        return backbone
     try:
-        model = get_peft_model(backbone, recipe.method.adapter_config())
+        model = get_peft_model(backbone, config)
     except ValueError as error:
         raise InputError(f"method: {' '.join(str(error).split())}") from error
     assert isinstance(model, PeftModel)
     return model
 
 
-def _trainer(recipe: Recipe, prepared: PreparedRun, model: PeftModel, on_signal: SaveOnSignal) -> HyCAMTrainer:
+def _trainer(
+    recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, on_signal: SaveOnSignal
+) -> HyCAMTrainer:
     callbacks: list[TrainerCallback] = [MetricsFile(recipe.output_path / METRICS_FILE)]
     if recipe.early_stopping is not None:
         stopping = recipe.early_stopping
@@ -175,6 +210,7 @@ def _trainer(recipe: Recipe, prepared: PreparedRun, model: PeftModel, on_signal:
         validation=prepared.tokenized["validation"],
         evaluation_collator=Collator(pad),
         on_signal=on_signal,
+        prepare_optimizer=recipe.method.prepare_optimizer,
         callbacks=callbacks,
     )
 
@@ -190,7 +226,8 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
         if trainer.is_deepspeed_enabled:
             # without an engine, which training alone makes, the weights are in parts
             raise InputError(f"--resume: the training is done; measure it with: hycam eval {folder} --adapter {final}")
-        set_peft_model_state_dict(trainer.adapted, load_peft_weights(str(final), device="cpu"))
+        assert final is not None
+        trainer.load_weights(final)
         return state
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -221,14 +258,42 @@ def _kept(folder: Path) -> str:
     return "no checkpoint was saved before it" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
 
 
-def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dict[str, Any]:
-    """The test split's metrics of the backbone alone and of the adapted model, and the experts' load."""
-    test, tokenizer = prepared.tokenized["test"], prepared.tokenizer
-    measured = functools.partial(measure, model, tokenizer, test, prepared.prompts, recipe.evaluation, seed=recipe.seed)
-    with model.disable_adapter():
-        base = measured(description="test, backbone")
-    adapted = measured(description="test, adapted")
-    trainable, total = model.get_nb_trainable_parameters()
+def _parameter_counts(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
+    """Trained parameters, and all."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    return model.num_parameters(only_trainable=True), model.num_parameters()
+
+
+def _measure_test(
+    recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, description: str
+) -> dict[str, Any]:
+    """The model's metrics on the test split."""
+    return measure(
+        model,
+        prepared.tokenizer,
+        prepared.tokenized["test"],
+        prepared.prompts,
+        recipe.evaluation,
+        seed=recipe.seed,
+        description=description,
+    )
+
+
+def _measure_run(
+    recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, base: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The test split's metrics of the backbone alone and of the trained model, and the experts' load.
+
+    Args:
+        base: the backbone's metrics; None: from the model, without its adapter.
+    """
+    if base is None:
+        assert isinstance(model, PeftModel)
+        with model.disable_adapter():
+            base = _measure_test(recipe, prepared, model, "test, backbone")
+    adapted = _measure_test(recipe, prepared, model, "test, adapted")
+    trainable, total = _parameter_counts(model)
     results: dict[str, Any] = {
         "test": {"base": base, "adapted": adapted},
         "rows": {
@@ -241,23 +306,25 @@ def _measure_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel) -> dic
         "versions": package_versions(),
         "devices": devices(),
     }
-    if recipe.method.adapter_config().experts != "none":
-        collator = Collator(tokenizer.pad_token_id)
+    config = recipe.method.adapter_config()
+    if isinstance(config, HyCAMConfig) and config.experts != "none":
+        collator = Collator(prepared.tokenizer.pad_token_id)
         with own_draws(recipe.seed, prepared.arguments.device):
             results["expert_load"] = evaluate_expert_load(
-                model, test, collator, batch_size=recipe.evaluation.batch_size
+                model, prepared.tokenized["test"], collator, batch_size=recipe.evaluation.batch_size
             )
     return results
 
 
-def _draw(recipe: Recipe, prepared: PreparedRun, model: PeftModel, results: dict[str, Any]) -> None:
-    """Loss curves, experts' load, and the modulation of the beginning of one test row."""
+def _draw(recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, results: dict[str, Any]) -> None:
+    """Loss curves, experts' load, and HyCAM's modulation of the beginning of one test row."""
     row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
+    is_hycam = recipe.method.name == "hycam"
     write_plots(
         recipe.output_path / PLOTS_FOLDER,
         metrics=read_metrics(recipe.output_path / METRICS_FILE),
         loads=results.get("expert_load"),
-        modulation=prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS),
+        modulation=prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None,
         tokens=[str(prepared.tokenizer.decode([token])) for token in row],
     )
 

@@ -3,12 +3,13 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -26,12 +27,13 @@ _TRAINING_ARGUMENTS = "training_args.bin"
 
 
 class HyCAMTrainer(Trainer):
-    """HF Trainer for a PEFT model on several tasks.
+    """HF Trainer for a PEFT model, or a whole one, on several tasks.
 
     Args:
         validation: tokenized validation rows per task.
         evaluation_collator: collates them (training may pack, evaluation does not).
         on_signal: saves and stops on a signal, between two batches of a validation too.
+        prepare_optimizer: is given the optimizer, as soon as it is made, and the model.
         callbacks: more of them.
         **kwargs: what `transformers.Trainer` takes.
     """
@@ -42,6 +44,7 @@ class HyCAMTrainer(Trainer):
         validation: Mapping[str, Dataset],
         evaluation_collator: Collate,
         on_signal: SaveOnSignal,
+        prepare_optimizer: Callable[[torch.optim.Optimizer, nn.Module], None],
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
@@ -53,6 +56,22 @@ class HyCAMTrainer(Trainer):
         self.validation = dict(validation)
         self.evaluation_collator = evaluation_collator
         self.on_signal = on_signal
+        self.prepare_optimizer = prepare_optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer, with what the method changes in it."""
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not made_before:
+            self.prepare_optimizer(optimizer, self.adapted)
+        return optimizer
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Give the model a checkpoint's weights, without training on."""
+        if isinstance(self.adapted, PeftModel):
+            set_peft_model_state_dict(self.adapted, load_peft_weights(str(checkpoint), device="cpu"))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch. Raises `RunStoppedError` before the optimizer sees a loss that is not finite."""

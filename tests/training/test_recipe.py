@@ -1,15 +1,18 @@
 """A recipe is read strictly: every mistake is one line that names the file or option and the dotted field."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 from hycam.config import HyCAMConfig
 from hycam.errors import InputError
+from hycam.methods import MoeLoraConfig, MultiLoraConfig
 from hycam.training.recipe import (
     RESERVED_TRAINER_FIELDS,
     TRAINER_DEFAULTS,
@@ -78,7 +81,23 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"method": {"tau": 0.0}}, "my.yaml: method.tau: got 0.0"),
         ({"method": {"bias": 1}}, "my.yaml: method.bias: got 1 (int), wanted bool"),
         ({"method": {"preset": "papre"}}, "my.yaml: method.preset: got 'papre'"),
-        ({"method": {"name": "lora"}}, "my.yaml: method.name: got 'lora' (str), wanted hycam"),
+        ({"method": {"name": "prefix"}}, "my.yaml: method.name: got 'prefix' (str), wanted hycam | full | lora"),
+        ({"method": {"name": "full", "r": 4}}, "my.yaml: method.r: unknown field"),
+        ({"method": {"name": "lora", "num_experts": 4}}, "my.yaml: method.num_experts: unknown field"),
+        ({"method": {"name": "lora", "preset": "paper"}}, "my.yaml: method.preset: unknown field"),
+        ({"method": {"name": "lora", "init_lora_weights": "eva"}}, "my.yaml: method.init_lora_weights: unknown field"),
+        ({"method": {"name": "lora", "r": 0}}, "my.yaml: method.r: got 0, want an integer of at least 1"),
+        ({"method": {"name": "lora", "lora_dropout": 1}}, "my.yaml: method.lora_dropout: got 1"),
+        ({"method": {"name": "lora", "target_modules": None}}, "my.yaml: method.target_modules: got null"),
+        ({"method": {"name": "lora", "layers_to_transform": [0]}}, "my.yaml: method.layers_to_transform: got [0]"),
+        ({"method": {"name": "multilora", "preset": "papre"}}, "my.yaml: method.preset: got 'papre'"),
+        ({"method": {"name": "multilora", "num_adapters": 0}}, "my.yaml: method.num_adapters: got 0"),
+        ({"method": {"name": "multilora", "lora_alpha": "8"}}, "my.yaml: method.lora_alpha: got '8' (str)"),
+        ({"method": {"name": "moelora", "top_k": 6}}, "my.yaml: method.top_k: got 6, want at most num_experts=5"),
+        ({"method": {"name": "moelora", "gate_lr_ratio": 0}}, "my.yaml: method.gate_lr_ratio: got 0"),
+        ({"method": {"name": "moelora", "delta": 1.0}}, "my.yaml: method.delta: unknown field"),
+        ({"method": {"name": "riemoe", "delta": -1}}, "my.yaml: method.delta: got -1"),
+        ({"method": {"name": "riemoe", "gate_correction": "x"}}, "my.yaml: method.gate_correction: got 'x' (str)"),
         ({"method": {"peft_type": "LORA"}}, "my.yaml: method.peft_type: unknown field"),
         ({"tasks": {}}, "my.yaml: tasks: got {} (dict), wanted list"),
         ({"tasks": [{"source": "x"}]}, "my.yaml: tasks.0.name: missing"),
@@ -104,6 +123,49 @@ def test_names_file_and_field(sections: dict[str, Any], message: str) -> None:
         _parse(**sections)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_the_methods_and_their_defaults() -> None:
+    full, lora, multilora, moelora, riemoe = (
+        _parse(method={"name": name}).method for name in ("full", "lora", "multilora", "moelora", "riemoe")
+    )
+    assert full.adapter_config() is None
+    config = lora.adapter_config()
+    assert isinstance(config, LoraConfig)
+    assert (config.r, config.lora_alpha, config.target_modules) == (64, 64, "all-linear")
+    matched = _parse(method={"name": "multilora", "preset": "budget_matched"}).method.adapter_config()
+    assert multilora.adapter_config() == MultiLoraConfig(task_type="CAUSAL_LM")
+    assert matched.r * matched.num_adapters == 64
+    assert moelora.adapter_config() == MoeLoraConfig(task_type="CAUSAL_LM")
+    assert riemoe.adapter_config() == MoeLoraConfig(gate_correction="engineering", task_type="CAUSAL_LM")
+    theoretical = _parse(method={"name": "riemoe", "gate_correction": "theoretical"}).method.adapter_config()
+    assert theoretical.gate_correction == "theoretical"
+    assert (riemoe.gate_lr_ratio, riemoe.delta) == (0.1, 1e-6)
+
+
+def test_another_method_on_the_command_line_starts_its_section_anew() -> None:
+    """The file's fields belong to the file's method; the same name changes nothing."""
+    values = {**_MINIMAL, "method": {"name": "hycam", "preset": "paper", "num_experts": 8, "r": 16}}
+
+    def parse(*overrides: tuple[str, str]) -> Recipe:
+        return parse_recipe(copy.deepcopy(values), "my.yaml", overrides)
+
+    assert parse(("method.r", "8"), ("method.name", "lora")).method.adapter_config().r == 8
+    assert parse(("method.name", "multilora")).method.to_dict() == {"name": "multilora", "preset": "paper"}
+    assert parse(("method.name", "full")).method.to_dict() == {"name": "full"}
+    assert parse(("method", "{r: 4}"), ("method.name", "lora")).method.to_dict() == {"name": "lora", "r": 4}
+    kept = parse(("method.name", "hycam")).method.adapter_config()
+    assert (kept.num_experts, kept.r) == (8, 16)
+    with pytest.raises(InputError, match=r"^--method.num_experts: unknown field"):
+        parse(("method.name", "lora"), ("method.num_experts", "3"))
+    with pytest.raises(InputError, match=r"^--method.name: got 'lorra' \(str\), wanted hycam"):
+        parse(("method.name", "lorra"))
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "multilora", "moelora", "riemoe"])
+def test_a_method_comes_back_from_its_plain_values(name: str) -> None:
+    recipe = _parse(method={"name": name} | ({} if name == "full" else {"r": 8}))
+    assert parse_recipe(recipe.to_dict(), "again.yaml") == recipe
 
 
 def test_a_missing_backbone_is_named() -> None:

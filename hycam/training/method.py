@@ -1,0 +1,142 @@
+"""A recipe's `method` section: what is trained, by name, with the fields of that method."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from torch.optim import Optimizer
+
+from hycam.config import HyCAMConfig, check_targets
+from hycam.errors import InputError
+from hycam.methods import MoeLoraConfig, MultiLoraConfig, RiemannianPreconditioner, set_gate_learning_rate
+from hycam.methods.low_rank import ALL_LINEAR, check_low_rank
+from hycam.methods.optimizer import check_delta, check_gate_lr_ratio
+from hycam.training.schema import Reader
+
+MethodName = Literal["hycam", "full", "lora", "multilora", "moelora", "riemoe"]
+
+# Fields of `LoraConfig` that need nothing beside them: no pass over data, no change of the backbone's own weights.
+_LORA_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "modules_to_save",
+)
+_GATE_FIELDS = {"gate_lr_ratio": float}
+_RIEMANNIAN_FIELDS = {"delta": float}
+_WITH_PRESETS: dict[str, type[HyCAMConfig] | type[MultiLoraConfig]] = {
+    "hycam": HyCAMConfig,
+    "multilora": MultiLoraConfig,
+}
+
+
+@dataclass
+class MethodConfig:
+    """What is trained.
+
+    Attributes:
+        name: `hycam`; `full`: the backbone itself; or an adapter that HyCAM is compared with.
+        preset: of `HyCAMConfig` or `MultiLoraConfig`; the other methods have none.
+        options: fields of the method that differ from the preset or the defaults.
+    """
+
+    name: MethodName = "hycam"
+    preset: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.preset is None and self.name in _WITH_PRESETS:
+            self.preset = "paper"
+
+    def adapter_config(self) -> PeftConfig | None:
+        """The adapter's settings, None for full fine-tuning. Raises `InputError` for a value that can't be used."""
+        training = _GATE_FIELDS | _RIEMANNIAN_FIELDS
+        options: dict[str, Any] = {name: value for name, value in self.options.items() if name not in training}
+        options["task_type"] = "CAUSAL_LM"
+        if self.name in _WITH_PRESETS:
+            assert self.preset is not None
+            return _WITH_PRESETS[self.name].preset(self.preset, **options)
+        if self.name == "lora":
+            return _lora_config(options)
+        if self.name == "full":
+            return None
+        check_gate_lr_ratio(self.gate_lr_ratio)
+        if self.name == "riemoe":
+            check_delta(self.delta)
+            options = {"gate_correction": "engineering"} | options
+        return MoeLoraConfig(**options)
+
+    @property
+    def gate_lr_ratio(self) -> float:
+        """The gates' learning rate, as a share of the trainer's."""
+        return self.options.get("gate_lr_ratio", 0.1)
+
+    @property
+    def delta(self) -> float:
+        """What the Riemannian preconditioner adds to the diagonals."""
+        return self.options.get("delta", 1e-6)
+
+    def prepare_optimizer(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Give an optimizer that was just made what the method changes in it."""
+        if self.name in ("moelora", "riemoe"):
+            set_gate_learning_rate(optimizer, model, self.gate_lr_ratio)
+        if self.name == "riemoe":
+            optimizer.register_step_pre_hook(RiemannianPreconditioner(model, self.delta))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a recipe has them."""
+        preset = {} if self.preset is None else {"preset": self.preset}
+        return {"name": self.name, **preset, **self.options}
+
+
+def method_fields(name: str) -> dict[str, Any]:
+    """Name -> type of the fields that a recipe's section of this method may have, beside `name`."""
+    if name == "full":
+        return {}
+    if name == "lora":
+        hints = typing.get_type_hints(LoraConfig)
+        return {name: hints[name] for name in _LORA_FIELDS} | {"lora_alpha": float | None}
+    if name in _WITH_PRESETS:
+        return {"preset": str, **_own_fields(_WITH_PRESETS[name])}
+    fields = _own_fields(MoeLoraConfig) | _GATE_FIELDS
+    return fields | _RIEMANNIAN_FIELDS if name == "riemoe" else fields
+
+
+def method_section(reader: Reader, value: Any) -> dict[str, Any]:
+    """The values of `MethodConfig` from a recipe's section."""
+    name = value.get("name", "hycam") if isinstance(value, Mapping) else "hycam"
+    reader.convert(name, MethodName, "method.name")
+    options = reader.fields(value, {"name": MethodName, **method_fields(name)}, "method")
+    head = {key: options.pop(key) for key in ("name", "preset") if key in options}
+    return head | {"options": options}
+
+
+def _own_fields(config: type[PeftConfig]) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    inherited = {base_field.name for base_field in dataclasses.fields(PeftConfig)}
+    return {item.name: hints[item.name] for item in dataclasses.fields(config) if item.name not in inherited}
+
+
+def _lora_config(options: dict[str, Any]) -> LoraConfig:
+    """PEFT's LoRA; r = 64 on all linear layers, without a scale, unless the options say otherwise."""
+    defaults: dict[str, Any] = {"r": 64, "target_modules": ALL_LINEAR, "lora_alpha": None}
+    options = defaults | options
+    check_low_rank(options["r"], options["lora_alpha"], options.get("lora_dropout", 0.0))
+    if options["target_modules"] is None:
+        raise InputError(f"target_modules: got null, want {ALL_LINEAR!r} or names of linear layers")
+    check_targets(options["target_modules"], options.get("layers_to_transform"))
+    if options["lora_alpha"] is None:
+        options["lora_alpha"] = options["r"]
+    return LoraConfig(**options)
