@@ -123,6 +123,9 @@ def backward(
 
     if x.num_experts:
         d_logits = _route_backward(x, saved, d_probs, grad_load, grad_router_prob)
+        if grad_out is None and x.token_mask is not None:
+            # chosen, not multiplied by 0: a token that doesn't count may hold NaN
+            d_logits, hidden = (rows.where(x.token_mask[:, None], 0) for rows in (d_logits, hidden))
         if need["router_bias"]:
             grads["router_bias"] = d_logits.sum(0)
         if need["router_weight"]:

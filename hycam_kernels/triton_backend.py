@@ -181,7 +181,7 @@ def run_backward(
 ) -> list[Tensor]:
     """`backward` by a given launcher."""
     from .kernels.fusion_backward import FusionBackward
-    from .kernels.router import route_backward
+    from .kernels.router import route_backward, router_weight_grad
 
     x = _dense_weights(x)
     need = dict(zip(DIFFERENTIABLE, needs, strict=True))
@@ -224,10 +224,9 @@ def run_backward(
         d_logits = route_backward(launch, x, saved.probs, saved.logits, partial_d_probs, grad_load, grad_router_prob)
         if need["router_bias"]:
             grads["router_bias"] = d_logits.sum(0)
-        d_logits = d_logits.to(x.compute_dtype)
-        products.append((d_logits, x.router_weight.to(x.compute_dtype)))
         if need["router_weight"]:
-            grads["router_weight"] = d_logits.T @ hidden
+            grads["router_weight"] = router_weight_grad(launch, x, d_logits, hidden)
+        products.append((d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype)))
     if need["hidden"]:
         grads["hidden"] = _sum_of_products(products)
 

@@ -185,8 +185,12 @@ def test_a_token_that_does_not_count_may_be_nan():
     arguments = Case(leading=(4,)).make(torch.float32)
     arguments["hidden"].data[2] = float("nan")
     arguments["token_mask"] = torch.tensor([True, True, False, True])
-    assert hycam_modulation(**arguments).load.isfinite().all()
     assert modulation_reference(**arguments).load.isfinite().all()
+    out = hycam_modulation(**arguments)
+    assert out.load.isfinite().all()
+    wanted = [arguments[name] for name in ("hidden", "router_weight", "lora_a", "shared_weight")]
+    for gradient in torch.autograd.grad(out.balance_loss, wanted):
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("hard", [False, True])

@@ -168,6 +168,15 @@ def test_mask_that_counts_no_token(device):
     assert got["hidden_states"].isfinite().all()
 
 
+def test_a_token_that_does_not_count_may_be_nan(device):
+    arguments = moved(CASES["many-experts"].make(torch.float32), device)
+    want = decoded(arguments, device)
+    arguments["hidden"][~arguments["token_mask"]] = float("nan")
+    got = decoded(arguments, device)
+    for name in ("load", "router_prob", "balance_loss"):
+        assert torch.equal(got[name], want[name]), name
+
+
 def test_two_launches_at_most_and_nothing_read_by_the_host(device, launched, monkeypatch):
     arguments = moved(CASES["released"].make(torch.bfloat16), device) | {"seed": torch.tensor(3, device=device)}
     with torch.no_grad():

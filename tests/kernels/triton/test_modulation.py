@@ -126,6 +126,34 @@ def test_balance_loss_alone(hard, device):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
+def test_balance_gradient_survives_float16(device):
+    """A token's share of it is below float16's smallest number."""
+    arguments = Case((4096,), 8, 3, 2).make(torch.float16, torch.float32)
+    arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    weight = arguments["router_weight"].requires_grad_()
+    (got,) = torch.autograd.grad(hycam_modulation(**arguments, backend="triton").balance_loss / 320, weight)
+    (want,) = torch.autograd.grad(modulation_reference(**arguments).balance_loss / 320, weight)
+    torch.testing.assert_close(got, want, rtol=0.01, atol=0.01 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_token_that_does_not_count_may_be_nan(hard, device):
+    """Load, balance loss and their gradients are those of the other tokens."""
+    case = Case((130,), 80, 3, 16, masked=True, options={"seed": 3, "hard": hard})
+
+    def results(spoilt: bool) -> list[Tensor]:
+        arguments = case.make(torch.float32)
+        arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        if spoilt:
+            arguments["hidden"][~arguments["token_mask"]] = float("nan")
+        wanted = [arguments[name].requires_grad_() for name in ("hidden", "router_weight", "lora_a", "shared_weight")]
+        out = hycam_modulation(**arguments, backend="triton")
+        return [*out[1:], *torch.autograd.grad(out.balance_loss + (out.load * torch.arange(3)).sum(), wanted)]
+
+    for got, want in zip(results(spoilt=True), results(spoilt=False), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("skipped", ["hidden", "attn_output", "residual", "shared_weight", "lora_a", "lora_b"])
 def test_gradients_do_not_depend_on_which_are_asked_for(skipped, device):
     case = dataclasses.replace(CASES["released"], leading=(9,))

@@ -100,6 +100,29 @@ FAULTS = {
     "router backward: one partial sum": (ROUTER, "for _ in range(partials):", "for _ in range(1):"),
     "router backward: tau dropped": (ROUTER, "tl.sum(d_p * p, 1)[:, None]) / tau", "tl.sum(d_p * p, 1)[:, None])"),
     "router backward: q's term dropped": (ROUTER, "d_logit += q * (", "q * ("),
+    "router backward: a token that doesn't count": (ROUTER, "tl.where(counted, d_logit, 0.0)", "d_logit"),
+    "router weight grad: rounded": (
+        BACKEND,
+        "router_weight_grad(launch, x, d_logits,",
+        "router_weight_grad(launch, x, d_logits.to(x.compute_dtype),",
+    ),
+    "router weight grad: tokens of the next split": (ROUTER, "rows < end)[:, None]", "rows < end + 1)[:, None]"),
+    "router weight grad: split end ignored": (ROUTER, "tl.minimum((split + 1) * tokens_per_split, tokens)", "tokens"),
+    "router weight grad: rows without a gradient read": (
+        ROUTER,
+        "mask=has_gradient[:, None] & col_mask",
+        "mask=(rows < end)[:, None] & col_mask",
+    ),
+    "router weight grad: column past the last": (
+        ROUTER,
+        "col_mask = (cols < d)[None, :]",
+        "col_mask = (cols <= d)[None, :]",
+    ),
+    "decode: a token that doesn't count": (
+        DECODE,
+        "tl.sum(tl.where(counted[:, None], used, 0.0), 0)",
+        "tl.sum(tl.where(counted, 1.0, 0.0)[:, None] * used, 0)",
+    ),
     "decode: last split dropped": (DECODE, "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
     "decode: products of a wider type": (
         DECODE,
@@ -114,7 +137,7 @@ FAULTS = {
     "decode: temperature dropped": (DECODE, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
     "decode: explicit noise dropped": (DECODE, "noisy += tl.load(gumbel", "tl.load(gumbel"),
     "decode: token mask ignored": (DECODE, "counted = tl.load(token_mask", "tl.load(token_mask"),
-    "decode: load of the soft p": (DECODE, "counted[:, None] * used, 0)", "counted[:, None] * p, 0)"),
+    "decode: load of the soft p": (DECODE, "counted[:, None], used, 0.0)", "counted[:, None], p, 0.0)"),
     "decode: balance of load alone": (DECODE, "tl.sum(mean_p * mean_q, 0)", "tl.sum(mean_p, 0)"),
     "decode: output of the soft p": (DECODE, "== expert, used, 0.0)", "== expert, p, 0.0)"),
     "decode: A's bias dropped": (DECODE, "u += tl.load(lora_a_bias", "tl.load(lora_a_bias"),
