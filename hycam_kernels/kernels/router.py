@@ -56,6 +56,7 @@ def router_kernel(
     NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, HARD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Without hidden the logits are read, else written."""
     block = tl.program_id(0)
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, PADDED_EXPERTS)
@@ -63,28 +64,29 @@ def router_kernel(
     expert_mask = experts < NUM_EXPERTS
     mask = row_mask[:, None] & expert_mask[None, :]
 
-    logit = tl.zeros((BLOCK_T, PADDED_EXPERTS), tl.float32)
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * stride_hidden
-    weight_rows = weight + experts.to(tl.int64)[:, None] * stride_weight
-    for start in range(0, d, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        col_mask = (cols < d)[None, :]
-        h = tl.load(hidden_rows + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
-        w = tl.load(weight_rows + cols[None, :], mask=expert_mask[:, None] & col_mask, other=0.0)
-        logit = tl.dot(h, tl.trans(w), logit, input_precision="ieee")
-    if bias is not None:
-        logit += tl.load(bias + experts, mask=expert_mask, other=0.0).to(tl.float32)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
+    if hidden is None:
+        logit = tl.load(logits + offsets, mask=mask, other=0.0)
+    else:
+        logit = tl.zeros((BLOCK_T, PADDED_EXPERTS), tl.float32)
+        hidden_rows = hidden + rows.to(tl.int64)[:, None] * stride_hidden
+        weight_rows = weight + experts.to(tl.int64)[:, None] * stride_weight
+        for start in range(0, d, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            col_mask = (cols < d)[None, :]
+            h = tl.load(hidden_rows + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
+            w = tl.load(weight_rows + cols[None, :], mask=expert_mask[:, None] & col_mask, other=0.0)
+            logit = tl.dot(h, tl.trans(w), logit, input_precision="ieee")
+        if bias is not None:
+            logit += tl.load(bias + experts, mask=expert_mask, other=0.0).to(tl.float32)[None, :]
+        tl.store(logits + offsets, logit, mask=mask)
 
     noisy = logit
     if gumbel is not None:
-        offsets = rows.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
         noisy += tl.load(gumbel + offsets, mask=mask, other=0.0).to(tl.float32)
     if seed is not None:
         noisy += gumbel_noise(seed, rows, experts, NUM_EXPERTS)
     p = softmax_rows(noisy / tau, expert_mask[None, :])
-
-    offsets = rows.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
-    tl.store(logits + offsets, logit, mask=mask)
     tl.store(probs + offsets, p, mask=mask)
 
     used = p
@@ -199,17 +201,22 @@ def router_weight_grad_kernel(
 
 
 def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [T, E], soft p [T, E], load [E] and router_prob [E], float32; hidden [T, d] in the compute dtype."""
+    """logits [T, E], soft p [T, E], load [E] and router_prob [E], float32; hidden [T, d] in the compute dtype.
+
+    Logits that were given are returned as they are.
+    """
     tokens, d = hidden.shape
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    logits, probs = empty(tokens, x.num_experts), empty(tokens, x.num_experts)
+    logits = empty(tokens, x.num_experts) if x.given_logits is None else x.given_logits
+    probs = empty(tokens, x.num_experts)
     load, router_prob = empty(x.num_experts), empty(x.num_experts)
-    if x.router_weight is None:
+    if not x.num_experts:
         return logits, probs, load, router_prob
-    weight = x.router_weight.to(x.compute_dtype)
+    weight = None if x.router_weight is None else x.router_weight.to(x.compute_dtype)
+    factor = None if weight is None else hidden
     sizes = {"NUM_EXPERTS": x.num_experts, "PADDED_EXPERTS": padded_experts(x.num_experts)}
     config = launch.config("router", x)
     blocks = triton.cdiv(tokens, config["BLOCK_T"])
@@ -218,7 +225,7 @@ def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor
         router_kernel,
         (blocks,),
         config,
-        hidden=hidden,
+        hidden=factor,
         weight=weight,
         bias=x.router_bias,
         gumbel=None if x.gumbel is None else x.gumbel.contiguous(),
@@ -229,7 +236,7 @@ def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor
         partial_sums=partial_sums,
         tokens=tokens,
         d=d,
-        stride_hidden=row_stride(hidden),
+        stride_hidden=row_stride(factor),
         stride_weight=row_stride(weight),
         tau=x.tau,
         HARD=x.hard,

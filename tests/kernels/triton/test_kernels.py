@@ -282,7 +282,7 @@ def test_every_table_takes_every_call(family):
     for dtype, tokens, rank in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 10**6), (1, 256)):
         x = _prepare(**Case((1,), 16, 1, 1).make(dtype))
         x = x._replace(hidden=torch.empty(tokens, 1, dtype=dtype, device="meta"))
-        x = x._replace(lora_a=torch.empty(16, rank, 1, dtype=dtype, device="meta"))
+        x = x._replace(lora_b=torch.empty(16, 1, rank, dtype=dtype, device="meta"))
         for kernel in table:
             if kernel in OPTIONAL and not launcher.takes(kernel, x):
                 continue

@@ -10,7 +10,7 @@ from torch import Tensor
 from hycam_kernels import gumbel_noise, hycam_modulation, torch_backend, triton_backend
 from hycam_kernels.modulation import _prepare
 from hycam_kernels.reference import modulation_reference
-from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, run
+from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, packed, run
 from tests.kernels.triton.fused import CASES, assert_touches_only_its_own_memory, run_fused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,7 +48,7 @@ def test_equals_the_torch_backend(name, device):
         assert row < 2e-4, (result, row)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "shared-only", "experts-only"])
+@pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "experts-only"])
 def test_recomputation_changes_no_bit(name, device):
     arguments = dataclasses.replace(CASES[name], leading=(33,)).make(torch.bfloat16)
     want = run_fused(arguments, device)
@@ -57,12 +57,12 @@ def test_recomputation_changes_no_bit(name, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["paper", "many-experts", "rank-over-a-block", "released", "shared-only"])
+@pytest.mark.parametrize("name", ["paper", "many-experts", "rank-over-a-block", "released", "projected", "shared-only"])
 def test_touches_no_memory_but_its_own(name, dtype, device):
     assert_touches_only_its_own_memory(dataclasses.replace(CASES[name], leading=(70,)), dtype, device)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "shared-only"])
+@pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only"])
 def test_bit_equal_from_run_to_run(name, device):
     arguments = CASES[name].make(torch.bfloat16)
     first = run_fused(arguments, device)
@@ -285,7 +285,7 @@ def test_kept_for_backward(recompute, device):
     assert sum(kept.values()) / (T * d * 2) <= (0.1 if recompute else 1 + E * r / d + 0.02)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "shared-only", "no-branch"])
+@pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "no-branch"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_opcheck(name, keep, device):
     case = dataclasses.replace(CASES[name], leading=(5,))
@@ -294,7 +294,7 @@ def test_opcheck(name, keep, device):
         if isinstance(value, Tensor) and value.is_floating_point():
             value.requires_grad_()
     torch.library.opcheck(
-        torch.ops.hycam.modulation.default, tuple(_prepare(**arguments, recompute=not keep, backend="triton"))
+        torch.ops.hycam.modulation.default, tuple(_prepare(**packed(arguments), recompute=not keep, backend="triton"))
     )
 
 
@@ -321,7 +321,7 @@ def test_forward_shares_the_torch_backends_contract(device):
         arguments = case.make(torch.bfloat16)
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
         for recompute in (False, True):
-            x = _prepare(**arguments, recompute=recompute, backend="triton")
+            x = _prepare(**packed(arguments), recompute=recompute, backend="triton")
             saved = [backend.forward(x)[3] for backend in (triton_backend, torch_backend)]
             for a, b in zip(*saved, strict=True):
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), (name, recompute)
