@@ -178,6 +178,11 @@ FAULTS = {
         "first + rows_per_program, tokens)",
         "first + rows_per_program + 1, tokens)",
     ),
+    "norm backward: the logits' gradient rounded": (
+        NORM_BACKEND,
+        "router_weight_grad(launch, x, grad_logits,",
+        "router_weight_grad(launch, x, grad_logits.to(x.compute_dtype),",
+    ),
     "norm backward: V's gradient dropped": (NORM_BACKEND, "d_rows[:, :low_rank] = grad_v", "pass"),
 }
 # what runs for a file's faults: tests in guarded memory first, since elsewhere a stray write may end the process
