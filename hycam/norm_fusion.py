@@ -27,8 +27,9 @@ class NormFusion:
     def __init__(self, norm: nn.Module, kind: str, layer: "HyCAMAttention") -> None:
         self.norm, self.kind, self.layer = norm, kind, layer
         self.eps = _epsilon(norm)
+        # perhaps another package's, such as accelerate's, which loads the weights first
         self.own_forward = norm.forward
-        self._replaced: dict[str, Any] = {key: norm.__dict__[key] for key in ("forward",) if key in norm.__dict__}
+        self._replaced = norm.__dict__.get("forward")
         norm.__dict__["forward"] = self.forward
 
     def forward(self, hidden_in: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class NormFusion:
         """Give the norm its own forward back, unless another has taken this one's place."""
         if self.norm.__dict__.get("forward") == self.forward:
             del self.norm.__dict__["forward"]
-            self.norm.__dict__.update(self._replaced)
+            if self._replaced is not None:
+                self.norm.__dict__["forward"] = self._replaced
 
 
 def fusible_norms(decoder_layer: nn.Module, model_type: str | None) -> tuple[list[nn.Module], str]:

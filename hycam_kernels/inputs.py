@@ -27,10 +27,8 @@ class ModulationInputs(NamedTuple):
     router_bias: Tensor | None  # [E]
     expert_weight: Tensor | None  # [E, d, d]
     residual: Tensor | None  # [T, d]
-    given_v: Tensor | None  # [T, E * r] in the compute dtype, and
-    given_logits: (
-        Tensor | None
-    )  # [T, E] in the sum dtype, both contiguous: in place of lora_a, lora_n and router_weight
+    given_v: Tensor | None  # [T, E * r] contiguous, in the compute dtype, in place of lora_a and lora_n, and
+    given_logits: Tensor | None  # [T, E] contiguous, in the sum dtype, in place of router_weight
     gumbel: Tensor | None  # [T, E]
     seed: Tensor | None  # 0-d int64, on any device
     token_mask: Tensor | None  # [T] bool

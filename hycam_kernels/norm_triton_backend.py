@@ -74,7 +74,7 @@ def run_backward(
 ) -> list[Tensor]:
     """`backward` by a given launcher."""
     from .kernels.norm_projection import norm_backward
-    from .kernels.router import router_weight_grad
+    from .kernels.router_weight_grad import router_weight_grad
 
     need = dict(zip(NORM_DIFFERENTIABLE, needs, strict=True))
     grads: dict[str, Tensor] = {}

@@ -183,7 +183,8 @@ def run_backward(
 ) -> list[Tensor]:
     """`backward` by a given launcher."""
     from .kernels.fusion_backward import FusionBackward
-    from .kernels.router import route_backward, router_weight_grad
+    from .kernels.router import route_backward
+    from .kernels.router_weight_grad import router_weight_grad
 
     x = _dense_weights(x)
     need = dict(zip(DIFFERENTIABLE, needs, strict=True))

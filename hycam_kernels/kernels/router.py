@@ -13,12 +13,9 @@ Backward, for the gradients of p (partial sums over column blocks), load and rou
 .. math::
     \bar p_t = \sum_j \bar p_{jt} + \tfrac{m_t}{n} \overline{\mathrm{load}},\quad
     \bar\ell = \tfrac1\tau\, p \odot (\bar p - \langle \bar p, p\rangle)
-        + q \odot (\bar q - \langle \bar q, q\rangle),\quad \bar q_t = \tfrac{m_t}{n} \overline{\mathrm{router\_prob}},
-    \quad \bar W_r = \bar\ell^T h
+        + q \odot (\bar q - \langle \bar q, q\rangle),\quad \bar q_t = \tfrac{m_t}{n} \overline{\mathrm{router\_prob}}
 
-The last is a kernel of its own: a library product would round the logits' gradient to h's dtype, and a token's share of
-the balance loss is below float16's smallest number. What m leaves out may hold NaN: it is chosen away, not multiplied
-by 0.
+What m leaves out may hold NaN: it is chosen away, not multiplied by 0.
 """
 # ruff: noqa: N803 (compile-time constants are in capitals)
 
@@ -28,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import ModulationInputs, NormProjectInputs
+from ..inputs import ModulationInputs
 from .cost import Cost
-from .launch import Launcher, add_parts, padded_experts, row_stride, split_length
+from .launch import Launcher, padded_experts, row_stride
 
 
 @triton.jit
@@ -170,36 +167,6 @@ def router_backward_kernel(
     tl.store(d_logits + offsets, d_logit, mask=mask)
 
 
-@triton.jit
-def router_weight_grad_kernel(
-    hidden, d_logits, partial_d_weight,
-    tokens, d, tokens_per_split, stride_hidden,
-    NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1)
-    experts = tl.arange(0, PADDED_EXPERTS)
-    col_mask = (cols < d)[None, :]
-    expert_mask = experts < NUM_EXPERTS
-    end = tl.minimum((split + 1) * tokens_per_split, tokens)
-
-    d_weight = tl.zeros((PADDED_EXPERTS, BLOCK_D), tl.float32)
-    for start in range(split * tokens_per_split, end, BLOCK_T):
-        rows = start + tl.arange(0, BLOCK_T)
-        wide_rows = rows.to(tl.int64)[:, None]
-        mask = (rows < end)[:, None] & expert_mask[None, :]
-        d_logit = tl.load(d_logits + wide_rows * NUM_EXPERTS + experts[None, :], mask=mask, other=0.0)
-        # a token without a gradient isn't read: it may hold NaN
-        has_gradient = tl.sum((d_logit != 0).to(tl.int32), 1) > 0
-        h = tl.load(
-            hidden + wide_rows * stride_hidden + cols[None, :], mask=has_gradient[:, None] & col_mask, other=0.0
-        )
-        d_weight = tl.dot(tl.trans(d_logit), h.to(tl.float32), d_weight, input_precision=PRECISION)
-    partial = partial_d_weight + (split * NUM_EXPERTS + experts).to(tl.int64)[:, None] * d + cols[None, :]
-    tl.store(partial, d_weight, mask=expert_mask[:, None] & col_mask)
-
-
 def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [T, E], soft p [T, E], load [E] and router_prob [E], float32; hidden [T, d] in the compute dtype.
 
@@ -290,36 +257,6 @@ def route_backward(
     return d_logits
 
 
-def router_weight_grad(
-    launch: Launcher, x: ModulationInputs | NormProjectInputs, d_logits: Tensor, hidden: Tensor
-) -> Tensor:
-    """Gradient of W_r, [E, d] in float32, from that of the logits [T, E] and h [T, d] in the compute dtype.
-
-    In float32 up to the last bits: 16-bit h is exact in tf32, the logits' gradient in the sum of two tf32 numbers.
-    """
-    tokens, d = hidden.shape
-    config = launch.config("router_weight_grad", x)
-    tokens_per_split, splits = split_length(tokens, config.pop("SPLITS"), config["BLOCK_T"])
-    partial_d_weight = torch.empty(splits, x.num_experts, d, dtype=torch.float32, device=hidden.device)
-    as_tf32 = launch.has_tf32 and x.compute_dtype != torch.float32
-    launch(
-        router_weight_grad_kernel,
-        (triton.cdiv(d, config["BLOCK_D"]), splits),
-        config,
-        hidden=hidden,
-        d_logits=d_logits.to(torch.float32).contiguous(),
-        partial_d_weight=partial_d_weight,
-        tokens=tokens,
-        d=d,
-        tokens_per_split=tokens_per_split,
-        stride_hidden=row_stride(hidden),
-        NUM_EXPERTS=x.num_experts,
-        PADDED_EXPERTS=padded_experts(x.num_experts),
-        PRECISION="tf32x3" if as_tf32 else launch.arithmetic(x)["PRECISION"],
-    )
-    return add_parts(partial_d_weight)
-
-
 def device_seed(x: ModulationInputs) -> Tensor | None:
     """The seed where a kernel can read it. A CPU seed is filled in, not copied: a copy can't join a CUDA graph."""
     if x.seed is None or x.seed.device == x.hidden.device:
@@ -371,8 +308,3 @@ def route_cost(tokens: int, d: int, num_experts: int, *, itemsize=2) -> Cost:
 def route_backward_cost(tokens: int, num_experts: int, partials: int) -> Cost:
     """Reads the partial gradients, p and logits, writes the logits' gradient."""
     return Cost(4 * tokens * num_experts * (partials + 3), 0)
-
-
-def router_weight_grad_cost(tokens: int, d: int, num_experts: int, *, itemsize=2) -> Cost:
-    """Reads h and the logits' gradient once, writes W_r's in float32; a product of T d E."""
-    return Cost(itemsize * tokens * d + 4 * num_experts * (tokens + d), 2 * tokens * d * num_experts)

@@ -13,7 +13,7 @@ from hycam_kernels.modulation import _prepare
 from tests.kernels.cases import Case
 
 fusion_forward = pytest.importorskip("hycam_kernels.kernels.fusion_forward")
-from hycam_kernels.kernels import fusion_backward, product_forward, router  # noqa: E402
+from hycam_kernels.kernels import fusion_backward, product_forward, router, router_weight_grad  # noqa: E402
 from hycam_kernels.kernels.launch import Launcher  # noqa: E402
 from hycam_kernels.kernels.tables import OPTIONAL, drop_limits, families, load_table  # noqa: E402
 
@@ -214,7 +214,7 @@ def test_router_weight_grad(name, dtype, launch, device):
     want = d_logits.double().T @ x.hidden.double()
     hidden = x.hidden.clone()
     hidden[5] = float("nan")
-    got = router.router_weight_grad(launch, x, d_logits, hidden)
+    got = router_weight_grad.router_weight_grad(launch, x, d_logits, hidden)
     assert got.dtype == torch.float32
     assert_near(got, want, torch.float32)
 
@@ -271,8 +271,8 @@ def test_costs_count_every_tensor_once(residual, device):
     assert launch.bytes["token_mean_kernel"] == sums - 2 * E * 4
     router.route_backward(launch, at.x, at.probs, at.logits, at.probs[None], None, None)
     assert launch.bytes["router_backward_kernel"] == router.route_backward_cost(T, E, 1).bytes
-    router.router_weight_grad(launch, at.x, at.logits, at.x.hidden)
-    assert launch.bytes["router_weight_grad_kernel"] == router.router_weight_grad_cost(T, d, E).bytes
+    router_weight_grad.router_weight_grad(launch, at.x, at.logits, at.x.hidden)
+    assert launch.bytes["router_weight_grad_kernel"] == router_weight_grad.router_weight_grad_cost(T, d, E).bytes
 
 
 @pytest.mark.parametrize("family", [*families(), "interpreter"])

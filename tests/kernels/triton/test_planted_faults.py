@@ -13,6 +13,7 @@ FORWARD, PRODUCT, BACKWARD, ROUTER, SHARED = (
     f"hycam_kernels/kernels/{name}.py"
     for name in ("fusion_forward", "product_forward", "fusion_backward_kernels", "router", "primitives")
 )
+ROUTER_WEIGHT = "hycam_kernels/kernels/router_weight_grad.py"
 DECODE, NORM = (f"hycam_kernels/kernels/{name}.py" for name in ("decode", "norm_projection"))
 BACKEND, NORM_BACKEND = "hycam_kernels/triton_backend.py", "hycam_kernels/norm_triton_backend.py"
 # what a planted fault breaks: (file, the code, the fault)
@@ -113,15 +114,19 @@ FAULTS = {
         "router_weight_grad(launch, x, d_logits,",
         "router_weight_grad(launch, x, d_logits.to(x.compute_dtype),",
     ),
-    "router weight grad: tokens of the next split": (ROUTER, "rows < end)[:, None]", "rows < end + 1)[:, None]"),
-    "router weight grad: split end ignored": (ROUTER, "tl.minimum((split + 1) * tokens_per_split, tokens)", "tokens"),
+    "router weight grad: tokens of the next split": (ROUTER_WEIGHT, "rows < end)[:, None]", "rows < end + 1)[:, None]"),
+    "router weight grad: split end ignored": (
+        ROUTER_WEIGHT,
+        "tl.minimum((split + 1) * tokens_per_split, tokens)",
+        "tokens",
+    ),
     "router weight grad: rows without a gradient read": (
-        ROUTER,
+        ROUTER_WEIGHT,
         "mask=has_gradient[:, None] & col_mask",
         "mask=(rows < end)[:, None] & col_mask",
     ),
     "router weight grad: column past the last": (
-        ROUTER,
+        ROUTER_WEIGHT,
         "col_mask = (cols < d)[None, :]",
         "col_mask = (cols <= d)[None, :]",
     ),
