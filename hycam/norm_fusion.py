@@ -36,9 +36,11 @@ class NormFusion:
         adapter_name = self.layer.fused_adapter()
         if adapter_name is None:
             return self.own_forward(hidden_in)
+        # fetched anew: sharded training swaps them between forwards
+        weight: Any = self.norm.weight
         bias = getattr(self.norm, "bias", None)
         hidden, self.layer.projections = self.layer.project(
-            adapter_name, hidden_in, self.norm.weight, norm_bias=bias, eps=self.eps, kind=self.kind
+            adapter_name, hidden_in, weight, norm_bias=bias, eps=self.eps, kind=self.kind
         )
         return hidden
 
