@@ -16,6 +16,9 @@ class Architecture:
         input_norm: name of the norm whose input is the residual stream that the attention's output is added to; None
             where there is no such norm.
         norms: the norms that `train_norms` trains.
+        norm_kind: what `input_norm` is, as `norm_project` names it: "rms" (normalised, rounded, times the weight) or
+            "layer".
+        norm_obstacle: why the norm before the attention can't be fused with the projections; None: it can.
         obstacle: what the layer does to the attention's output before it adds it to the residual stream; None: it
             just adds.
         is_default: whether `attention` is the target where the user names none.
@@ -24,6 +27,8 @@ class Architecture:
     attention: str = "self_attn"
     input_norm: str | None = "input_layernorm"
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norm_kind: str = "rms"
+    norm_obstacle: str | None = None
     obstacle: str | None = None
     is_default: bool = True
 
@@ -35,18 +40,25 @@ ARCHITECTURES = {
     "qwen3": Architecture(),
     "phi3": Architecture(obstacle="puts dropout between the attention's output and the residual addition"),
     "granite": Architecture(obstacle="multiplies the attention's output by residual_multiplier before it adds it"),
-    "gemma2": Architecture(obstacle="puts a norm between the attention's output and the residual addition"),
+    "gemma2": Architecture(
+        norm_obstacle="its norm multiplies by 1 + weight",
+        obstacle="puts a norm between the attention's output and the residual addition",
+    ),
     "olmo2": Architecture(
         input_norm=None,
         norms=("post_attention_layernorm",),
+        norm_obstacle="its attention receives the residual stream without a norm",
         obstacle="puts a norm between the attention's output and the residual addition",
     ),
     "gpt_neox": Architecture(
         attention="attention",
+        norm_kind="layer",
         obstacle="puts dropout between the attention's output and the residual addition",
         is_default=False,
     ),
-    "gpt2": Architecture(attention="attn", input_norm="ln_1", norms=("ln_1", "ln_2"), is_default=False),
+    "gpt2": Architecture(
+        attention="attn", input_norm="ln_1", norms=("ln_1", "ln_2"), norm_kind="layer", is_default=False
+    ),
 }
 
 
@@ -78,6 +90,20 @@ def residual_norm(model_type: str | None) -> str:
             f"{known.obstacle}"
         )
     return known.input_norm
+
+
+def fusible_norm(model_type: str | None) -> tuple[str, str]:
+    """Name and kind of the norm inside a decoder layer whose output is the attention's h.
+
+    Raises:
+        InputError: where there is no such norm, it isn't one that `norm_project` computes, or HyCAM doesn't know it.
+    """
+    known = ARCHITECTURES.get(model_type or "")
+    if known is None or known.norm_obstacle is not None or known.input_norm is None:
+        fusible = ", ".join(name for name, a in ARCHITECTURES.items() if a.norm_obstacle is None)
+        reason = f"HyCAM knows the norms of {fusible} only" if known is None else known.norm_obstacle
+        raise InputError(f"fuse_norm: got True for model_type {model_type!r}, want False: {reason}")
+    return known.input_norm, known.norm_kind
 
 
 def trained_norms(model_type: str | None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hycam_kernels import HyCAMOutput, hycam_modulation
+from hycam_kernels import HyCAMOutput, hycam_modulation, norm_project
 
 from .architectures import hidden_size_of
 from .balance import CONTEXT_KEYWORD, ForwardContext, Routing
@@ -105,6 +105,8 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         self.binding: Binding | None = None
         self.layer_name = ""
         self.residual_tap: ResidualTap | None = None
+        # V and the router's logits of the fused adapter, from the norm before the attention to the next forward
+        self.projections: tuple[Tensor, Tensor] | None = None
         self._active_adapter = adapter_name
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -127,14 +129,17 @@ class HyCAMAttention(nn.Module, AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         context = kwargs.pop(CONTEXT_KEYWORD, None)
         residual = self.residual_tap.take() if self.residual_tap is not None else None
+        projections, self.projections = self.projections, None
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         attn_output = self._checked_output(output, hidden)
+        fused = self.fused_adapter()
         for adapter_name in self.active_adapters:
             if adapter_name in self.adapter_configs:
-                attn_output = self._adapt(adapter_name, hidden, attn_output, residual, context)
+                given = projections if adapter_name == fused else None
+                attn_output = self._adapt(adapter_name, hidden, attn_output, residual, context, given)
         return (attn_output, *output[1:])
 
     @torch.no_grad()
@@ -154,6 +159,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         attn_output: Tensor,
         residual: Tensor | None,
         context: ForwardContext | None,
+        projections: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         config = self.adapter_configs[adapter_name]
         if context is None:
@@ -163,6 +169,11 @@ class HyCAMAttention(nn.Module, AdapterLayer):
                 "modulation='residual': the norm before the attention did not run; after replacing norms, bind "
                 "the model again: hycam.bind(model)"
             )
+        if projections is None and adapter_name == self.fused_adapter():
+            raise RuntimeError(
+                "fuse_norm=True: the norm before the attention did not make its projections; after replacing norms, "
+                "bind the model again: hycam.bind(model)"
+            )
         token_mask = context.token_mask(hidden)
         out = self._modulate(
             adapter_name,
@@ -171,6 +182,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             residual=residual if config.modulation == "residual" else None,
             token_mask=token_mask,
             seed=self._noise_seed(config, hidden.device),
+            projections=projections,
         )
         if config.experts == "none":
             return out.hidden_states
@@ -187,8 +199,12 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         """The op with the adapter's parameters, fetched anew: sharded training swaps them between forwards."""
         config = self.adapter_configs[adapter_name]
         shared_weight, shared_bias = self._projection("hycam_shared", adapter_name)
-        router_weight, router_bias = self._projection("hycam_router", adapter_name)
-        weights = {name.removeprefix("hycam_"): getattr(self, name)(adapter_name) for name in STACKED_NAMES}
+        made = () if options.get("projections") is None else ("hycam_lora_a", "hycam_lora_n")
+        router_weight, router_bias = (None, None) if made else self._projection("hycam_router", adapter_name)
+        weights: dict[str, Any] = {
+            name.removeprefix("hycam_"): None if name in made else getattr(self, name)(adapter_name)
+            for name in STACKED_NAMES
+        }
         shared_a, shared_n, shared_b = (weights.pop(f"shared_lora_{factor}") for factor in "anb")
         if config.shared == "slora":
             with torch.autocast(hidden.device.type, enabled=False):
@@ -208,6 +224,28 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             **weights,
             **options,
         )
+
+    def fused_adapter(self) -> str | None:
+        """The adapter whose projections the norm makes: of the active ones the first with `fuse_norm`, in training.
+
+        Not in evaluation, where a few tokens at a time are bound by reading the weights: the op's decoding kernels read
+        each once, in two launches, and take no projections.
+        """
+        if not self.training or self.disable_adapters:
+            return None
+        names = (name for name in self.active_adapters if name in self.adapter_configs)
+        return next((name for name in names if self.adapter_configs[name].fuse_norm), None)
+
+    def project(
+        self, adapter_name: str, hidden_in: Tensor, norm_weight: Tensor, **options: Any
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """h [..., d] of the decoder layer's input, and V [..., E, r] and logits [..., E] by the adapter."""
+        router_weight, _ = self._projection("hycam_router", adapter_name)
+        assert router_weight is not None
+        weights = self.hycam_lora_a(adapter_name), self.hycam_lora_n(adapter_name), router_weight
+        backend = self.adapter_configs[adapter_name].backend
+        hidden, v, logits = norm_project(hidden_in, norm_weight, *weights, backend=backend, **options)
+        return hidden, (v, logits)
 
     def _projection(self, name: str, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
         modules = getattr(self, name)
@@ -229,6 +267,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             (config.balance_scope == "model" and config.experts != "none", "balance_scope='model'"),
             (config.modulation == "residual", "modulation='residual'"),
             (config.train_norms, "train_norms=True"),
+            (config.fuse_norm, "fuse_norm=True"),
         ):
             if is_needed:
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The hooks that connect a model's call with its HyCAM layers: padding mask, loss scale, residual stream."""
+"""The hooks that connect a model's call with its HyCAM layers: padding mask, loss scale, residual stream, norms."""
 
 import inspect
 import warnings
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .architectures import model_type_of, residual_norm, trained_norms
 from .attention import HyCAMAttention, ResidualTap
 from .balance import CONTEXT_KEYWORD, ForwardContext
 from .errors import InputError
+from .norm_fusion import NormFusion, fusible_norms
 
 _ATTRIBUTE = "hycam_binding"
 
@@ -53,7 +55,7 @@ class Binding:
         )
         self._is_running = False
         self._told_no_loss = False
-        self._handles = [
+        self._handles: list[RemovableHandle | NormFusion] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
@@ -61,6 +63,11 @@ class Binding:
             layer.binding, layer.layer_name = self, name
             if any(config.modulation == "residual" for config in layer.adapter_configs.values()):
                 self._tap_residual(model, name, layer)
+            if any(config.fuse_norm for config in layer.adapter_configs.values()):
+                decoder_layer = model.get_submodule(name.rpartition(".")[0])
+                model_type = model_type_of(layer.base_layer) or model_type_of(model)
+                norms, kind = fusible_norms(decoder_layer, model_type)
+                self._handles += [NormFusion(norm, kind, layer) for norm in norms]
 
     def remove(self) -> None:
         """Take the hooks off the model and its layers."""
@@ -150,8 +157,8 @@ def bind(model: nn.Module, *, freeze: bool = True) -> nn.Module:
 
     From then on padding doesn't count in the routing (by the [batch, length] `attention_mask` that the model is called
     with; a mask of another form says nothing about padding), the balance loss follows the gradient that reaches the
-    model's loss, and `balance_scope="model"`, `modulation="residual"` and `train_norms` work. Adapters added through
-    PEFT are bound already.
+    model's loss, and `balance_scope="model"`, `modulation="residual"`, `train_norms` and `fuse_norm` work. Adapters
+    added through PEFT are bound already.
 
     Args:
         model: the model whose forward takes `attention_mask` and `labels`; changed in place.

@@ -71,7 +71,9 @@ class HyCAMConfig(PeftConfig):
             whose residual addition is plain).
         train_norms: also train the norms before attention and MLP; they are saved with the adapter.
         recompute: keep no intermediate products for the backward pass.
-        fuse_norm: reserved for the fused norm-projection kernel; True is refused.
+        fuse_norm: in training, run the norm before the attention as `hycam_kernels.norm_project`, which makes the
+            experts' projections and the router's logits in the same pass (known architectures; low-rank experts without
+            biases). It changes no parameter and no name: an adapter trained with it runs without it, and the reverse.
         layers_to_transform: the decoder layers, by index, that get the adapter; None: all.
         target_modules: names of the attention modules (a suffix, a list of suffixes, or one regular expression that
             matches whole names); None: the self-attention of the architectures that HyCAM knows.
@@ -149,11 +151,13 @@ class HyCAMConfig(PeftConfig):
             raise InputError(f"lora_alpha: got {self.lora_alpha!r}, want a finite number above 0, or none for no scale")
         if self.shared == "none" and self.experts == "none":
             raise InputError("experts: got 'none' together with shared='none', want at least one of the two")
-        if self.fuse_norm:
+        if self.fuse_norm and self.experts != "slora":
             raise InputError(
-                "fuse_norm: got True, want False: it needs the fused norm-projection kernel, which this version "
-                "doesn't carry"
+                f"fuse_norm: got True with experts={self.experts!r}, want False, or experts='slora', whose low-rank "
+                "projections the norm's pass makes"
             )
+        if self.fuse_norm and self.bias:
+            raise InputError("fuse_norm: got True with bias=True, want False, or bias=False: its projections have none")
         check_targets(self.target_modules, self.layers_to_transform)
 
 

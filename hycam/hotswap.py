@@ -13,6 +13,7 @@ from .errors import InputError
 _FREE_FIELDS = {
     "auto_mapping",
     "base_model_name_or_path",
+    "fuse_norm",
     "inference_mode",
     "peft_version",
     "revision",

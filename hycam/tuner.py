@@ -21,6 +21,7 @@ from .attention import HyCAMAttention
 from .binding import install, uninstall
 from .config import HyCAMConfig
 from .errors import InputError
+from .norm_fusion import fusible_norms
 from .peft_tuner import AdapterTuner
 
 
@@ -70,6 +71,9 @@ class HyCAMModel(AdapterTuner):
             _check_is_attention(name, module, peft_config)
             if peft_config.modulation == "residual":
                 residual_norm(model_type_of(module) or model_type_of(model))
+            if peft_config.fuse_norm:
+                decoder_layer = model.get_submodule(name.rpartition(".")[0])
+                fusible_norms(decoder_layer, model_type_of(module) or model_type_of(model))
         _check_layers_exist(peft_config, targets)
         if peft_config.train_norms:
             norms = {

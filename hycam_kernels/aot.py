@@ -146,6 +146,7 @@ def _training_calls() -> Iterator[ModulationInputs]:
     yield _call(8192, 64, torch.bfloat16, experts=16, keep=False)
     yield _call(2400, 0, torch.bfloat16, keep=False)
     yield _call(2400, 64, torch.float16, keep=False)
+    yield _call(2400, 64, torch.bfloat16, projected=True)
 
 
 def _decoding_calls() -> Iterator[ModulationInputs]:
@@ -171,22 +172,25 @@ def _call(
     shared=True,
     needs_grad=True,
     keep=True,
+    projected=False,
 ) -> ModulationInputs:
-    """A call on meta tensors; rank 0 leaves the experts out, ``released`` adds all that the released code does."""
+    """A call on meta tensors; rank 0 leaves the experts out, ``released`` adds all that the released code does,
+    ``projected`` gives V and the logits."""
 
     def tensor(*shape: int, given: bool = True) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device="meta") if given else None
 
     E, r = experts, rank
     expert_bias = released and rank > 0
+    projects = rank > 0 and not projected
     return ModulationInputs(
         hidden=torch.empty(tokens, d, dtype=dtype, device="meta"),
         attn_output=torch.empty(tokens, d, dtype=dtype, device="meta"),
         shared_weight=tensor(d, d, given=shared),
-        lora_a=tensor(E, r, d, given=rank > 0),
-        lora_n=tensor(E, r, r, given=rank > 0),
+        lora_a=tensor(E, r, d, given=projects),
+        lora_n=tensor(E, r, r, given=projects),
         lora_b=tensor(E, d, r, given=rank > 0),
-        router_weight=tensor(E, d, given=rank > 0),
+        router_weight=tensor(E, d, given=projects),
         shared_bias=tensor(d, given=released and shared),
         lora_a_bias=tensor(E, r, given=expert_bias),
         lora_n_bias=tensor(E, r, given=expert_bias),
@@ -194,6 +198,8 @@ def _call(
         router_bias=tensor(E, given=expert_bias),
         expert_weight=None,
         residual=tensor(tokens, d, given=released),
+        given_v=tensor(tokens, E * r, given=projected),
+        given_logits=torch.empty(tokens, E, device="meta") if projected else None,
         gumbel=None,
         seed=torch.empty((), dtype=torch.int64, device="meta") if rank else None,
         token_mask=torch.empty(tokens, dtype=torch.bool, device="meta") if released else None,

@@ -10,6 +10,7 @@ from .philox import check_seed
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "triton")
 NORM_KINDS = ("rms", "layer")
+_PROJECTED_BIASES = ("lora_a_bias", "lora_n_bias", "router_bias")
 # float32 holds logits up to 1e8 divided by it
 MIN_TAU = 1e-30
 
@@ -29,6 +30,22 @@ def check_arguments(tensors: dict[str, Tensor | None], **options) -> None:
     _check_shapes(tensors, options["token_mask"])
     _check_devices(tensors, options["token_mask"], options["seed"])
     _check_options(tensors, **options)
+
+
+def split_projections(projections: object) -> tuple[Tensor | None, Tensor | None]:
+    """V and the logits of the argument ``projections``; None and None where there is none."""
+    if projections is None:
+        return None, None
+    if not isinstance(projections, tuple | list) or len(projections) != 2:
+        raise TypeError(
+            "hycam_modulation: projections must be a pair of tensors, V [..., E, r] and logits [..., E], got "
+            f"{type(projections).__name__}"
+        )
+    v, logits = projections
+    for index, part in enumerate(projections):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"hycam_modulation: projections[{index}] must be a tensor, got {type(part).__name__}")
+    return v, logits
 
 
 def check_norm_arguments(tensors: dict[str, Tensor | None], *, eps: float, kind: str, backend: str) -> None:
@@ -101,8 +118,12 @@ def _check_presence(tensors: dict[str, Tensor | None]) -> None:
         return [name for name in names if tensors[name] is not None]
 
     low_rank = ("lora_a", "lora_n", "lora_b")
-    if given("expert_weight"):
-        wanted: tuple[str, ...] = ("expert_weight", "router_weight")
+    if given("projections[0]"):
+        wanted: tuple[str, ...] = ("projections[0]", "projections[1]", "lora_b")
+        unwanted = given("lora_a", "lora_n", "router_weight", *_PROJECTED_BIASES, "expert_weight")
+        why = "projections hold what lora_a, lora_n, router_weight and their biases make"
+    elif given("expert_weight"):
+        wanted = ("expert_weight", "router_weight")
         unwanted = given(*low_rank, "lora_a_bias", "lora_n_bias")
         why = "expert_weight holds full-rank experts in place of lora_a, lora_n and lora_b"
     elif given(*low_rank, "router_weight"):
@@ -129,8 +150,15 @@ def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) 
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hycam_modulation: hidden must be [..., d] with d >= 1, got shape {tuple(hidden.shape)}")
     leading, d = tuple(hidden.shape[:-1]), hidden.shape[-1]
-    router, lora_a = tensors["router_weight"], tensors["lora_a"]
+    router, lora_a, lora_b = tensors["router_weight"], tensors["lora_a"], tensors["lora_b"]
     num_experts = rank = 0
+    if tensors["projections[0]"] is not None:
+        assert lora_b is not None
+        if lora_b.ndim != 3 or 0 in lora_b.shape:
+            raise ValueError(
+                f"hycam_modulation: lora_b must be [E, d, r] with E >= 1 and r >= 1, got shape {tuple(lora_b.shape)}"
+            )
+        num_experts, _, rank = lora_b.shape
     if router is not None:
         if router.ndim != 2 or router.shape[0] == 0:
             raise ValueError(
@@ -156,6 +184,8 @@ def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) 
         "router_weight": (num_experts, d),
         "router_bias": (num_experts,),
         "expert_weight": (num_experts, d, d),
+        "projections[0]": (*leading, num_experts, rank),
+        "projections[1]": (*leading, num_experts),
     }
     for name, shape in wanted.items():
         tensor = tensors[name]
@@ -209,5 +239,5 @@ def _check_options(
     check_seed(seed, "hycam_modulation")
     if tensors["gumbel"] is not None:
         raise ValueError("hycam_modulation: gumbel and seed were both given; noise comes from one of them")
-    if tensors["router_weight"] is None:
+    if tensors["router_weight"] is None and tensors["projections[1]"] is None:
         raise ValueError("hycam_modulation: seed must be None: there are no experts, so there is no noise to draw")

@@ -27,6 +27,8 @@ class ModulationInputs(NamedTuple):
     router_bias: Tensor | None  # [E]
     expert_weight: Tensor | None  # [E, d, d]
     residual: Tensor | None  # [T, d]
+    given_v: Tensor | None  # [T, E * r] contiguous, in the compute dtype, in place of lora_a and lora_n, and
+    given_logits: Tensor | None  # [T, E] contiguous, in the sum dtype, in place of router_weight
     gumbel: Tensor | None  # [T, E]
     seed: Tensor | None  # 0-d int64, on any device
     token_mask: Tensor | None  # [T] bool
@@ -45,12 +47,14 @@ class ModulationInputs(NamedTuple):
 
     @property
     def num_experts(self) -> int:
+        if self.given_logits is not None:
+            return self.given_logits.shape[1]
         return 0 if self.router_weight is None else self.router_weight.shape[0]
 
     @property
     def rank(self) -> int:
         """r of the low-rank experts; 0 without them."""
-        return 0 if self.lora_a is None else self.lora_a.shape[1]
+        return 0 if self.lora_b is None else self.lora_b.shape[2]
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -66,13 +70,13 @@ class Saved(NamedTuple):
     """What the forward keeps for the backward beside its inputs; absent parts have 0 elements.
 
     ``s`` and ``v`` are in the compute dtype, ``probs`` (the soft p, also under hard routing) and ``logits`` in the sum
-    dtype.
+    dtype. V and logits that were given are kept as inputs.
     """
 
     s: Tensor  # [T, d]      h W_shared^T + bias, if kept
     v: Tensor  # [T, E * r]  h (N A)^T + N a + n, if kept
     probs: Tensor  # [T, E]
-    logits: Tensor  # [T, E]
+    logits: Tensor  # [T, E], if made
 
 
 class NormProjectInputs(NamedTuple):

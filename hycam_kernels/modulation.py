@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import torch_backend, triton_backend
-from .checks import check_arguments
+from .checks import check_arguments, split_projections
 from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
 from .output import HyCAMOutput
 from .philox import as_seed_tensor
@@ -43,6 +43,7 @@ def hycam_modulation(
     expert_weight: Tensor | None = None,
     recompute: bool = False,
     residual: Tensor | None = None,
+    projections: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> HyCAMOutput:
     r"""HyCAM's modulation of an attention output (CIKM 2025, equations 2-12).
@@ -80,6 +81,8 @@ def hycam_modulation(
         expert_weight: [E, d, d] full-rank experts in place of lora_a, lora_n and lora_b.
         recompute: keep neither S = h W_s^T nor V = h (N A)^T for the backward, and make them again there.
         residual: [..., d] h_in: ``h_out = h_att + (h_in + h_att) * A_fusion``.
+        projections: V [..., E, r] and logits [..., E] of h, as `norm_project` makes them, in place of lora_a, lora_n
+            and router_weight (and of their biases, which V and the logits would hold); differentiable in both.
         backend: "auto", "torch" or "triton"; see `explain_backend`.
 
     Returns:
@@ -102,7 +105,8 @@ def hycam_modulation(
         hidden, attn_output, shared_weight, lora_a, lora_n, lora_b, router_weight,
         tau=tau, gumbel=gumbel, seed=seed, hard=hard, token_mask=token_mask, scale=scale,
         shared_bias=shared_bias, lora_a_bias=lora_a_bias, lora_n_bias=lora_n_bias, lora_b_bias=lora_b_bias,
-        router_bias=router_bias, expert_weight=expert_weight, recompute=recompute, residual=residual, backend=backend,
+        router_bias=router_bias, expert_weight=expert_weight, recompute=recompute, residual=residual,
+        projections=projections, backend=backend,
     )  # fmt: skip
     if call.backend == "auto":
         call = call._replace(backend="torch" if _triton_refusal(call) else "triton")
@@ -137,11 +141,12 @@ def _prepare(
     hidden, attn_output, shared_weight, lora_a, lora_n, lora_b, router_weight, *,
     tau=0.5, gumbel=None, seed=None, hard=False, token_mask=None, scale=1.0,
     shared_bias=None, lora_a_bias=None, lora_n_bias=None, lora_b_bias=None, router_bias=None,
-    expert_weight=None, recompute=False, residual=None, backend="auto",
+    expert_weight=None, recompute=False, residual=None, projections=None, backend="auto",
 ) -> ModulationInputs:  # fmt: skip
     """Check the arguments of `hycam_modulation` and flatten the tokens."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError("hycam_modulation: transforms of torch.func are not supported; use torch.autograd")
+    v, logits = split_projections(projections)
     tensors = {
         "hidden": hidden,
         "attn_output": attn_output,
@@ -158,6 +163,8 @@ def _prepare(
         "expert_weight": expert_weight,
         "residual": residual,
         "gumbel": gumbel,
+        "projections[0]": v,
+        "projections[1]": logits,
     }
     check_arguments(tensors, tau=tau, seed=seed, scale=scale, token_mask=token_mask, backend=backend)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
@@ -166,14 +173,19 @@ def _prepare(
     tensors["attn_output"] = attn_output.reshape(-1, d)
     tensors["residual"] = None if residual is None else residual.reshape(-1, d)
     tensors["gumbel"] = None if gumbel is None else gumbel.detach().reshape(-1, gumbel.shape[-1])
+    dtype = compute_dtype(hidden.dtype, hidden.device)
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    del tensors["projections[0]"], tensors["projections[1]"]
     return ModulationInputs(
         **tensors,
+        given_v=None if v is None else v.reshape(-1, v.shape[-2] * v.shape[-1]).to(dtype).contiguous(),
+        given_logits=None if logits is None else logits.reshape(-1, logits.shape[-1]).to(sum_dtype).contiguous(),
         seed=None if seed is None else as_seed_tensor(seed),
         token_mask=None if token_mask is None else token_mask.reshape(-1),
         tau=float(tau),
         hard=bool(hard),
         scale=float(scale),
-        compute_dtype=compute_dtype(hidden.dtype, hidden.device),
+        compute_dtype=dtype,
         keep=needs_grad and not recompute,
         needs_grad=needs_grad,
         backend=backend,
@@ -254,7 +266,8 @@ def _modulation_fake(*args) -> tuple[Tensor, ...]:
         torch.empty_like(x.attn_output, memory_format=torch.contiguous_format),
         *(x.hidden.new_empty(x.num_experts, dtype=x.sum_dtype) for _ in range(2)),
         *(x.hidden.new_empty(shape, dtype=kept) for shape in (s, v)),
-        *(x.hidden.new_empty((tokens, x.num_experts), dtype=x.sum_dtype) for _ in range(2)),
+        x.hidden.new_empty((tokens, x.num_experts), dtype=x.sum_dtype),
+        x.hidden.new_empty((tokens, x.num_experts) if x.given_logits is None else (0,), dtype=x.sum_dtype),
     )
 
 

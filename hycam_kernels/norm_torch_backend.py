@@ -95,7 +95,8 @@ def projection_gradients(
         if need["lora_n"]:
             grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
     if grad_logits is not None and need["router_weight"]:
-        grads["router_weight"] = grad_logits.to(x.compute_dtype).T @ operand
+        # a token's share of the balance loss is below float16's smallest number
+        grads["router_weight"] = grad_logits.T @ operand.to(x.sum_dtype)
     return grads
 
 

@@ -74,6 +74,7 @@ def run_backward(
 ) -> list[Tensor]:
     """`backward` by a given launcher."""
     from .kernels.norm_projection import norm_backward
+    from .kernels.router_weight_grad import router_weight_grad
 
     need = dict(zip(NORM_DIFFERENTIABLE, needs, strict=True))
     grads: dict[str, Tensor] = {}
@@ -82,15 +83,13 @@ def run_backward(
         gradient = _hidden_gradient(x, grad_hidden, d_rows)
         if gradient is not None and gradient.shape[0]:
             grads |= norm_backward(launch, x, gradient, mean, rstd, need)
-    if d_rows is not None and (need["lora_a"] or need["lora_n"] or need["router_weight"]):
-        d_projection = d_rows.T @ hidden.to(x.compute_dtype)
-        low_rank = x.num_experts * x.rank
-        d_folded = d_projection[:low_rank].to(torch.float32).view_as(x.lora_a)
-        grads |= {
-            "lora_a": x.lora_n.to(torch.float32).mT @ d_folded,
-            "lora_n": d_folded @ x.lora_a.to(torch.float32).mT,
-            "router_weight": d_projection[low_rank : low_rank + x.num_experts],
-        }
+    operand = hidden.to(x.compute_dtype)
+    if grad_v is not None and (need["lora_a"] or need["lora_n"]):
+        d_folded = (grad_v.T @ operand).to(torch.float32).view_as(x.lora_a)
+        grads["lora_a"] = x.lora_n.to(torch.float32).mT @ d_folded
+        grads["lora_n"] = d_folded @ x.lora_a.to(torch.float32).mT
+    if grad_logits is not None and need["router_weight"]:
+        grads["router_weight"] = router_weight_grad(launch, x, grad_logits, operand)
     return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
 
 

@@ -34,6 +34,7 @@ def modulation_reference(
     router_bias: Tensor | None = None,
     expert_weight: Tensor | None = None,
     residual: Tensor | None = None,
+    projections: tuple[Tensor, Tensor] | None = None,
 ) -> HyCAMOutput:
     """`hycam_modulation` as the paper writes it: the op's arguments, shapes and results, without its checks."""
     dtype = hidden.dtype
@@ -45,11 +46,15 @@ def modulation_reference(
         fusion = fusion + F.silu(F.linear(hidden, shared_weight.to(dtype), _to(shared_bias, dtype)))
 
     load = router_prob = hidden.new_zeros(0, dtype=sum_dtype)
-    if router_weight is not None:
+    if router_weight is not None or projections is not None:
         # (8) logits = h W_router^T
-        router = router_weight.to(dtype).to(sum_dtype)
-        logits = F.linear(hidden.to(sum_dtype), router, _to(router_bias, sum_dtype))
-        num_experts = router_weight.shape[0]
+        if projections is not None:
+            logits = projections[1].to(sum_dtype)
+        else:
+            assert router_weight is not None
+            router = router_weight.to(dtype).to(sum_dtype)
+            logits = F.linear(hidden.to(sum_dtype), router, _to(router_bias, sum_dtype))
+        num_experts = logits.shape[-1]
 
         # (9) p = softmax((logits + g) / tau)
         if seed is not None:
@@ -67,9 +72,13 @@ def modulation_reference(
             if expert_weight is not None:
                 z = F.linear(z, expert_weight[k].to(dtype), _bias(lora_b_bias, k, dtype))
             else:
-                assert lora_a is not None and lora_n is not None and lora_b is not None
-                z = F.linear(z, lora_a[k].to(dtype), _bias(lora_a_bias, k, dtype))
-                z = F.linear(z, lora_n[k].to(dtype), _bias(lora_n_bias, k, dtype))
+                assert lora_b is not None
+                if projections is not None:
+                    z = projections[0][..., k, :].to(dtype)
+                else:
+                    assert lora_a is not None and lora_n is not None
+                    z = F.linear(z, lora_a[k].to(dtype), _bias(lora_a_bias, k, dtype))
+                    z = F.linear(z, lora_n[k].to(dtype), _bias(lora_n_bias, k, dtype))
                 z = F.linear(z, lora_b[k].to(dtype), _bias(lora_b_bias, k, dtype))
             fusion = fusion + p[..., k : k + 1].to(dtype) * F.silu(scale * z)
 

@@ -43,9 +43,9 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
 
     saved = Saved(
         s if x.keep and s is not None else hidden.new_empty(0),
-        v if x.keep and v is not None else hidden.new_empty(0),
+        v if x.keep and v is not None and x.given_v is None else hidden.new_empty(0),
         probs,
-        logits,
+        logits if x.given_logits is None else probs.new_empty(0),
     )
     load = _token_mean(x, p)
     router_prob = _token_mean(x, torch.softmax(logits, dim=-1))
@@ -106,7 +106,9 @@ def backward(
                 if need["hidden"]:
                     d_hidden.add_product(d_z, x.expert_weight[k].to(x.compute_dtype))
         grads |= {name: torch.stack(parts) for name, parts in per_expert.items() if parts}
-        if d_v is not None:
+        if d_v is not None and x.given_v is not None:
+            grads["given_v"] = d_v
+        elif d_v is not None:
             _folded_backward(x, hidden, d_v, need, grads, d_hidden)
 
         for name in ("residual", "attn_output"):
@@ -123,13 +125,17 @@ def backward(
 
     if x.num_experts:
         d_logits = _route_backward(x, saved, d_probs, grad_load, grad_router_prob)
+        if grad_out is None and x.token_mask is not None:
+            # chosen, not multiplied by 0: a token that doesn't count may hold NaN
+            d_logits, hidden = (rows.where(x.token_mask[:, None], 0) for rows in (d_logits, hidden))
+        if need["given_logits"]:
+            grads["given_logits"] = d_logits
         if need["router_bias"]:
             grads["router_bias"] = d_logits.sum(0)
         if need["router_weight"]:
             # a token's share of the balance loss is below float16's smallest number
             grads["router_weight"] = d_logits.T @ hidden.to(x.sum_dtype)
-        if need["hidden"]:
-            assert x.router_weight is not None
+        if need["hidden"] and x.router_weight is not None:
             d_hidden.add_product(d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype))
     if need["hidden"] and d_hidden.value is not None:
         grads["hidden"] = d_hidden.value
@@ -251,7 +257,9 @@ def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
-    """V = h M^T + bias, [T, E * r]; None without low-rank experts."""
+    """V = h M^T + bias, [T, E * r], unless it was given; None without low-rank experts."""
+    if x.given_v is not None:
+        return x.given_v
     return None if x.lora_a is None else F.linear(hidden, *fold(x))
 
 
@@ -310,12 +318,15 @@ def _expert_products(
 
 def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """logits and p = softmax((logits + g) / tau), [T, E] in the sum dtype."""
-    if x.router_weight is None:
+    if x.given_logits is not None:
+        logits = x.given_logits
+    elif x.router_weight is not None:
+        weight = x.router_weight.to(x.compute_dtype).to(x.sum_dtype)
+        bias = None if x.router_bias is None else x.router_bias.to(x.sum_dtype)
+        logits = F.linear(hidden.to(x.sum_dtype), weight, bias)
+    else:
         empty = hidden.new_empty(hidden.shape[0], 0, dtype=x.sum_dtype)
         return empty, empty.clone()
-    weight = x.router_weight.to(x.compute_dtype).to(x.sum_dtype)
-    bias = None if x.router_bias is None else x.router_bias.to(x.sum_dtype)
-    logits = F.linear(hidden.to(x.sum_dtype), weight, bias)
     noise = x.gumbel
     if x.seed is not None:
         noise = gumbel_noise(x.seed, logits.shape[0], x.num_experts, logits.device)
@@ -355,7 +366,8 @@ def _route_backward(
         d_probs = d_probs + share * grad_load
     d_logits = softmax_backward(d_probs, saved.probs) / x.tau
     if grad_router_prob is not None:
-        d_logits += softmax_backward(share * grad_router_prob, torch.softmax(saved.logits, dim=-1))
+        logits = saved.logits if x.given_logits is None else x.given_logits
+        d_logits += softmax_backward(share * grad_router_prob, torch.softmax(logits, dim=-1))
     return d_logits
 
 

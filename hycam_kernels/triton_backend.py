@@ -134,7 +134,9 @@ def backward(
 
 def decodes(x: ModulationInputs) -> bool:
     """Whether `decode` takes the call in place of `forward`."""
-    return x.backend == "triton" and not x.needs_grad and 0 < x.shape[0] <= MAX_DECODE_TOKENS
+    # with V and the logits given, most of what those kernels join into two launches is done
+    few = 0 < x.shape[0] <= MAX_DECODE_TOKENS and x.given_v is None
+    return x.backend == "triton" and not x.needs_grad and few
 
 
 def decode(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,9 +165,9 @@ def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor
         out = fusion_forward(launch, x, s, *of_experts)
     saved = Saved(
         s if x.keep and s is not None else hidden.new_empty(0),
-        v if x.keep and v is not None else hidden.new_empty(0),
+        v if x.keep and v is not None and x.given_v is None else hidden.new_empty(0),
         probs,
-        logits,
+        logits if x.given_logits is None else probs.new_empty(0),
     )
     return out, load, router_prob, saved
 
@@ -182,6 +184,7 @@ def run_backward(
     """`backward` by a given launcher."""
     from .kernels.fusion_backward import FusionBackward
     from .kernels.router import route_backward
+    from .kernels.router_weight_grad import router_weight_grad
 
     x = _dense_weights(x)
     need = dict(zip(DIFFERENTIABLE, needs, strict=True))
@@ -198,7 +201,7 @@ def run_backward(
             grad_out = grad_out.contiguous()
         fusion = FusionBackward(launch, x, grad_out, s, v, _cast(x, x.lora_b), _used_weights(x, saved.probs))
         folded_wanted = any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias"))
-        v_wanted = v is not None and (need["hidden"] or folded_wanted)
+        v_wanted = v is not None and (need["given_v"] or folded_wanted or (need["hidden"] and x.given_v is None))
         d_v = None
         streams = {"attn": need["attn_output"], "residual": need["residual"]}
         if v_wanted and launch.takes("row_grad", x):
@@ -212,7 +215,9 @@ def run_backward(
                 grads["shared_weight"] = d_s.T @ hidden
             if need["shared_bias"]:
                 grads["shared_bias"] = d_s.sum(0, dtype=torch.float32)
-        if d_v is not None:
+        if d_v is not None and x.given_v is not None:
+            grads["given_v"] = d_v
+        elif d_v is not None:
             products.append((d_v, fold(x)[0]))
             if folded_wanted:
                 d_folded = (d_v.T @ hidden).to(torch.float32)
@@ -220,14 +225,16 @@ def run_backward(
         if v is not None and (need["lora_b"] or need["lora_b_bias"]):
             grads["lora_b"], grads["lora_b_bias"] = fusion.b()
 
-    if x.router_weight is not None:
-        d_logits = route_backward(launch, x, saved.probs, saved.logits, partial_d_probs, grad_load, grad_router_prob)
+    if x.num_experts:
+        logits = saved.logits if x.given_logits is None else x.given_logits
+        d_logits = route_backward(launch, x, saved.probs, logits, partial_d_probs, grad_load, grad_router_prob)
+        grads["given_logits"] = d_logits
         if need["router_bias"]:
             grads["router_bias"] = d_logits.sum(0)
-        d_logits = d_logits.to(x.compute_dtype)
-        products.append((d_logits, x.router_weight.to(x.compute_dtype)))
         if need["router_weight"]:
-            grads["router_weight"] = d_logits.T @ hidden
+            grads["router_weight"] = router_weight_grad(launch, x, d_logits, hidden)
+        if x.router_weight is not None:
+            products.append((d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype)))
     if need["hidden"]:
         grads["hidden"] = _sum_of_products(products)
 
@@ -255,7 +262,9 @@ def _shared_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
 
 
 def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
-    """V = h M^T + bias, [T, E r]; None without experts."""
+    """V = h M^T + bias, [T, E r], unless it was given; None without experts."""
+    if x.given_v is not None:
+        return x.given_v
     return None if x.lora_a is None else F.linear(hidden, *fold(x))
 
 

@@ -137,12 +137,11 @@ def decode_fusion_kernel(
             counted = row_mask
             if token_mask is not None:
                 counted = tl.load(token_mask + rows, mask=row_mask, other=0) != 0
-            counted = tl.where(counted, 1.0, 0.0)
-            count = tl.maximum(tl.sum(counted, 0), 1.0)
+            count = tl.maximum(tl.sum(tl.where(counted, 1.0, 0.0), 0), 1.0)
             q = softmax_rows(logit, expert_mask[None, :])
             # chosen, not multiplied by 0: a token that doesn't count may hold NaN
-            mean_p = tl.sum(tl.where(counted[:, None] != 0, used, 0.0), 0) / count
-            mean_q = tl.sum(tl.where(counted[:, None] != 0, q, 0.0), 0) / count
+            mean_p = tl.sum(tl.where(counted[:, None], used, 0.0), 0) / count
+            mean_q = tl.sum(tl.where(counted[:, None], q, 0.0), 0) / count
             tl.store(load + experts, mean_p, mask=expert_mask)
             tl.store(router_prob + experts, mean_q, mask=expert_mask)
             tl.store(balance_loss, tl.sum(mean_p * mean_q, 0))

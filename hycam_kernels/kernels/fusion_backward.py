@@ -22,7 +22,7 @@ from torch import Tensor
 from ..inputs import ModulationInputs
 from .cost import Cost
 from .fusion_backward_kernels import b_grad_kernel, row_grad_kernel, stream_grad_kernel, v_grad_kernel
-from .launch import Launcher, row_stride
+from .launch import Launcher, add_parts, row_stride, split_length
 
 
 class FusionBackward:
@@ -95,7 +95,7 @@ class FusionBackward:
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("row_grad", x)
-        columns, splits = _split(d, config.pop("SPLITS"), config["BLOCK_D"])
+        columns, splits = split_length(d, config.pop("SPLITS"), config["BLOCK_D"])
         d_attn, d_residual, d_s = self._stream_grads(attn, residual)
         partial_d_probs = self._empty(splits, tokens, x.num_experts)
         partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
@@ -113,7 +113,7 @@ class FusionBackward:
             stride_s=row_stride(self.s),
             **self.arguments,
         )
-        return d_attn, d_residual, d_s, partial_d_probs, _add_parts(partial_d_v).to(x.compute_dtype)
+        return d_attn, d_residual, d_s, partial_d_probs, add_parts(partial_d_v).to(x.compute_dtype)
 
     def _stream_grads(self, attn: bool, residual: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, shape = self.x, self.x.hidden.shape
@@ -128,20 +128,20 @@ class FusionBackward:
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("v_grad", x)
-        columns, splits = _split(d, config.pop("SPLITS"), config["BLOCK_D"])
+        columns, splits = split_length(d, config.pop("SPLITS"), config["BLOCK_D"])
         partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
         programs = triton.cdiv(tokens, config["BLOCK_T"]) * x.num_experts * triton.cdiv(x.rank, config["BLOCK_R"])
         self.launch(
             v_grad_kernel, (programs, splits), config, partial_d_v=partial_d_v, columns=columns, **self.arguments
         )
-        return _add_parts(partial_d_v).to(x.compute_dtype)
+        return add_parts(partial_d_v).to(x.compute_dtype)
 
     def b(self) -> tuple[Tensor, Tensor | None]:
         """Gradients of B [E, d, r] and, where there is one, of its bias [E, d], in float32."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("b_grad", x)
-        tokens_per_split, splits = _split(tokens, config.pop("SPLITS"), config["BLOCK_T"])
+        tokens_per_split, splits = split_length(tokens, config.pop("SPLITS"), config["BLOCK_T"])
         partial_d_b = self._empty(splits, x.num_experts, d, x.rank)
         partial_d_bias = None if x.lora_b_bias is None else self._empty(splits, x.num_experts, d)
         programs = triton.cdiv(d, config["BLOCK_D"]) * x.num_experts * triton.cdiv(x.rank, config["BLOCK_R"])
@@ -154,17 +154,7 @@ class FusionBackward:
             tokens_per_split=tokens_per_split,
             **self.arguments,
         )
-        return _add_parts(partial_d_b), None if partial_d_bias is None else _add_parts(partial_d_bias)
-
-
-def _split(length: int, splits: int, block: int) -> tuple[int, int]:
-    """Whole blocks per split, and the number of splits that are not empty; 1 of them at least."""
-    per_split = max(triton.cdiv(triton.cdiv(length, splits), block), 1) * block
-    return per_split, max(triton.cdiv(length, per_split), 1)
-
-
-def _add_parts(partial: Tensor) -> Tensor:
-    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+        return add_parts(partial_d_b), None if partial_d_bias is None else add_parts(partial_d_bias)
 
 
 def fusion_backward_reference(

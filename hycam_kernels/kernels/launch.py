@@ -29,6 +29,17 @@ def dense_rows(matrix: Tensor | None) -> Tensor | None:
     return matrix if matrix is None or matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def split_length(length: int, splits: int, block: int) -> tuple[int, int]:
+    """Length of a split in whole blocks, and the number of splits that are not empty; 1 of them at least."""
+    per_split = max(triton.cdiv(triton.cdiv(length, splits), block), 1) * block
+    return per_split, max(triton.cdiv(length, per_split), 1)
+
+
+def add_parts(partial: Tensor) -> Tensor:
+    """The sum of the splits' parts, in their order."""
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+
+
 class Launcher:
     """Launches kernels with the configurations of one GPU family.
 

@@ -14,6 +14,8 @@ Backward, for the gradients of p (partial sums over column blocks), load and rou
     \bar p_t = \sum_j \bar p_{jt} + \tfrac{m_t}{n} \overline{\mathrm{load}},\quad
     \bar\ell = \tfrac1\tau\, p \odot (\bar p - \langle \bar p, p\rangle)
         + q \odot (\bar q - \langle \bar q, q\rangle),\quad \bar q_t = \tfrac{m_t}{n} \overline{\mathrm{router\_prob}}
+
+What m leaves out may hold NaN: it is chosen away, not multiplied by 0.
 """
 # ruff: noqa: N803 (compile-time constants are in capitals)
 
@@ -51,6 +53,7 @@ def router_kernel(
     NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, HARD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Without hidden the logits are read, else written."""
     block = tl.program_id(0)
     rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, PADDED_EXPERTS)
@@ -58,28 +61,29 @@ def router_kernel(
     expert_mask = experts < NUM_EXPERTS
     mask = row_mask[:, None] & expert_mask[None, :]
 
-    logit = tl.zeros((BLOCK_T, PADDED_EXPERTS), tl.float32)
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * stride_hidden
-    weight_rows = weight + experts.to(tl.int64)[:, None] * stride_weight
-    for start in range(0, d, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        col_mask = (cols < d)[None, :]
-        h = tl.load(hidden_rows + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
-        w = tl.load(weight_rows + cols[None, :], mask=expert_mask[:, None] & col_mask, other=0.0)
-        logit = tl.dot(h, tl.trans(w), logit, input_precision="ieee")
-    if bias is not None:
-        logit += tl.load(bias + experts, mask=expert_mask, other=0.0).to(tl.float32)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
+    if hidden is None:
+        logit = tl.load(logits + offsets, mask=mask, other=0.0)
+    else:
+        logit = tl.zeros((BLOCK_T, PADDED_EXPERTS), tl.float32)
+        hidden_rows = hidden + rows.to(tl.int64)[:, None] * stride_hidden
+        weight_rows = weight + experts.to(tl.int64)[:, None] * stride_weight
+        for start in range(0, d, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            col_mask = (cols < d)[None, :]
+            h = tl.load(hidden_rows + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
+            w = tl.load(weight_rows + cols[None, :], mask=expert_mask[:, None] & col_mask, other=0.0)
+            logit = tl.dot(h, tl.trans(w), logit, input_precision="ieee")
+        if bias is not None:
+            logit += tl.load(bias + experts, mask=expert_mask, other=0.0).to(tl.float32)[None, :]
+        tl.store(logits + offsets, logit, mask=mask)
 
     noisy = logit
     if gumbel is not None:
-        offsets = rows.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
         noisy += tl.load(gumbel + offsets, mask=mask, other=0.0).to(tl.float32)
     if seed is not None:
         noisy += gumbel_noise(seed, rows, experts, NUM_EXPERTS)
     p = softmax_rows(noisy / tau, expert_mask[None, :])
-
-    offsets = rows.to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
-    tl.store(logits + offsets, logit, mask=mask)
     tl.store(probs + offsets, p, mask=mask)
 
     used = p
@@ -150,28 +154,36 @@ def router_backward_kernel(
             partial += tl.cast(tokens, tl.int64) * NUM_EXPERTS
     if grad_load is not None:
         d_p += share[:, None] * tl.load(grad_load + experts, mask=expert_mask, other=0.0)[None, :]
+    counted = (share > 0)[:, None]
     p = tl.load(probs + offsets, mask=mask, other=0.0)
     d_logit = p * (d_p - tl.sum(d_p * p, 1)[:, None]) / tau
+    if partial_d_probs is None:
+        d_logit = tl.where(counted, d_logit, 0.0)
     if grad_router_prob is not None:
         logit = tl.load(logits + offsets, mask=mask, other=0.0)
         q = softmax_rows(logit, expert_mask[None, :])
         d_q = share[:, None] * tl.load(grad_router_prob + experts, mask=expert_mask, other=0.0)[None, :]
-        d_logit += q * (d_q - tl.sum(d_q * q, 1)[:, None])
+        d_logit += tl.where(counted, q * (d_q - tl.sum(d_q * q, 1)[:, None]), 0.0)
     tl.store(d_logits + offsets, d_logit, mask=mask)
 
 
 def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [T, E], soft p [T, E], load [E] and router_prob [E], float32; hidden [T, d] in the compute dtype."""
+    """logits [T, E], soft p [T, E], load [E] and router_prob [E], float32; hidden [T, d] in the compute dtype.
+
+    Logits that were given are returned as they are.
+    """
     tokens, d = hidden.shape
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    logits, probs = empty(tokens, x.num_experts), empty(tokens, x.num_experts)
+    logits = empty(tokens, x.num_experts) if x.given_logits is None else x.given_logits
+    probs = empty(tokens, x.num_experts)
     load, router_prob = empty(x.num_experts), empty(x.num_experts)
-    if x.router_weight is None:
+    if not x.num_experts:
         return logits, probs, load, router_prob
-    weight = x.router_weight.to(x.compute_dtype)
+    weight = None if x.router_weight is None else x.router_weight.to(x.compute_dtype)
+    factor = None if weight is None else hidden
     sizes = {"NUM_EXPERTS": x.num_experts, "PADDED_EXPERTS": padded_experts(x.num_experts)}
     config = launch.config("router", x)
     blocks = triton.cdiv(tokens, config["BLOCK_T"])
@@ -180,7 +192,7 @@ def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor
         router_kernel,
         (blocks,),
         config,
-        hidden=hidden,
+        hidden=factor,
         weight=weight,
         bias=x.router_bias,
         gumbel=None if x.gumbel is None else x.gumbel.contiguous(),
@@ -191,7 +203,7 @@ def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor
         partial_sums=partial_sums,
         tokens=tokens,
         d=d,
-        stride_hidden=row_stride(hidden),
+        stride_hidden=row_stride(factor),
         stride_weight=row_stride(weight),
         tau=x.tau,
         HARD=x.hard,

@@ -1,4 +1,7 @@
-"""One of two processes that train a sharded model on the same batch; prints its deviation from an unsharded model."""
+"""One of two processes that train a sharded model on the same batch; prints its deviation from an unsharded model.
+
+Arguments: fsdp2, zero2 or zero3; the kind of checkpointing; and settings of the adapter to turn on.
+"""
 
 import sys
 
@@ -11,8 +14,8 @@ LR = 0.1
 STEPS = 3
 
 
-def built(checkpointing="none"):
-    model = adapted_model(noise="never", balance_coef=1.0)
+def built(checkpointing="none", settings=()):
+    model = adapted_model(noise="never", balance_coef=1.0, **dict.fromkeys(settings, True))
     if checkpointing != "none":
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
@@ -25,12 +28,12 @@ def trainable(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def fsdp2(checkpointing):
+def fsdp2(checkpointing, settings):
     from torch.distributed.fsdp import fully_shard
 
-    wanted = built()
+    wanted = built(settings=settings)
     wanted(**batch()).loss.backward()
-    model = built(checkpointing)
+    model = built(checkpointing, settings)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -39,16 +42,16 @@ def fsdp2(checkpointing):
     return largest_error(got, gradients(wanted))
 
 
-def zero(stage, checkpointing):
+def zero(stage, checkpointing, adapter_settings):
     import deepspeed
 
-    wanted = built()
+    wanted = built(settings=adapter_settings)
     optimizer = torch.optim.SGD(trainable(wanted), lr=LR)
     for _ in range(STEPS):
         wanted(**batch()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model = built(checkpointing)
+    model = built(checkpointing, adapter_settings)
     settings = {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_clipping": 1e9,
@@ -78,9 +81,9 @@ def zero(stage, checkpointing):
 
 
 def main():
-    kind, checkpointing = sys.argv[1:]
+    kind, checkpointing, *settings = sys.argv[1:]
     dist.init_process_group("gloo")
-    error = fsdp2(checkpointing) if kind == "fsdp2" else zero(int(kind[-1]), checkpointing)
+    error = fsdp2(checkpointing, settings) if kind == "fsdp2" else zero(int(kind[-1]), checkpointing, settings)
     if dist.get_rank() == 0:
         print("error", error)
     dist.destroy_process_group()

@@ -38,7 +38,6 @@ from hycam.errors import InputError
         ("modulation", "mlp"),
         ("train_norms", "yes"),
         ("recompute", 0),
-        ("fuse_norm", True),
         ("fuse_norm", None),
         ("layers_to_transform", -1),
         ("layers_to_transform", []),
@@ -64,11 +63,6 @@ def test_settings_that_contradict_each_other():
         HyCAMConfig(shared="none", experts="none")
     with pytest.raises(ValueError, match=r"layers_to_transform: .* regular expression"):
         HyCAMConfig(layers_to_transform=[0], target_modules=r".*\.self_attn")
-
-
-def test_fuse_norm_says_what_is_missing():
-    with pytest.raises(ValueError, match="fused norm-projection kernel"):
-        HyCAMConfig(fuse_norm=True)
 
 
 def test_unknown_field():

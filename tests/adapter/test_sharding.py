@@ -82,6 +82,15 @@ def test_fsdp2_with_checkpointing(checkpointing):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("norms", [(), ("train_norms",)])
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_sharded_with_fused_norms(kind, norms):
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
+    assert run_sharded(kind, "non-reentrant", "fuse_norm", *norms, port=29614) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_zero_has_the_weights_of_one_process(stage, checkpointing):

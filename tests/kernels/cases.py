@@ -13,7 +13,10 @@ BIASES = ("shared_bias", "lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bi
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and options of one call. ``leading`` are the token dimensions."""
+    """Shapes and options of one call. ``leading`` are the token dimensions.
+
+    ``experts`` are "slora", "full", "projected" (V and the logits are given) or None.
+    """
 
     leading: tuple[int, ...] = (2, 13)
     d: int = 24
@@ -27,7 +30,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
     def make(self, dtype: torch.dtype, weight_dtype: torch.dtype | None = None, seed: int = 0) -> dict:
-        """Random arguments of `hycam_modulation` by name, float tensors requiring grad."""
+        """Random arguments of `hycam_modulation` by name (`projections` as v and logits), floats requiring grad."""
         generator = torch.Generator().manual_seed(seed)
         weight_dtype = weight_dtype or dtype
         E, r, d = self.num_experts, self.rank, self.d
@@ -44,14 +47,18 @@ class Case:
         arguments["attn_output"] = draw(*self.leading, d)
         if self.shared:
             arguments["shared_weight"] = weight(d, d)
-        if self.experts is not None:
+        if self.experts in ("slora", "full"):
             arguments["router_weight"] = weight(E, d)
         if self.experts == "slora":
             arguments |= {"lora_a": weight(E, r, d), "lora_n": weight(E, r, r), "lora_b": weight(E, d, r)}
         elif self.experts == "full":
             arguments["expert_weight"] = weight(E, d, d)
+        elif self.experts == "projected":
+            arguments |= {"v": draw(*self.leading, E, r), "logits": draw(*self.leading, E), "lora_b": weight(E, d, r)}
         if self.biases:
-            shapes = {"lora_b_bias": (E, d), "router_bias": (E,)} if self.experts else {}
+            shapes = {"lora_b_bias": (E, d)} if self.experts else {}
+            if self.experts in ("slora", "full"):
+                shapes["router_bias"] = (E,)
             if self.experts == "slora":
                 shapes |= {"lora_a_bias": (E, r), "lora_n_bias": (E, r)}
             if self.shared:
@@ -68,9 +75,15 @@ def leaves(arguments: dict) -> dict[str, Tensor]:
     return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
 
 
+def packed(arguments: dict) -> dict:
+    """The arguments with "v" and "logits", where they are, as `projections`."""
+    rest = {name: value for name, value in arguments.items() if name not in ("v", "logits")}
+    return rest | {"projections": (arguments["v"], arguments["logits"])} if "v" in arguments else rest
+
+
 def run(function, arguments: dict, **options) -> dict[str, Tensor]:
     """Outputs and every gradient of a fixed scalar of all outputs."""
-    output = function(**arguments, **options)
+    output = function(**packed(arguments), **options)
     out = output.hidden_states
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)

@@ -16,7 +16,52 @@ def zeros(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 
 
+# V and the logits in place of what makes them
+PROJECTED = dict.fromkeys(("lora_a", "lora_n", "router_weight")) | {"projections": (zeros(4, E, R), zeros(4, E))}
+
 BAD_VALUES = {
+    "v-shape": (
+        PROJECTED | {"projections": (zeros(4, R, E), zeros(4, E))},
+        "projections[0] must have shape (4, 3, 2)",
+        "(4, 2, 3)",
+    ),
+    "logits-shape": (
+        PROJECTED | {"projections": (zeros(4, E, R), zeros(E))},
+        "projections[1] must have shape (4, 3)",
+        "(3,)",
+    ),
+    "projected-lora_b": (PROJECTED | {"lora_b": zeros(D, R)}, "lora_b must be [E, d, r]", "(8, 2)"),
+    "projected-without-lora_b": (
+        PROJECTED | {"lora_b": None},
+        "projections[0], projections[1] without lora_b",
+        "together",
+    ),
+    "projected-and-lora_n": (PROJECTED | {"lora_n": zeros(E, R, R)}, "lora_n must be None", "projections hold"),
+    "projected-and-router": (
+        PROJECTED | {"router_weight": zeros(E, D)},
+        "router_weight must be None",
+        "projections hold",
+    ),
+    "projected-and-lora_a_bias": (
+        PROJECTED | {"lora_a_bias": zeros(E, R)},
+        "lora_a_bias must be None",
+        "projections hold",
+    ),
+    "projected-and-lora_n_bias": (
+        PROJECTED | {"lora_n_bias": zeros(E, R)},
+        "lora_n_bias must be None",
+        "projections hold",
+    ),
+    "projected-and-router_bias": (
+        PROJECTED | {"router_bias": zeros(E)},
+        "router_bias must be None",
+        "projections hold",
+    ),
+    "projected-and-experts": (
+        PROJECTED | {"expert_weight": zeros(E, D, D)},
+        "expert_weight must be None",
+        "projections",
+    ),
     "hidden-scalar": ({"hidden": zeros()}, "hidden must be", "()"),
     "attn-shape": ({"attn_output": zeros(4, D + 1)}, "attn_output must have shape (4, 8)", "(4, 9)"),
     "leading": ({"attn_output": zeros(2, 2, D)}, "attn_output", "(2, 2, 8)"),
@@ -72,6 +117,13 @@ BAD_TYPES = {
     "tau-str": ({"tau": "a"}, "tau must be a float", "str"),
     "scale-none": ({"scale": None}, "scale must be a float", "NoneType"),
     "scale-bool": ({"scale": True}, "scale must be a float", "bool"),
+    "projections-not-a-pair": ({"projections": zeros(4, E, R)}, "projections must be a pair", "Tensor"),
+    "projections-in-part": ({"projections": (zeros(4, E, R), None)}, "projections[1] must be a tensor", "NoneType"),
+    "projections-int": (
+        PROJECTED | {"projections": (zeros(4, E, R, dtype=torch.int64), zeros(4, E))},
+        "projections[0] must be",
+        "int64",
+    ),
     "seed-float": ({"seed": 1.0}, "seed must be an int", "float"),
     "seed-dtype": ({"seed": torch.tensor(1.0)}, "seed must be an int", "torch.float32"),
 }

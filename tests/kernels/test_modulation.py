@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation, torch_backend
 from hycam_kernels.modulation import _prepare
 from hycam_kernels.reference import modulation_reference
-from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, reference_results, run
+from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, packed, reference_results, run
 
 CASES = {
     "paper": Case(options={"seed": 3}),
@@ -29,6 +29,8 @@ CASES = {
     "no-branch": Case(shared=False, experts=None),
     "full-rank": Case(experts="full", masked=True, options={"seed": 3}),
     "full-rank-only": Case(experts="full", shared=False, biases=True, options={"scale": 2.0}),
+    "projected": Case(experts="projected", biases=True, masked=True, options={"seed": 3}),
+    "projected-only": Case(experts="projected", shared=False, residual=True, options={"scale": 2.0}),
     "released": Case(biases=True, residual=True, options={"seed": 3, "hard": True, "scale": 8.0}),
 }
 
@@ -61,6 +63,45 @@ def test_gradcheck():
         return tuple(hycam_modulation(**arguments | dict(zip(names, tensors, strict=True)), backend="torch"))
 
     assert torch.autograd.gradcheck(function, tuple(leaves(arguments).values()))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_projections_stand_for_their_products(backend):
+    """Values and gradients of the call that makes V and the logits itself, whatever the strides."""
+    arguments = Case((2, 7), residual=True, masked=True, options={"seed": 3}).make(torch.float64)
+    want = run(hycam_modulation, arguments)
+
+    def function(lora_a, lora_n, router_weight, **rest):
+        v = torch.einsum("...d,erd->...er", rest["hidden"], lora_n @ lora_a)
+        logits = (rest["hidden"] @ router_weight.T).mT.contiguous().mT
+        return hycam_modulation(
+            **rest, lora_a=None, lora_n=None, router_weight=None, projections=(v, logits), backend=backend
+        )
+
+    for name, (whole, row) in errors(run(function, arguments), want).items():
+        assert whole < 1e-12, (name, whole)
+        assert row < 1e-11, (name, row)
+
+
+def test_projections_of_other_dtypes():
+    """Cast to the compute dtype and to float32; gradients in the dtypes that were given."""
+    arguments = Case(experts="projected").make(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(hycam_modulation, arguments | {"v": arguments["v"].detach().double().requires_grad_()})
+        want = run(hycam_modulation, arguments | {"v": arguments["v"].detach().bfloat16().requires_grad_()})
+    assert torch.equal(got["hidden_states"], want["hidden_states"])
+    assert (got["grad_v"].dtype, want["grad_v"].dtype) == (torch.float64, torch.bfloat16)
+
+
+def test_recomputation_keeps_the_given_v():
+    """It can't be made again: only S isn't kept."""
+    arguments = packed(Case(leading=(64,), d=64, experts="projected").make(torch.float32))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda tensor: tensor):
+        hycam_modulation(**arguments, recompute=True)
+    assert sorted(shape for shape in kept if len(shape) == 2 and shape[0] == 64) == [
+        (64, 3), (64, 3), (64, 12), (64, 64), (64, 64), (64, 64),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("skipped", ["hidden", "attn_output", "shared_weight", "lora_a", "lora_b", "router_weight"])
@@ -185,8 +226,12 @@ def test_a_token_that_does_not_count_may_be_nan():
     arguments = Case(leading=(4,)).make(torch.float32)
     arguments["hidden"].data[2] = float("nan")
     arguments["token_mask"] = torch.tensor([True, True, False, True])
-    assert hycam_modulation(**arguments).load.isfinite().all()
     assert modulation_reference(**arguments).load.isfinite().all()
+    out = hycam_modulation(**arguments)
+    assert out.load.isfinite().all()
+    wanted = [arguments[name] for name in ("hidden", "router_weight", "lora_a", "shared_weight")]
+    for gradient in torch.autograd.grad(out.balance_loss, wanted):
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -320,9 +365,9 @@ def test_checkpointing(use_reentrant):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("name", ["paper", "released", "shared-only", "full-rank", "no-branch"])
+@pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "full-rank", "no-branch"])
 def test_opcheck(name, keep):
-    arguments = CASES[name].make(torch.float32)
+    arguments = packed(CASES[name].make(torch.float32))
     call = _prepare(**arguments, recompute=not keep, backend="torch")
     torch.library.opcheck(torch.ops.hycam.modulation.default, tuple(call))
 

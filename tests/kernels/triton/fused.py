@@ -6,7 +6,7 @@ from torch import Tensor
 from hycam_kernels import HyCAMOutput, hycam_modulation, triton_backend
 from hycam_kernels.inputs import DIFFERENTIABLE
 from hycam_kernels.modulation import _prepare
-from tests.kernels.cases import Case, run
+from tests.kernels.cases import Case, packed, run
 from tests.kernels.triton.guards import GuardedAllocations, Guards
 
 CASES = {
@@ -23,6 +23,7 @@ CASES = {
     "released": Case((77,), 96, 5, 16, biases=True, residual=True, options={"seed": 3, "hard": True, "scale": 8.0}),
     "residual": Case((77,), 80, 1, 16, residual=True, options={"scale": 2.0}),
     "experts-only": Case((77,), 80, 3, 16, shared=False, biases=True, options={"seed": 3}),
+    "projected": Case((77,), 80, 3, 16, experts="projected", residual=True, masked=True, options={"seed": 3}),
     "shared-only": Case((77,), 96, experts=None, biases=True, residual=True),
     "no-branch": Case((7,), 80, shared=False, experts=None),
 }
@@ -31,8 +32,13 @@ CASES = {
 def run_fused(arguments: dict, device: torch.device, **options) -> dict[str, Tensor]:
     """`run` of the triton backend on ``device``, results on the CPU."""
 
+    def to_device(value):
+        if isinstance(value, tuple):
+            return tuple(map(to_device, value))
+        return value.to(device) if isinstance(value, Tensor) else value
+
     def on_device(**arguments) -> HyCAMOutput:
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        moved = {name: to_device(value) for name, value in arguments.items()}
         return HyCAMOutput(*(part.cpu() for part in hycam_modulation(**moved, backend="triton")))
 
     return run(on_device, arguments, **options)
@@ -41,10 +47,10 @@ def run_fused(arguments: dict, device: torch.device, **options) -> dict[str, Ten
 def assert_touches_only_its_own_memory(case: Case, dtype: torch.dtype, device: torch.device, **options) -> None:
     """Inputs with poisoned gaps between rows, outputs poisoned before: right values, and every gap as it was."""
     arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.make(dtype).items()}
-    needs = [arguments.get(field) is not None for field in DIFFERENTIABLE]
 
     def both_passes(arguments: dict, grads: list[Tensor | None]) -> list[Tensor]:
-        x = _prepare(**arguments, **options, backend="triton")
+        x = _prepare(**packed(arguments), **options, backend="triton")
+        needs = [getattr(x, field) is not None for field in DIFFERENTIABLE]
         out, load, router_prob, saved = triton_backend.forward(x)
         return [out, load, router_prob, *saved, *triton_backend.backward(*grads, x, saved, needs)]
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-KERNELS = {"router_kernel", "token_mean_kernel", "b_grad_kernel", "router_backward_kernel"}
+KERNELS = {"router_kernel", "token_mean_kernel", "b_grad_kernel", "router_backward_kernel", "router_weight_grad_kernel"}
 # the two forms of the forward, of which every table has the second as a candidate where S is not kept
 KERNELS |= {"fusion_forward_kernel", "product_forward_kernel"}
 # the two structures of the backward: in one pass where registers allow, which AMD's tables don't offer, or split

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hycam_kernels import HyCAMOutput, gumbel_noise, hycam_modulation, triton_backend
 from hycam_kernels.modulation import _prepare
 from hycam_kernels.reference import modulation_reference
-from tests.kernels.cases import Case, assert_as_good_as_eager, cast_floats, errors
+from tests.kernels.cases import Case, assert_as_good_as_eager, cast_floats, errors, packed
 from tests.kernels.triton.guards import GuardedAllocations, Guards
 
 decode = pytest.importorskip("hycam_kernels.kernels.decode")
@@ -168,6 +168,15 @@ def test_mask_that_counts_no_token(device):
     assert got["hidden_states"].isfinite().all()
 
 
+def test_a_token_that_does_not_count_may_be_nan(device):
+    arguments = moved(CASES["many-experts"].make(torch.float32), device)
+    want = decoded(arguments, device)
+    arguments["hidden"][~arguments["token_mask"]] = float("nan")
+    got = decoded(arguments, device)
+    for name in ("load", "router_prob", "balance_loss"):
+        assert torch.equal(got[name], want[name]), name
+
+
 def test_two_launches_at_most_and_nothing_read_by_the_host(device, launched, monkeypatch):
     arguments = moved(CASES["released"].make(torch.bfloat16), device) | {"seed": torch.tensor(3, device=device)}
     with torch.no_grad():
@@ -240,6 +249,12 @@ def test_runs_for_few_tokens_without_gradients(tokens, grad, decodes, recompute,
         arguments["hidden"].requires_grad_()
     hycam_modulation(**arguments, recompute=recompute, backend="triton")
     assert ("decode_fusion_kernel" in launched) == decodes
+
+
+def test_given_projections_take_the_training_kernels(device, launched):
+    arguments = moved(Case((5,), 80, 2, 4, experts="projected").make(torch.float32), device)
+    hycam_modulation(**packed(arguments), backend="triton")
+    assert launched == ["router_kernel", "token_mean_kernel", "fusion_forward_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from hycam_kernels.modulation import _prepare
 from tests.kernels.cases import Case
 
 fusion_forward = pytest.importorskip("hycam_kernels.kernels.fusion_forward")
-from hycam_kernels.kernels import fusion_backward, product_forward, router  # noqa: E402
+from hycam_kernels.kernels import fusion_backward, product_forward, router, router_weight_grad  # noqa: E402
 from hycam_kernels.kernels.launch import Launcher  # noqa: E402
 from hycam_kernels.kernels.tables import OPTIONAL, drop_limits, families, load_table  # noqa: E402
 
@@ -202,6 +202,23 @@ def test_router_backward(name, absent, launch, device):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("paper", torch.float32), ("ragged", torch.bfloat16), ("hard", torch.float16)]
+)
+def test_router_weight_grad(name, dtype, launch, device):
+    """In float32 whatever h's dtype, gradients below float16's smallest number too; rows without one aren't read."""
+    x = Setting(CASES[name], dtype, device, seed=None).x
+    T, E = x.hidden.shape[0], x.num_experts
+    d_logits = torch.randn(T, E, generator=torch.Generator().manual_seed(1)).to(device) * 1e-9
+    d_logits[5] = 0
+    want = d_logits.double().T @ x.hidden.double()
+    hidden = x.hidden.clone()
+    hidden[5] = float("nan")
+    got = router_weight_grad.router_weight_grad(launch, x, d_logits, hidden)
+    assert got.dtype == torch.float32
+    assert_near(got, want, torch.float32)
+
+
 def test_a_tie_goes_to_the_first_expert(device):
     """As `torch.argmax` decides it, in the load and in the fusion's weights alike."""
     at = Setting(CASES["hard"], torch.float32, device, seed=None)
@@ -254,6 +271,8 @@ def test_costs_count_every_tensor_once(residual, device):
     assert launch.bytes["token_mean_kernel"] == sums - 2 * E * 4
     router.route_backward(launch, at.x, at.probs, at.logits, at.probs[None], None, None)
     assert launch.bytes["router_backward_kernel"] == router.route_backward_cost(T, E, 1).bytes
+    router_weight_grad.router_weight_grad(launch, at.x, at.logits, at.x.hidden)
+    assert launch.bytes["router_weight_grad_kernel"] == router_weight_grad.router_weight_grad_cost(T, d, E).bytes
 
 
 @pytest.mark.parametrize("family", [*families(), "interpreter"])
@@ -263,7 +282,7 @@ def test_every_table_takes_every_call(family):
     for dtype, tokens, rank in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 10**6), (1, 256)):
         x = _prepare(**Case((1,), 16, 1, 1).make(dtype))
         x = x._replace(hidden=torch.empty(tokens, 1, dtype=dtype, device="meta"))
-        x = x._replace(lora_a=torch.empty(16, rank, 1, dtype=dtype, device="meta"))
+        x = x._replace(lora_b=torch.empty(16, 1, rank, dtype=dtype, device="meta"))
         for kernel in table:
             if kernel in OPTIONAL and not launcher.takes(kernel, x):
                 continue

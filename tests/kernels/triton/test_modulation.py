@@ -10,7 +10,7 @@ from torch import Tensor
 from hycam_kernels import gumbel_noise, hycam_modulation, torch_backend, triton_backend
 from hycam_kernels.modulation import _prepare
 from hycam_kernels.reference import modulation_reference
-from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, run
+from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, packed, run
 from tests.kernels.triton.fused import CASES, assert_touches_only_its_own_memory, run_fused
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,7 +49,7 @@ def test_equals_the_torch_backend(name, device):
         assert row < 2e-4, (result, row)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "shared-only", "experts-only"])
+@pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "experts-only"])
 def test_recomputation_changes_no_bit(name, device):
     arguments = dataclasses.replace(CASES[name], leading=(33,)).make(torch.bfloat16)
     want = run_fused(arguments, device)
@@ -58,12 +58,12 @@ def test_recomputation_changes_no_bit(name, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["paper", "many-experts", "rank-over-a-block", "released", "shared-only"])
+@pytest.mark.parametrize("name", ["paper", "many-experts", "rank-over-a-block", "released", "projected", "shared-only"])
 def test_touches_no_memory_but_its_own(name, dtype, device):
     assert_touches_only_its_own_memory(dataclasses.replace(CASES[name], leading=(70,)), dtype, device)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "shared-only"])
+@pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only"])
 def test_bit_equal_from_run_to_run(name, device):
     arguments = CASES[name].make(torch.bfloat16)
     first = run_fused(arguments, device)
@@ -125,6 +125,34 @@ def test_balance_loss_alone(hard, device):
 
     for got, want in zip(balance(hycam_modulation, backend="triton"), balance(modulation_reference), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
+def test_balance_gradient_survives_float16(device):
+    """A token's share of it is below float16's smallest number."""
+    arguments = Case((4096,), 8, 3, 2).make(torch.float16, torch.float32)
+    arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    weight = arguments["router_weight"].requires_grad_()
+    (got,) = torch.autograd.grad(hycam_modulation(**arguments, backend="triton").balance_loss / 320, weight)
+    (want,) = torch.autograd.grad(modulation_reference(**arguments).balance_loss / 320, weight)
+    torch.testing.assert_close(got, want, rtol=0.01, atol=0.01 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_token_that_does_not_count_may_be_nan(hard, device):
+    """Load, balance loss and their gradients are those of the other tokens."""
+    case = Case((130,), 80, 3, 16, masked=True, options={"seed": 3, "hard": hard})
+
+    def results(spoilt: bool) -> list[Tensor]:
+        arguments = case.make(torch.float32)
+        arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        if spoilt:
+            arguments["hidden"][~arguments["token_mask"]] = float("nan")
+        wanted = [arguments[name].requires_grad_() for name in ("hidden", "router_weight", "lora_a", "shared_weight")]
+        out = hycam_modulation(**arguments, backend="triton")
+        return [*out[1:], *torch.autograd.grad(out.balance_loss + (out.load * torch.arange(3)).sum(), wanted)]
+
+    for got, want in zip(results(spoilt=True), results(spoilt=False), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("skipped", ["hidden", "attn_output", "residual", "shared_weight", "lora_a", "lora_b"])
@@ -258,7 +286,7 @@ def test_kept_for_backward(recompute, device):
     assert sum(kept.values()) / (T * d * 2) <= (0.1 if recompute else 1 + E * r / d + 0.02)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "shared-only", "no-branch"])
+@pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "no-branch"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_opcheck(name, keep, device):
     case = dataclasses.replace(CASES[name], leading=(5,))
@@ -267,7 +295,7 @@ def test_opcheck(name, keep, device):
         if isinstance(value, Tensor) and value.is_floating_point():
             value.requires_grad_()
     torch.library.opcheck(
-        torch.ops.hycam.modulation.default, tuple(_prepare(**arguments, recompute=not keep, backend="triton"))
+        torch.ops.hycam.modulation.default, tuple(_prepare(**packed(arguments), recompute=not keep, backend="triton"))
     )
 
 
@@ -294,7 +322,7 @@ def test_forward_shares_the_torch_backends_contract(device):
         arguments = case.make(torch.bfloat16)
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
         for recompute in (False, True):
-            x = _prepare(**arguments, recompute=recompute, backend="triton")
+            x = _prepare(**packed(arguments), recompute=recompute, backend="triton")
             saved = [backend.forward(x)[3] for backend in (triton_backend, torch_backend)]
             for a, b in zip(*saved, strict=True):
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), (name, recompute)

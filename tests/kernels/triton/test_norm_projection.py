@@ -163,6 +163,25 @@ def test_gradients_of_one_result_alone(kind, used, device):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_small_gradients_of_the_logits_survive_float16(device):
+    """A token's share of the balance loss is below float16's smallest number."""
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        made = NormCase((77,), 80, 3, 4).make(torch.float16, torch.float32)
+        arguments = {k: v.detach().to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+        for name in ("hidden_in", "norm_weight"):
+            arguments[name] = arguments[name].to(dtype)
+        weight = arguments["router_weight"].requires_grad_()
+        logits = norm_project(**arguments, backend=backend).logits
+        return torch.autograd.grad(logits, weight, torch.full_like(logits, 1e-9))[0]
+
+    want = gradient(torch.float32, "torch")
+    for backend in ("triton", "torch"):
+        torch.testing.assert_close(
+            gradient(torch.float16, backend), want, rtol=0.01, atol=0.01 * want.abs().max().item()
+        )
+
+
 @pytest.mark.parametrize("skipped", ["hidden_in", "norm_weight", "norm_bias", "lora_a", "lora_n", "router_weight"])
 def test_gradients_do_not_depend_on_which_are_asked_for(skipped, device):
     case = dataclasses.replace(CASES["layer"], leading=(9,))

@@ -13,6 +13,7 @@ FORWARD, PRODUCT, BACKWARD, ROUTER, SHARED = (
     f"hycam_kernels/kernels/{name}.py"
     for name in ("fusion_forward", "product_forward", "fusion_backward_kernels", "router", "primitives")
 )
+ROUTER_WEIGHT = "hycam_kernels/kernels/router_weight_grad.py"
 DECODE, NORM = (f"hycam_kernels/kernels/{name}.py" for name in ("decode", "norm_projection"))
 BACKEND, NORM_BACKEND = "hycam_kernels/triton_backend.py", "hycam_kernels/norm_triton_backend.py"
 # what a planted fault breaks: (file, the code, the fault)
@@ -95,11 +96,45 @@ FAULTS = {
     "router: temperature dropped": (ROUTER, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
     "router: bias dropped": (ROUTER, "logit += tl.load(bias", "tl.load(bias"),
     "router: token mask ignored": (ROUTER, "counted = tl.load(token_mask", "tl.load(token_mask"),
+    "router: given logits ignored": (
+        ROUTER,
+        "logit = tl.load(logits + offsets, mask=mask, other=0.0)\n    else",
+        "logit = tl.zeros((BLOCK_T, PADDED_EXPERTS), tl.float32)\n    else",
+    ),
+    "projections: gradient of V dropped": (BACKEND, 'grads["given_v"] = d_v', "pass"),
+    "projections: gradient of the logits dropped": (BACKEND, 'grads["given_logits"] = d_logits', "pass"),
     "token mean: second expert row": (ROUTER, "partial_sums + NUM_EXPERTS + offsets", "partial_sums + offsets"),
     "token mean: divided by all tokens": (ROUTER, "return tl.load(count).to(tl.float32)", "return 1.0 * 77"),
     "router backward: one partial sum": (ROUTER, "for _ in range(partials):", "for _ in range(1):"),
     "router backward: tau dropped": (ROUTER, "tl.sum(d_p * p, 1)[:, None]) / tau", "tl.sum(d_p * p, 1)[:, None])"),
     "router backward: q's term dropped": (ROUTER, "d_logit += q * (", "q * ("),
+    "router backward: a token that doesn't count": (ROUTER, "tl.where(counted, d_logit, 0.0)", "d_logit"),
+    "router weight grad: rounded": (
+        BACKEND,
+        "router_weight_grad(launch, x, d_logits,",
+        "router_weight_grad(launch, x, d_logits.to(x.compute_dtype),",
+    ),
+    "router weight grad: tokens of the next split": (ROUTER_WEIGHT, "rows < end)[:, None]", "rows < end + 1)[:, None]"),
+    "router weight grad: split end ignored": (
+        ROUTER_WEIGHT,
+        "tl.minimum((split + 1) * tokens_per_split, tokens)",
+        "tokens",
+    ),
+    "router weight grad: rows without a gradient read": (
+        ROUTER_WEIGHT,
+        "mask=has_gradient[:, None] & col_mask",
+        "mask=(rows < end)[:, None] & col_mask",
+    ),
+    "router weight grad: column past the last": (
+        ROUTER_WEIGHT,
+        "col_mask = (cols < d)[None, :]",
+        "col_mask = (cols <= d)[None, :]",
+    ),
+    "decode: a token that doesn't count": (
+        DECODE,
+        "tl.sum(tl.where(counted[:, None], used, 0.0), 0)",
+        "tl.sum(tl.where(counted, 1.0, 0.0)[:, None] * used, 0)",
+    ),
     "decode: last split dropped": (DECODE, "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
     "decode: products of a wider type": (
         DECODE,
@@ -114,7 +149,7 @@ FAULTS = {
     "decode: temperature dropped": (DECODE, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
     "decode: explicit noise dropped": (DECODE, "noisy += tl.load(gumbel", "tl.load(gumbel"),
     "decode: token mask ignored": (DECODE, "counted = tl.load(token_mask", "tl.load(token_mask"),
-    "decode: load of the soft p": (DECODE, "counted[:, None] * used, 0)", "counted[:, None] * p, 0)"),
+    "decode: load of the soft p": (DECODE, "counted[:, None], used, 0.0)", "counted[:, None], p, 0.0)"),
     "decode: balance of load alone": (DECODE, "tl.sum(mean_p * mean_q, 0)", "tl.sum(mean_p, 0)"),
     "decode: output of the soft p": (DECODE, "== expert, used, 0.0)", "== expert, p, 0.0)"),
     "decode: A's bias dropped": (DECODE, "u += tl.load(lora_a_bias", "tl.load(lora_a_bias"),
@@ -125,7 +160,7 @@ FAULTS = {
         "as_compute(n, COMPUTE), v,",
     ),
     "decode: scale dropped": (DECODE, "z *= scale\n", "z *= 1.0\n"),
-    "decode: runs where gradients follow": (BACKEND, "not x.needs_grad and 0 < ", "0 < "),
+    "decode: runs where gradients follow": (BACKEND, "not x.needs_grad and few", "few"),
     "norm: statistics of a padded block": (NORM, "centred = tl.where(col_mask[None, :], x -", "centred = (x -"),
     "norm: block means not combined": (NORM, "mean += step * share\n", "mean = block_mean\n"),
     "norm: spread of the block means dropped": (NORM, " + step * step * share * start", ""),
@@ -148,6 +183,11 @@ FAULTS = {
         "first + rows_per_program, tokens)",
         "first + rows_per_program + 1, tokens)",
     ),
+    "norm backward: the logits' gradient rounded": (
+        NORM_BACKEND,
+        "router_weight_grad(launch, x, grad_logits,",
+        "router_weight_grad(launch, x, grad_logits.to(x.compute_dtype),",
+    ),
     "norm backward: V's gradient dropped": (NORM_BACKEND, "d_rows[:, :low_rank] = grad_v", "pass"),
 }
 # what runs for a file's faults: tests in guarded memory first, since elsewhere a stray write may end the process
@@ -163,7 +203,7 @@ TESTS = {
     PRODUCT: PRODUCT_TESTS,
     SHARED: (*PRODUCT_TESTS[:2], *FUSION_TESTS),
     DECODE: DECODE_TESTS,
-    BACKEND: DECODE_TESTS,
+    BACKEND: (*DECODE_TESTS, *FUSION_TESTS),
     NORM: NORM_TESTS,
     NORM_BACKEND: NORM_TESTS,
 }
