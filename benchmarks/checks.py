@@ -18,42 +18,57 @@ class WrongResultError(RuntimeError):
     """A peer's output or gradient is further from the float64 reference than its precision explains."""
 
 
-class Oracle:
-    """The reference in float64 and in the measured dtype on one set of arguments, with gradients or for inference.
+Results = dict[str, Tensor]
 
-    A result passes if its relative error is at most twice that of the reference run eagerly in the same dtype, plus a
-    rounding; so does the largest error of a row, with four roundings.
+
+def results(call: Callable[[Arguments], Outputs], arguments: Arguments, *, inference: bool = False) -> Results:
+    """Outputs and, unless for inference, gradients of every argument that requires one, by name."""
+    device = next(iter(arguments.values())).device
+    with torch.set_grad_enabled(not inference), generator_state(device):
+        outputs = call(arguments)
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    if inference:
+        return named
+    grads = torch.autograd.grad(outputs, leaves(arguments), upstream(outputs))
+    wanted = [name for name, tensor in arguments.items() if tensor.requires_grad]
+    return named | {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+
+
+def compare(peer_name: str, got: Results, truth: Results, eager: Results) -> None:
+    """Judge results by those in float64 and by what an eager run in the measured dtype makes of them.
+
+    A relative error may be twice eager's, plus a rounding; the largest error of a row likewise, with four roundings.
+
+    Raises:
+        WrongResultError: naming the peer, the result, its error and the bound.
     """
+    for name, value in got.items():
+        rounding = ROUNDING[value.dtype]
+        for what, error, allowed, slack in zip(
+            ("whole", "worst row"), _errors(value, truth[name]), _errors(eager[name], truth[name]), (1, 4), strict=True
+        ):
+            bound = 2 * allowed + slack * rounding
+            if not error <= bound:
+                raise WrongResultError(
+                    f"{peer_name}: {name}: relative error {error:.3g} ({what}) against float64, bound {bound:.3g}: "
+                    "not timed"
+                )
+
+
+class Oracle:
+    """The reference in float64 and in the measured dtype on one set of arguments, with gradients or for inference."""
 
     def __init__(self, arguments: Arguments, variant: str, *, inference: bool = False) -> None:
         self.arguments = arguments
         self.variant = variant
         self.inference = inference
-        self._expected: dict[bool, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._expected: dict[bool, tuple[Results, Results]] = {}
 
     def check(self, peer: Peer) -> None:
-        """Run the peer as it will be timed.
-
-        Raises:
-            WrongResultError: naming the peer, the result, its error and the bound.
-        """
+        """Run the peer as it will be timed; raises what `compare` does."""
         noise = self._drawn_noise() if peer.draws_noise else self.arguments.get("gumbel")
-        with _generator_state(self.arguments["hidden"].device):
-            got = self._results(peer.call, self.arguments)
-        truth, eager = self._reference(noise, own_noise=peer.draws_noise)
-        for name, value in got.items():
-            self._compare(peer.name, name, value, truth[name], eager[name])
-
-    def _compare(self, peer: str, name: str, value: Tensor, truth: Tensor, eager: Tensor) -> None:
-        rounding = ROUNDING[value.dtype]
-        for what, error, allowed, slack in zip(
-            ("whole", "worst row"), _errors(value, truth), _errors(eager, truth), (1, 4), strict=True
-        ):
-            bound = 2 * allowed + slack * rounding
-            if not error <= bound:
-                raise WrongResultError(
-                    f"{peer}: {name}: relative error {error:.3g} ({what}) against float64, bound {bound:.3g}: not timed"
-                )
+        got = results(peer.call, self.arguments, inference=self.inference)
+        compare(peer.name, got, *self._reference(noise, own_noise=peer.draws_noise))
 
     def _drawn_noise(self) -> Tensor:
         """Noise that gives the reference the noisy logits which a generator-drawing peer computes in its own dtype.
@@ -61,30 +76,20 @@ class Oracle:
         Near-ties of its 16-bit logits then go the same way, so that hard routing can be compared at all.
         """
         arguments = self.arguments
-        with torch.no_grad(), _generator_state(arguments["hidden"].device):
+        with torch.no_grad(), generator_state(arguments["hidden"].device):
             noisy = noisy_logits(*(arguments[name] for name in ("hidden", "router_weight", "router_bias")))
         hidden, weight, bias = (arguments[name].double() for name in ("hidden", "router_weight", "router_bias"))
         return noisy.double() - torch.nn.functional.linear(hidden, weight, bias).detach()
 
-    def _reference(self, noise: Tensor | None, *, own_noise: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _reference(self, noise: Tensor | None, *, own_noise: bool) -> tuple[Results, Results]:
         if own_noise not in self._expected:
             drawn = {} if noise is None else {"gumbel": noise}
+            double, same = _cast(self.arguments, torch.float64) | drawn, self.arguments | drawn
             self._expected[own_noise] = (
-                self._results(self._formula, _cast(self.arguments, torch.float64) | drawn),
-                self._results(self._formula, self.arguments | drawn),
+                results(self._formula, double, inference=self.inference),
+                results(self._formula, same, inference=self.inference),
             )
         return self._expected[own_noise]
-
-    def _results(self, call: Callable[[Arguments], Outputs], arguments: Arguments) -> dict[str, Tensor]:
-        """Outputs and gradients by name."""
-        with torch.set_grad_enabled(not self.inference):
-            outputs = call(arguments)
-        named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-        if self.inference:
-            return named
-        grads = torch.autograd.grad(outputs, leaves(arguments), upstream(outputs))
-        wanted = [name for name, tensor in arguments.items() if tensor.requires_grad]
-        return named | {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
 
     def _formula(self, arguments: Arguments) -> Outputs:
         tensors = {name: tensor for name, tensor in arguments.items() if name != "seed"}
@@ -111,7 +116,7 @@ def _errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
     return ((got - want).norm() / size).item(), rows.max().item()
 
 
-class _generator_state:  # noqa: N801 (a context manager)
+class generator_state:  # noqa: N801 (a context manager)
     """torch's generator at a fixed seed inside the block, as it was after it."""
 
     def __init__(self, device: torch.device) -> None:

@@ -10,14 +10,15 @@ import torch
 from .checks import Oracle
 from .measure import dtype_name
 from .peers import Arguments, make_arguments, peer, work
-from .record import Record, environment
+from .record import Entry, Record, environment
 from .shapes import Shape
-from .timing import device_clock, sets_beyond_cache
+from .timing import Work, device_clock, sets_beyond_cache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 30 if DEVICE.type == "cuda" else 7
 
 Measure = Callable[[str, Shape, torch.dtype, str], None]
+Timed = Callable[[Work, Entry], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,28 +60,31 @@ def inputs() -> Inputs:
 
 
 @pytest.fixture
-def measure(benchmark, inputs: Inputs, record: Record | None) -> Measure:
-    """``measure(peer, shape, dtype, pass)``: checks the peer's result, then times the pass by the device's clock."""
+def timed(benchmark, record: Record | None) -> Timed:
+    """``timed(work, entry)``: times the work by the device's clock, and records the samples with the entry's labels."""
+
+    def run(one: Work, entry: Entry) -> None:
+        turns = itertools.cycle(range(one.sets))
+        benchmark.group = ", ".join(str(value) for name, value in entry.items() if name != "peer")
+        benchmark.pedantic(one.run, setup=lambda: ((one.setup(next(turns)),), {}), rounds=ROUNDS, warmup_rounds=2)
+        if record is not None:
+            method = "events" if DEVICE.type == "cuda" else "host"
+            samples = [seconds * 1e6 for seconds in benchmark.stats.stats.data]
+            record.add(entry | {"shape": entry["shape"].as_dict(), "method": method, "samples_us": samples})
+
+    return run
+
+
+@pytest.fixture
+def measure(timed: Timed, inputs: Inputs) -> Measure:
+    """``measure(peer, shape, dtype, pass)``: checks the result of one of the op's peers, then times the pass."""
 
     def run(name: str, shape: Shape, dtype: torch.dtype, pass_: str) -> None:
         candidate = peer(name)
         sets, oracle = inputs.of(shape, dtype, candidate.variant, inference=pass_ == "inference")
         oracle.check(candidate)
-        one = work(candidate.call, sets, pass_)
-        turns = itertools.cycle(range(one.sets))
-        benchmark.group = f"{pass_}, {shape}, {dtype_name(dtype)}"
-        benchmark.pedantic(one.run, setup=lambda: ((one.setup(next(turns)),), {}), rounds=ROUNDS, warmup_rounds=2)
-        if record is not None:
-            record.add(
-                {
-                    "group": "decode" if pass_ == "inference" else "op",
-                    "shape": shape.as_dict(),
-                    "dtype": dtype_name(dtype),
-                    "pass": pass_,
-                    "method": "events" if DEVICE.type == "cuda" else "host",
-                    "peer": name,
-                    "samples_us": [seconds * 1e6 for seconds in benchmark.stats.stats.data],
-                }
-            )
+        group = "decode" if pass_ == "inference" else "op"
+        labels = {"group": group, "shape": shape, "dtype": dtype_name(dtype), "pass": pass_, "peer": name}
+        timed(work(candidate.call, sets, pass_), labels)
 
     return run

@@ -1,33 +1,68 @@
-"""Bytes that a training step needs: kept for the backward by count, and the peak by the device's allocator."""
+"""Bytes that a pass needs: kept for the backward, by count or by the device's allocator, and the allocator's peak."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .peers import Arguments, Outputs, leaves, upstream
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators make inside the block while they live, on any device, fake tensors too.
+
+    What an operator takes and gives back inside itself is not seen.
+
+    Args:
+        outside: tensors whose storages don't count.
+
+    Attributes:
+        live: bytes at this moment.
+        peak: the most so far.
+    """
+
+    def __init__(self, outside: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in outside)
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
 
 
 def kept_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
     """Bytes that stay for the backward after a forward, the arguments and the outputs left out.
 
-    On CUDA what the allocator holds more than before; on a CPU the storages that autograd saves.
+    On CUDA what the allocator holds more than before; on a CPU by count.
     """
     if arguments["hidden"].device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         outputs = call(arguments)
-        return torch.cuda.memory_allocated() - before - sum(output.untyped_storage().nbytes() for output in outputs)
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return torch.cuda.memory_allocated() - before - _nbytes(outputs)
+    with LiveBytes(arguments.values()) as count:
         outputs = call(arguments)
-    outside = {tensor.untyped_storage().data_ptr() for tensor in (*arguments.values(), *outputs)}
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in outside)
+    return count.live - _nbytes(outputs)
 
 
 def peak_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
@@ -41,3 +76,7 @@ def peak_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> in
     peak = torch.cuda.max_memory_allocated() - before
     del grads
     return peak
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

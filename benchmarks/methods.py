@@ -1,0 +1,83 @@
+"""The ways to train a backbone that are compared: each takes a model and returns it ready for training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hycam import HyCAMAttention, HyCAMConfig
+from hycam_kernels import HyCAMOutput
+from hycam_kernels.reference import modulation_reference
+
+from .backbones import ModelShape
+
+Adapt = Callable[[PreTrainedModel, ModelShape], nn.Module]
+
+
+class EagerHyCAMAttention(HyCAMAttention):
+    """HyCAM with the op's reference under plain autograd; its noise is torch's own, which is cheaper than Philox."""
+
+    def _modulate(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any) -> HyCAMOutput:
+        config = self.adapter_configs[adapter_name]
+        shared_weight, _ = self._projection("hycam_shared", adapter_name)
+        router_weight, _ = self._projection("hycam_router", adapter_name)
+        noise = None
+        if options.pop("seed") is not None:
+            size = (*hidden.shape[:-1], config.num_experts)
+            noise = -torch.empty(size, dtype=torch.float32, device=hidden.device).exponential_().log()
+        return modulation_reference(
+            hidden,
+            attn_output,
+            shared_weight,
+            *(getattr(self, f"hycam_lora_{factor}")(adapter_name) for factor in "anb"),
+            router_weight,
+            tau=config.tau,
+            gumbel=noise,
+            **options,
+        )
+
+
+def hycam_config(shape: ModelShape, backend: str = "auto") -> HyCAMConfig:
+    return HyCAMConfig(r=shape.rank, num_experts=shape.num_experts, backend=backend)  # type: ignore[arg-type]
+
+
+def _frozen(model: PreTrainedModel, shape: ModelShape) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+def _full(model: PreTrainedModel, shape: ModelShape) -> nn.Module:
+    return model
+
+
+def _peft(make_config: Callable[[ModelShape], PeftConfig]) -> Adapt:
+    def adapt(model: PreTrainedModel, shape: ModelShape) -> nn.Module:
+        # every parameter in the backbone's dtype: in float32, PEFT's default, LoRA would multiply in float32
+        return get_peft_model(model, make_config(shape), autocast_adapter_dtype=False)
+
+    return adapt
+
+
+def _eager(model: PreTrainedModel, shape: ModelShape) -> nn.Module:
+    adapted = _peft(hycam_config)(model, shape)
+    for module in adapted.modules():
+        if isinstance(module, HyCAMAttention):
+            module.__class__ = EagerHyCAMAttention
+    return adapted
+
+
+def _lora(shape: ModelShape) -> LoraConfig:
+    return LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules="all-linear")
+
+
+METHODS: dict[str, Adapt] = {
+    "frozen": _frozen,
+    "hycam-fused": _peft(lambda shape: hycam_config(shape, "triton")),
+    "hycam-torch": _peft(lambda shape: hycam_config(shape, "torch")),
+    "hycam-eager": _eager,
+    "lora": _peft(_lora),
+    "full": _full,
+}
+HYCAM = tuple(name for name in METHODS if name.startswith("hycam"))
