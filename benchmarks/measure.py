@@ -5,12 +5,14 @@ record says that too. Peers of one call take turns, so that their ratios are of 
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .backbones import ModelShape
 from .checks import Oracle, WrongResultError
 from .memory import kept_bytes, peak_bytes
 from .peers import Arguments, Peer, make_arguments, peer, work
@@ -23,7 +25,11 @@ _CALLS = 20
 
 @dataclass
 class Session:
-    """Where and how a run measures."""
+    """Where and how a run measures.
+
+    Attributes:
+        timers: the first gives the rates that floors are made of; the last times plain calls.
+    """
 
     record: Record
     budget: Budget
@@ -31,10 +37,10 @@ class Session:
     timers: Sequence[Timer]
     rounds: int
 
-    def add(self, group: str, shape: Shape | None = None, **fields) -> None:
+    def add(self, group: str, shape: Shape | ModelShape | None = None, **fields) -> None:
         self.record.add({"group": group} | ({} if shape is None else {"shape": shape.as_dict()}) | fields)
 
-    def starts(self, seconds: float, group: str, shape: Shape | None = None, **fields) -> bool:
+    def starts(self, seconds: float, group: str, shape: Shape | ModelShape | None = None, **fields) -> bool:
         """Whether the budget has the seconds that the next part needs; where not, the record says so."""
         if self.budget.lasts(seconds):
             return True
@@ -82,7 +88,10 @@ def measure_op(
         _measure_memory(session, shape, dtype, peers, first)
     for timer in session.timers:
         for pass_ in passes:
-            _time(session, shape, labels | {"pass": pass_, "method": timer.method}, peers, sets, timer, group)
+            time_in_turn(
+                session, group, shape, labels | {"pass": pass_}, timer,
+                {candidate.name: partial(work, candidate.call, sets, pass_) for candidate in peers},
+            )  # fmt: skip
 
 
 def _build(session: Session, shape: Shape, labels: Entry, names: Sequence[str], group: str) -> list[Peer]:
@@ -91,7 +100,7 @@ def _build(session: Session, shape: Shape, labels: Entry, names: Sequence[str], 
         try:
             peers.append(peer(name))
         except RuntimeError as error:
-            session.add(group, shape, **labels, peer=name, error=_describe(error))
+            session.add(group, shape, **labels, peer=name, error=describe(error))
     return peers
 
 
@@ -106,31 +115,32 @@ def _right_ones(
             right.append(candidate)
         except WrongResultError as error:
             session.add(group, shape, **labels, peer=candidate.name, wrong=str(error))
-        except Exception as error:  # compilers raise classes of their own; the other peers are still measured
-            session.add(group, shape, **labels, peer=candidate.name, error=_describe(error))
+        except Exception as error:  # as below
+            session.add(group, shape, **labels, peer=candidate.name, error=describe(error))
     return right
 
 
-def _time(
+def time_in_turn(
     session: Session,
-    shape: Shape,
-    labels: Entry,
-    peers: Sequence[Peer],
-    sets: list[Arguments],
-    timer: Timer,
     group: str,
+    shape: Shape | ModelShape,
+    labels: Entry,
+    timer: Timer,
+    works: Mapping[str, Callable[[], Work]],
 ) -> None:
+    """Add the samples of each peer's work, taken in turn; of one that fails to get ready, the reason."""
+    labels = labels | {"method": timer.method}
     samplers = {}
-    for candidate in peers:
+    for name, make in works.items():
         try:
-            samplers[candidate.name] = timer.prepare(work(candidate.call, sets, labels["pass"]))
-        except Exception as error:  # as above
-            session.add(group, shape, **labels, peer=candidate.name, error=_describe(error))
+            samplers[name] = timer.prepare(make())
+        except Exception as error:  # compilers raise classes of their own; the other peers are still measured
+            session.add(group, shape, **labels, peer=name, error=describe(error))
     for name, samples in alternate(samplers, session.rounds, session.budget.lasts).items():
         session.add(group, shape, **labels, peer=name, samples_us=samples)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
@@ -144,7 +154,7 @@ def _measure_memory(
             kept = kept_bytes(candidate.call, arguments)
             peak = peak_bytes(candidate.call, arguments) if session.device.type == "cuda" else None
         except Exception as error:  # as in timing: one peer's failure is recorded, the others are measured
-            session.add("memory", shape, **labels, error=_describe(error))
+            session.add("memory", shape, **labels, error=describe(error))
             continue
         activation = arguments["hidden"].nbytes
         session.add("memory", shape, **labels, kept_bytes=kept, peak_bytes=peak, activation_bytes=activation)
@@ -224,7 +234,7 @@ def measure_overhead(session: Session, shape: Shape, dtype: torch.dtype, names: 
             try:
                 samplers[name] = timer.prepare(_queued(work(candidate.call, sets, pass_), session.device))
             except Exception as error:  # as in timing
-                session.add("overhead", shape, **{"pass": pass_}, peer=name, error=_describe(error))
+                session.add("overhead", shape, **{"pass": pass_}, peer=name, error=describe(error))
         for name, samples in alternate(samplers, session.rounds, session.budget.lasts).items():
             per_call = [sample / _CALLS for sample in samples]
             session.add(

@@ -43,7 +43,7 @@ def adapted(
     """
     with generator_state(device):
         model = METHODS[name](build(shape, dtype, device, liger=setting.liger), shape).train()
-        if name != "full":
+        if name != "full" and device.type != "meta":
             randomise_zeros(model)
     if setting.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -78,6 +78,7 @@ class TrainingStep:
     def __init__(
         self, name: str, shape: ModelShape, dtype: torch.dtype, device: torch.device, setting: Setting = PLAIN
     ) -> None:
+        self._before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         self.model = adapted(name, shape, dtype, device, setting)
         self.batches = [token_ids(shape, device, seed) for seed in range(_BATCHES)]
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -126,7 +127,8 @@ class TrainingStep:
         del loss
         self.run(0)
         torch.cuda.synchronize()
-        return {"resident_bytes": before, "kept_bytes": kept, "peak_bytes": torch.cuda.max_memory_allocated()}
+        peak = torch.cuda.max_memory_allocated() - self._before
+        return {"resident_bytes": before - self._before, "kept_bytes": kept, "peak_bytes": peak}
 
     def _counted(self) -> dict[str, int]:
         tensors = self.resident()
