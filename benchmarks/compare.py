@@ -1,8 +1,8 @@
 """``python -m benchmarks.compare OLD NEW [--relative] [--threshold 0.03]``: ratios of two records, and a gate.
 
 Prints new / old of every median with the 95 % interval that its samples leave (bootstrap). Exit status 1 where one of
-the package's own peers is slower or keeps more memory than before, beyond threshold and noise, or has no result any
-more; 2 for records that can't be compared. On a shared machine use ``--relative``: each sample is divided by that of
+the package's own peers is slower, needs more memory or fits a shorter row than before, beyond threshold and noise, or
+has no result any more; 2 for records that can't be compared. On a shared machine use ``--relative``: each sample is divided by that of
 the first peer it took turns with.
 """
 
@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from .record import Entry
 
-OURS = ("torch", "fused")
+OURS = {"torch", "fused"}
 _RESAMPLES = 1000
-_LABELS = ("group", "shape", "dtype", "pass", "method", "peer", "what", "beside")
-_BYTES = ("kept_bytes", "peak_bytes")
+_LABELS = ("group", "shape", "dtype", "setting", "pass", "method", "peer", "what", "beside")
+# amounts without samples, and whether more of one is worse
+_AMOUNTS = {"kept_bytes": True, "peak_bytes": True, "longest_tokens": False}
 
 
 class Incomparable(ValueError):  # noqa: N818 (what the records are, not what failed)
@@ -28,7 +29,7 @@ class Incomparable(ValueError):  # noqa: N818 (what the records are, not what fa
 
 
 class Ratio(NamedTuple):
-    """new / old of one quantity, with the ends of its interval."""
+    """new / old of one quantity (old / new where more is better), with the ends of its interval."""
 
     label: str
     ours: bool
@@ -51,7 +52,7 @@ def label(entry: Entry) -> str:
 
 
 def is_ours(entry: Entry) -> bool:
-    return str(entry.get("peer", "")).split("-")[0] in OURS
+    return not OURS.isdisjoint(str(entry.get("peer", "")).split("-"))
 
 
 def medians_ratio(old: Sequence[float], new: Sequence[float]) -> tuple[float, float, float]:
@@ -103,28 +104,28 @@ def compare(old: Entry, new: Entry, *, relative: bool = False) -> tuple[list[Rat
         for name, samples in before.items()
         if name in after
     ]
-    ratios += _memory_ratios(old, new)
+    ratios += _amount_ratios(old, new)
     if not ratios:
         raise Incomparable("the records have no measurement in common")
     return ratios, _lost(old, new)
 
 
-def _memory_ratios(old: Entry, new: Entry) -> list[Ratio]:
-    after = {key(entry): entry for entry in new["entries"] if entry["group"] == "memory"}
+def _amount_ratios(old: Entry, new: Entry) -> list[Ratio]:
+    after = {key(entry): entry for entry in new["entries"]}
     ratios = []
     for entry in old["entries"]:
-        other = after.get(key(entry))
-        for field in _BYTES:
-            if other and entry.get(field) and other.get(field):
-                value = other[field] / entry[field]
-                ratios.append(Ratio(f"{label(entry)} {field}", is_ours(entry), value, value, value))
+        other = after.get(key(entry), {})
+        for name, more_is_worse in _AMOUNTS.items():
+            if entry.get(name) and other.get(name) is not None:
+                value = other[name] / entry[name] if more_is_worse else entry[name] / max(other[name], 1)
+                ratios.append(Ratio(f"{label(entry)} {name}", is_ours(entry), value, value, value))
     return ratios
 
 
 def _lost(old: Entry, new: Entry) -> list[str]:
     """Own peers that had times and now are wrong or fail; what only ran out of time isn't lost."""
     broken = {
-        json.dumps([entry["group"], entry.get("shape"), entry["peer"]])
+        json.dumps([entry["group"], entry.get("shape"), entry.get("setting"), entry["peer"]])
         for entry in new["entries"]
         if "peer" in entry and ("wrong" in entry or "error" in entry)
     }
@@ -133,7 +134,7 @@ def _lost(old: Entry, new: Entry) -> list[str]:
         for entry in old["entries"]
         if "samples_us" in entry
         and is_ours(entry)
-        and json.dumps([entry["group"], entry.get("shape"), entry["peer"]]) in broken
+        and json.dumps([entry["group"], entry.get("shape"), entry.get("setting"), entry["peer"]]) in broken
     )
 
 

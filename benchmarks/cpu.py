@@ -1,4 +1,7 @@
-"""The torch backend against plain autograd on a CPU, peers in turn: ``python -m benchmarks.cpu --out FILE``.
+"""The package on a CPU, peers in turn: ``python -m benchmarks.cpu --out FILE``.
+
+The op beside plain autograd, torch.compile and the released code's formulation; attention layers, training steps and
+generation on tiny backbones; the longest row of a 7B shape by count.
 
 Ratios within one record are meaningful as far as their spread says; times of a shared machine are not. Where other
 processes are busy, ``--cpu-time`` counts this process's own processor time, on one thread.
@@ -11,42 +14,79 @@ from pathlib import Path
 
 import torch
 
+from .backbones import ModelShape
+from .longest import measure_longest
 from .measure import Session, measure_op, measure_overhead, measure_rates
+from .model_shapes import CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
+from .models import measure_attention, measure_generation, measure_steps
 from .record import Budget, Record, environment
-from .shapes import CPU, LAUNCH, Shape
+from .shapes import CPU, CPU_SWEEP, LAUNCH, Shape
 from .timing import HostTimer
+from .training import PLAIN, Setting
 
-PAPER_PEERS = ("eager", "torch", "torch-recompute")
+PAPER_PEERS = ("eager", "torch", "torch-recompute", "compile", "compile-max-autotune")
 RELEASED_PEERS = ("released", "torch-released")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def measure(session: Session, shapes: Sequence[Shape] = CPU, copy_bytes: int = 1 << 26) -> None:
-    """Rates and floors, the op's passes, memory, and the overhead per call."""
+LAYER_METHODS = ("frozen", "hycam-eager", "hycam-torch")
+STEP_METHODS = ("frozen", "hycam-eager", "hycam-torch", "lora", "full")
+LONGEST_METHODS = ("frozen", "hycam-torch", "hycam-eager", "lora", "full")
+
+
+def measure(
+    session: Session,
+    shapes: Sequence[Shape] = CPU,
+    copy_bytes: int = 1 << 26,
+    paper_peers: Sequence[str] = PAPER_PEERS,
+) -> None:
+    """Rates and floors, the op's passes, memory, and the overhead per call. A compiler needs half a minute for each."""
     for dtype in DTYPES:
         measure_rates(session, dtype, shapes, copy_bytes)
         for shape in shapes:
-            measure_op(session, shape, dtype, PAPER_PEERS)
+            measure_op(session, shape, dtype, paper_peers)
             measure_op(session, shape, dtype, RELEASED_PEERS)
     measure_overhead(session, LAUNCH, torch.float32, ("eager", "torch"))
 
 
+def measure_sweep(session: Session, shapes: Sequence[Shape] = CPU_SWEEP, copy_bytes: int = 1 << 26) -> None:
+    """The share of the floor against T and d, in float32."""
+    measure_rates(session, torch.float32, shapes, copy_bytes)
+    for shape in shapes:
+        measure_op(session, shape, torch.float32, ("eager", "torch"), group="sweep")
+
+
+def measure_models(
+    session: Session,
+    shapes: Sequence[ModelShape] = CPU_MODELS,
+    generation: Sequence[ModelShape] = CPU_GENERATION,
+    longest: ModelShape = LONGEST,
+) -> None:
+    """Attention layers, training steps, generation, and the longest row of a 7B shape by count."""
+    for shape in shapes:
+        measure_attention(session, shape, torch.float32, LAYER_METHODS)
+        for setting in (PLAIN, Setting(checkpointing=True)):
+            measure_steps(session, shape, torch.float32, STEP_METHODS, setting, seconds=10)
+    for shape in generation:
+        measure_generation(session, shape, torch.float32, LAYER_METHODS, NEW_TOKENS["cpu"])
+    measure_longest(session, longest, torch.bfloat16, LONGEST_METHODS, (PLAIN, Setting(checkpointing=True)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the record's file")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each time (default: 15)")
-    parser.add_argument("--seconds", type=float, default=300, help="for everything (default: 300)")
+    parser.add_argument("--seconds", type=float, default=420, help="for everything (default: 420)")
     parser.add_argument("--cpu-time", action="store_true", help="processor time on one thread, for a busy machine")
     options = parser.parse_args(arguments)
     if options.cpu_time:
         torch.set_num_threads(1)
     record = Record(options.out, environment())
     record.write()
-    measure(
-        Session(
-            record, Budget(options.seconds), torch.device("cpu"), [HostTimer(cpu_time=options.cpu_time)], options.rounds
-        )
-    )
+    timers = [HostTimer(cpu_time=options.cpu_time)]
+    session = Session(record, Budget(options.seconds), torch.device("cpu"), timers, options.rounds)
+    for part in (measure, measure_models, measure_sweep):
+        part(session)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""One command for a machine with a GPU: tests, candidates, the winning table, times. Offline, in under 8 minutes.
+"""One command for a machine with a GPU: tests, candidates, the winning table, times. Offline, in under 10 minutes.
 
-``python -m benchmarks.gpu --out DIR [--seconds 460] [--commit HASH[+]]``
+``python -m benchmarks.gpu --out DIR [--seconds 560] [--commit HASH[+]]``
 
 Writes into DIR: ``record.json`` (all of it), a table in the format of `hycam_kernels/configs`, and ``tests.log``. Each
 phase is a process of its own with a time limit; what doesn't fit is skipped, and the record says so. A failed test
@@ -27,14 +27,15 @@ from .measure import (
     measure_rates,
 )
 from .record import ROOT, Budget, Entry, Record, environment, gpu_state
-from .shapes import DECODE, LAUNCH, TRAINING, Shape
+from .shapes import DECODE, LAUNCH, SWEEP, TRAINING, Shape
 from .timing import EventTimer, GraphTimer
 
 DTYPE = torch.bfloat16
 OUR_PEERS = ("eager", "torch", "fused", "fused-recompute")
 RELEASED_PEERS = ("released", "torch-released", "fused-released")
-# seconds that stay for the times, whatever the phases before them take; and for starting and ending a process
-TIMES_SHARE, MARGIN = 170, 12
+# seconds that stay for the times and the models, whatever the phases before them take; and for starting and ending a
+# process
+TIMES_SHARE, MODELS_SHARE, MARGIN = 170, 90, 12
 TESTS_LIMIT, CANDIDATES_LIMIT = 190, 110
 # a compiler's own time for both passes, before it can be timed
 COMPILE_SECONDS = {"compile": 40, "compile-max-autotune": 75}
@@ -44,11 +45,12 @@ def times_phase(
     session: Session,
     training: Sequence[Shape] = TRAINING,
     decode: Sequence[Shape] = DECODE,
+    sweep: Sequence[Shape] = SWEEP,
     decode_session: Session | None = None,
     dtype: torch.dtype = DTYPE,
     copy_bytes: int = 1 << 30,
 ) -> None:
-    """The most telling first: what the compilers take may leave no time for the rest."""
+    """Rates, floors and the package's peers at every shape, the most telling first."""
     measure_rates(session, dtype, training, copy_bytes)
     for shape in training:
         measure_op(session, shape, dtype, OUR_PEERS)
@@ -59,16 +61,27 @@ def times_phase(
             decode_session or session, shape, dtype, ("eager", "torch", "fused"), passes=("inference",), group="decode"
         )
     measure_overhead(session, LAUNCH, dtype, ("eager", "torch", "fused"))
+    measure_rates(session, dtype, sweep, copy_bytes)
+    for shape in sweep:
+        measure_op(session, shape, dtype, ("fused",), group="sweep")
+
+
+def compiled_phase(session: Session, training: Sequence[Shape] = TRAINING, dtype: torch.dtype = DTYPE) -> None:
+    """The reference through torch.compile beside the fused op: last, since the compilers take long."""
     for shape in training:
-        for name in COMPILE_SECONDS:
-            measure_op(session, shape, dtype, ("fused", name), seconds=COMPILE_SECONDS[name])
+        for name, seconds in COMPILE_SECONDS.items():
+            measure_op(session, shape, dtype, ("fused", name), seconds=seconds)
 
 
 def _times_on_gpu(record: Record, budget: Budget, out: Path) -> None:
+    from .kernels import measure_kernels  # imports triton, as below
+
     device = torch.device("cuda", torch.cuda.current_device())
     session = Session(record, budget, device, [GraphTimer(), EventTimer()], rounds=25)
     chained = Session(record, budget, device, [GraphTimer(chain=4), EventTimer()], rounds=25)
     times_phase(session, decode_session=chained)
+    measure_kernels(session, DTYPE)
+    compiled_phase(session)
     record.content["gpu_after"] = gpu_state()
     record.write()
 
@@ -80,7 +93,13 @@ def _candidates_on_gpu(record: Record, budget: Budget, out: Path) -> None:
     measure_candidates(Session(record, budget, device, [GraphTimer()], rounds=15), out)
 
 
-PHASES = {"candidates": _candidates_on_gpu, "times": _times_on_gpu}
+def _models_on_gpu(record: Record, budget: Budget, out: Path) -> None:
+    from .end_to_end import measure_on_gpu  # imports transformers and PEFT, which only this phase needs
+
+    measure_on_gpu(record, budget)
+
+
+PHASES = {"candidates": _candidates_on_gpu, "times": _times_on_gpu, "models": _models_on_gpu}
 
 
 def run_phase(name: str, out: Path, seconds: float, commit: str | None) -> None:
@@ -103,20 +122,25 @@ def orchestrate(out: Path, header: Entry, budget: Budget, test: Callable[[float]
     record = Record(out / "record.json", header)
     phases: dict[str, str] = {}
     record.content["phases"] = phases
-    tests = test(min(TESTS_LIMIT, budget.left - TIMES_SHARE))
+    tests = test(min(TESTS_LIMIT, budget.left - TIMES_SHARE - MODELS_SHARE))
     record.add({"group": "tests"} | tests)
     phases["tests"] = "passed" if tests["passed_all"] else "failed" if tests["in_time"] else "out of time"
     if not tests["passed_all"]:
         phases |= dict.fromkeys(PHASES, "withheld: the kernel tests did not pass")
         record.write()
         return False
-    for name, limit in (("candidates", min(CANDIDATES_LIMIT, budget.left - TIMES_SHARE)), ("times", None)):
-        seconds = budget.left - MARGIN if limit is None else limit
+    limits: dict[str, Callable[[float], float]] = {
+        "candidates": lambda left: min(CANDIDATES_LIMIT, left - TIMES_SHARE - MODELS_SHARE),
+        "times": lambda left: left - MODELS_SHARE,
+        "models": lambda left: left - MARGIN,
+    }
+    for name, limit in limits.items():
+        seconds = limit(budget.left)
         if seconds <= MARGIN:
             phases[name] = f"skipped: {seconds:.0f} s were left"
             continue
         tuned = any(out.glob("sm_*.json"))
-        status = launch(name, seconds, {"HYCAM_KERNELS_TABLES": str(out)} if tuned and name == "times" else {})
+        status = launch(name, seconds, {"HYCAM_KERNELS_TABLES": str(out)} if tuned and name != "candidates" else {})
         phases[name] = {0: "done", None: "out of time"}.get(status, f"failed with exit status {status}")
         phase_file = out / f"{name}.json"
         if phase_file.exists():
@@ -141,7 +165,7 @@ def _launch(out: Path, commit: str | None) -> Launch:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the record, the table and the tests' log")
-    parser.add_argument("--seconds", type=float, default=460, help="for everything (default: 460)")
+    parser.add_argument("--seconds", type=float, default=560, help="for everything (default: 560)")
     parser.add_argument("--commit", help="of the sources, where there is no repository; a + at its end: changed since")
     parser.add_argument("--phase", choices=PHASES, help="only this phase, in this process, without the tests before it")
     options = parser.parse_args(arguments)

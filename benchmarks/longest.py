@@ -120,7 +120,7 @@ def measured_longest(
 
 
 def largest(fits: Callable[[int], bool], grain: int = _GRAIN) -> int:
-    """The largest multiple of the grain that fits, where all smaller ones do: doubled until one doesn't, then halved."""
+    """The largest multiple of the grain that fits, where all smaller ones do: by doubling, then by halves."""
     low, high = 0, grain
     while fits(high):
         low, high = high, 2 * high

@@ -62,7 +62,7 @@ def measure_op(
     group: str = "op",
     seconds: float = 5.0,
 ) -> None:
-    """Check the peers, then measure the memory of a training step and time them in turn.
+    """Check the peers, then measure the memory of a training step (of the group "op") and time them in turn.
 
     Args:
         names: of peers, all of one variant.
@@ -84,7 +84,7 @@ def measure_op(
     first = make(0)
     sets = [first, *(make(seed) for seed in range(1, sets_beyond_cache(first, session.device)))]
     peers = _right_ones(session, shape, labels, peers, Oracle(first, variant, inference=inference), group)
-    if not inference:
+    if group == "op":
         _measure_memory(session, shape, dtype, peers, first)
     for timer in session.timers:
         for pass_ in passes:

@@ -272,3 +272,20 @@ def decode_cost(tokens: int, d: int, num_experts: int, rank: int, *, shared=True
         2 * tokens * (d * columns + num_experts * rank * rank),
         (shared + num_experts) * tokens * d,
     )
+
+
+def decode_down_cost(tokens: int, d: int, num_experts: int, rank: int, *, splits: int, itemsize=2) -> Cost:
+    """Reads h, A and W_r once, writes the split sums; two products."""
+    columns = num_experts * (rank + 1)
+    return Cost(itemsize * (tokens + columns) * d + 4 * splits * tokens * columns, 2 * tokens * d * columns)
+
+
+def decode_fusion_cost(
+    tokens: int, d: int, num_experts: int, rank: int, *, splits: int, shared=True, residual=False, itemsize=2
+) -> Cost:
+    """`decode_cost` without what `decode_down_cost` counts, h read and the split sums read once more."""
+    whole = decode_cost(tokens, d, num_experts, rank, shared=shared, residual=residual, itemsize=itemsize)
+    down = decode_down_cost(tokens, d, num_experts, rank, splits=0, itemsize=itemsize)
+    split_sums = 4 * splits * tokens * num_experts * (rank + 1)
+    activations = itemsize * tokens * d * (1 if shared else 0)
+    return Cost(whole.bytes - down.bytes + activations + split_sums, whole.flops - down.flops, whole.sigmoids)

@@ -305,6 +305,11 @@ def route_cost(tokens: int, d: int, num_experts: int, *, itemsize=2) -> Cost:
     return Cost(itemsize * (tokens + num_experts) * d + 8 * tokens * num_experts, 2 * tokens * d * num_experts)
 
 
+def token_mean_cost(blocks: int, num_experts: int) -> Cost:
+    """Reads the blocks' partial sums, writes the two means."""
+    return Cost(8 * num_experts * (blocks + 1), 0)
+
+
 def route_backward_cost(tokens: int, num_experts: int, partials: int) -> Cost:
     """Reads the partial gradients, p and logits, writes the logits' gradient."""
     return Cost(4 * tokens * num_experts * (partials + 3), 0)

@@ -78,6 +78,42 @@ def test_more_memory_is_a_regression(field, run):
     assert run([entry(100)], [entry(104)])[0] == 1
 
 
+def test_a_shorter_longest_row_is_a_regression(run):
+    def entry(tokens, peer="hycam-fused"):
+        shape = {"model": "a", "batch": 1}
+        return {"group": "longest", "shape": shape, "setting": "plain", "peer": peer, "longest_tokens": tokens}
+
+    assert run([entry(8192)], [entry(9216)])[0] == 0
+    assert run([entry(8192)], [entry(7680)])[0] == 1
+    assert run([entry(8192)], [entry(0)])[0] == 1
+    assert run([entry(8192, "lora")], [entry(4096, "lora")])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("peer", "code"), [("hycam-fused", 1), ("hycam-torch", 1), ("hycam-eager", 0), ("lora", 0), ("frozen", 0)]
+)
+def test_steps_of_the_own_methods_are_gated(peer, code, run):
+    def step(samples, setting):
+        shape = {"model": "a", "batch": 8, "length": 1200}
+        return times(peer, samples, group="step", shape=shape, setting=setting, **{"pass": "step"})
+
+    old = [step(noisy(100, 0), "plain"), step(noisy(200, 0), "checkpointing")]
+    assert run(old, [step(noisy(130, 1), "plain"), step(noisy(200, 1), "checkpointing")])[0] == code
+    assert run(old, [step(noisy(100, 1), "plain"), step(noisy(200, 1), "checkpointing")])[0] == 0
+
+
+def test_kernels_are_gated_by_name(run):
+    def kernel(name, samples):
+        entry = {"group": "kernel", "shape": {"tokens": 8}, "what": name, "peer": "fused", "method": "graph"}
+        return entry | {"samples_us": samples, "floor_us": 1.0}
+
+    old = [kernel("a_kernel", [100.0] * 9), kernel("b_kernel", [10.0] * 9)]
+    code, out = run(old, [kernel("a_kernel", [100.0] * 9), kernel("b_kernel", [12.0] * 9)])
+    assert code == 1
+    assert [line for line in out.splitlines() if "REGRESSION" in line and "b_kernel" in line]
+    assert not [line for line in out.splitlines() if "REGRESSION" in line and "a_kernel" in line]
+
+
 @pytest.mark.parametrize("outcome", ["wrong", "error"])
 def test_a_result_that_is_none_any_more_is_a_regression(outcome, run):
     other = times("eager", [1.0, 1.0])

@@ -1,0 +1,83 @@
+"""Whole models by method: ``python -m benchmarks.end_to_end --out FILE [--models NAME ...] [--liger]``.
+
+Training steps (time, bytes kept and at most), attention layers, generation, and the longest row of a 7B shape.
+Backbones have known models' shapes and random weights, nothing is downloaded. `benchmarks.gpu` runs this with the
+seconds that it has left; here it has all of its own. Without a GPU the backbones are tiny.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .backbones import ModelShape
+from .cpu import measure_models
+from .longest import measure_longest
+from .measure import Session
+from .methods import METHODS
+from .model_shapes import GENERATION, LAYERS, LONGEST, MODELS, NEW_TOKENS
+from .models import measure_attention, measure_generation, measure_steps
+from .record import Budget, Record, environment, gpu_state
+from .timing import EventTimer, GraphTimer, HostTimer
+from .training import PLAIN, Setting
+
+DTYPE = torch.bfloat16
+CHECKPOINTING = Setting(checkpointing=True)
+# those that a goal compares come first
+STEP_METHODS = (
+    "frozen",
+    "hycam-fused",
+    "lora",
+    *(name for name in METHODS if name not in ("frozen", "hycam-fused", "lora")),
+)
+LAYER_METHODS = ("frozen", "hycam-fused", "hycam-eager")
+
+
+def measure_on_gpu(
+    record: Record, budget: Budget, models: Sequence[ModelShape] = MODELS, *, liger: bool = False
+) -> None:
+    """The most telling first: what is large may leave no time for the rest."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    session = Session(record, budget, device, [GraphTimer(), EventTimer(warmup=1)], rounds=8)
+    settings = [
+        Setting(checkpointing, on) for on in ([False, True] if liger else [False]) for checkpointing in (False, True)
+    ]
+    first, *others = models
+    for setting in settings:
+        measure_steps(session, first, DTYPE, STEP_METHODS, setting)
+    for shape in GENERATION:
+        measure_generation(session, shape, DTYPE, LAYER_METHODS, NEW_TOKENS["cuda"])
+    for shape in LAYERS:
+        measure_attention(session, shape, DTYPE, LAYER_METHODS)
+    for shape in others:
+        for setting in settings:
+            measure_steps(session, shape, DTYPE, STEP_METHODS, setting)
+    measure_longest(session, LONGEST, DTYPE, STEP_METHODS, (PLAIN, CHECKPOINTING))
+    record.content["gpu_after"] = gpu_state()
+    record.write()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--out", type=Path, required=True, help="the record's file")
+    parser.add_argument("--seconds", type=float, default=540, help="for everything (default: 540)")
+    parser.add_argument("--commit", help="of the sources, where there is no repository; a + at its end: changed since")
+    known = [shape.model for shape in MODELS]
+    parser.add_argument("--models", nargs="+", choices=known, default=known, help="on CUDA, in this order")
+    parser.add_argument("--liger", action="store_true", help="also with liger-kernel's norms, MLPs and loss")
+    options = parser.parse_args(arguments)
+    record = Record(options.out, environment(options.commit))
+    record.write()
+    budget = Budget(options.seconds)
+    if torch.cuda.is_available():
+        by_name = {shape.model: shape for shape in MODELS}
+        measure_on_gpu(record, budget, [by_name[name] for name in options.models], liger=options.liger)
+    else:
+        measure_models(Session(record, budget, torch.device("cpu"), [HostTimer()], rounds=8))
+    return 0 if any(entry["group"] == "step" and "samples_us" in entry for entry in record.entries) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
