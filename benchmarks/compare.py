@@ -2,8 +2,8 @@
 
 Prints new / old of every median with the 95 % interval that its samples leave (bootstrap). Exit status 1 where one of
 the package's own peers is slower, needs more memory or fits a shorter row than before, beyond threshold and noise, or
-has no result any more; 2 for records that can't be compared. On a shared machine use ``--relative``: each sample is divided by that of
-the first peer it took turns with.
+has no result any more; 2 for records that can't be compared. On a shared machine use ``--relative``: each sample is
+divided by that of the first peer it took turns with.
 """
 
 import argparse

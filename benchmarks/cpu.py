@@ -61,6 +61,7 @@ def measure_models(
     shapes: Sequence[ModelShape] = CPU_MODELS,
     generation: Sequence[ModelShape] = CPU_GENERATION,
     longest: ModelShape = LONGEST,
+    longest_methods: Sequence[str] = LONGEST_METHODS,
 ) -> None:
     """Attention layers, training steps, generation, and the longest row of a 7B shape by count."""
     for shape in shapes:
@@ -69,7 +70,7 @@ def measure_models(
             measure_steps(session, shape, torch.float32, STEP_METHODS, setting, seconds=10)
     for shape in generation:
         measure_generation(session, shape, torch.float32, LAYER_METHODS, NEW_TOKENS["cpu"])
-    measure_longest(session, longest, torch.bfloat16, LONGEST_METHODS, (PLAIN, Setting(checkpointing=True)))
+    measure_longest(session, longest, torch.bfloat16, longest_methods, (PLAIN, Setting(checkpointing=True)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -138,6 +138,7 @@ def orchestrate(out: Path, header: Entry, budget: Budget, test: Callable[[float]
         seconds = limit(budget.left)
         if seconds <= MARGIN:
             phases[name] = f"skipped: {seconds:.0f} s were left"
+            record.write()
             continue
         tuned = any(out.glob("sm_*.json"))
         status = launch(name, seconds, {"HYCAM_KERNELS_TABLES": str(out)} if tuned and name != "candidates" else {})

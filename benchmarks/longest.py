@@ -6,7 +6,7 @@ optimizer's moments all the time, as a step that accumulates gradients does, and
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -131,7 +131,7 @@ def largest(fits: Callable[[int], bool], grain: int = _GRAIN) -> int:
 
 
 def measure_longest(
-    session: Session, shape: ModelShape, dtype: torch.dtype, names: tuple[str, ...], settings: tuple[Setting, ...]
+    session: Session, shape: ModelShape, dtype: torch.dtype, names: Sequence[str], settings: Sequence[Setting]
 ) -> None:
     """An entry for each method and setting: by measurement on CUDA, else by count."""
     on_cuda = session.device.type == "cuda"

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
-_PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark")
+_PACKAGES = (
+    "torch", "triton", "numpy", "transformers", "peft", "liger-kernel", "pytest", "pytest-benchmark",
+)  # fmt: skip
 _GPU_FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw",
     "power.limit",

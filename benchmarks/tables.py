@@ -1,7 +1,8 @@
-"""Tables of `docs/performance.md` from the committed records: ``python -m benchmarks.tables [--check]``.
+"""Tables and plots of `docs/performance.md` from the committed records: ``python -m benchmarks.tables [--check]``.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Each names the record that it is drawn from: the
-newest file, by name, of each folder of ``benchmarks/results`` (``cpu``, or a GPU's name). Without a record it says so.
+A table, or the plots of a record, stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Each names the record
+that it is drawn from: the newest file, by name, of each folder of ``benchmarks/results`` (``cpu``, or a GPU's name)
+that has such measurements. Without one it says so.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .compare import key, relative_samples
+from .plots import figures, floor_key, floors_of, link, outdated, redraw, size
 from .record import ROOT, Entry
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -21,18 +23,16 @@ NOT_MEASURED = "Not measured yet."
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest(folder: Path) -> Path | None:
-    return max(folder.glob("*.json"), default=None) if folder.is_dir() else None
+def load(path: Path) -> Entry:
+    return json.loads(path.read_text())
 
 
-def cpu_records(results: Path) -> list[Path]:
-    record = newest(results / "cpu")
-    return [] if record is None else [record]
+def cpu_folders(results: Path) -> list[Path]:
+    return [results / "cpu"]
 
 
-def gpu_records(results: Path) -> list[Path]:
-    folders = sorted(path for path in results.glob("*") if path.is_dir() and path.name != "cpu")
-    return [record for folder in folders if (record := newest(folder)) is not None]
+def gpu_folders(results: Path) -> list[Path]:
+    return sorted(path for path in results.glob("*") if path.is_dir() and path.name != "cpu")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -46,10 +46,6 @@ def quartiles(samples: Sequence[float]) -> str:
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def size(entry: Entry) -> str:
-    return f"{entry['shape']['tokens']}, {entry['shape']['d']}"
-
-
 def timed(record: Entry, **wanted) -> list[Entry]:
     return [
         entry
@@ -60,6 +56,11 @@ def timed(record: Entry, **wanted) -> list[Entry]:
 
 def time_ms(entry: Entry) -> str:
     return f"{statistics.median(entry['samples_us']) / 1e3:.1f}"
+
+
+def of_model(entry: Entry) -> str:
+    shape = entry["shape"]
+    return f"{shape['model']}, {shape['batch']} x {shape['length']}"
 
 
 def op_ratios(record: Entry) -> str:
@@ -82,7 +83,7 @@ def memory(record: Entry) -> str:
     """Kept bytes in activations of [T, d], and the peak where the device's allocator tells it."""
     rows = []
     for entry in record["entries"]:
-        if entry["group"] == "memory" and "kept_bytes" in entry:
+        if entry["group"] == "memory" and "activation_bytes" in entry:
             peak = entry.get("peak_bytes")
             kept = entry["kept_bytes"] / entry["activation_bytes"]
             rows.append(
@@ -102,11 +103,11 @@ def overhead(record: Entry) -> str:
 
 def shares_of_floor(record: Entry) -> str:
     """Device time by peer, and how many times the floor it is."""
-    floors = {(size(e), e["pass"]): e["floor_us"] for e in record["entries"] if e["group"] == "floor"}
+    floors = floors_of(record)
     rows = []
     for group in ("op", "decode"):
         for entry in timed(record, group=group, method="graph"):
-            floor, median = floors[size(entry), entry["pass"]], statistics.median(entry["samples_us"])
+            floor, median = floors[floor_key(entry)], statistics.median(entry["samples_us"])
             low, _, high = statistics.quantiles(entry["samples_us"], n=4)
             rows.append(
                 [size(entry), entry["pass"], entry["peer"], f"{median:.1f} [{low:.1f}, {high:.1f}]", f"{floor:.1f}",
@@ -115,23 +116,145 @@ def shares_of_floor(record: Entry) -> str:
     return markdown(["T, d", "pass", "peer", "us [quartiles]", "floor, us", "x floor"], rows)
 
 
-Source = Callable[[Path], list[Path]]
-TABLES: dict[str, tuple[Source, Callable[[Entry], str]]] = {
-    "cpu-op": (cpu_records, op_ratios),
-    "cpu-memory": (cpu_records, memory),
-    "cpu-overhead": (cpu_records, overhead),
-    "gpu-op": (gpu_records, shares_of_floor),
-    "gpu-memory": (gpu_records, memory),
-    "gpu-overhead": (gpu_records, overhead),
+def kernels(record: Entry) -> str:
+    """Each kernel's time alone, its floor by the measured rates, and the share of it that is reached."""
+    rows = []
+    for entry in timed(record, group="kernel"):
+        median = statistics.median(entry["samples_us"])
+        rows.append(
+            [size(entry), f"`{entry['what']}`", f"{entry['bytes'] / 1e6:.1f}", f"{entry['flops'] / 1e9:.2f}",
+             f"{entry['sigmoids'] / 1e6:.1f}", f"{entry['floor_us']:.1f}", f"{median:.1f}",
+             f"{entry['floor_us'] / median:.2f}"]
+        )  # fmt: skip
+    return markdown(["T, d", "kernel", "MB", "GFLOP", "sigmoids, M", "floor, us", "us", "share"], rows)
+
+
+def attention(record: Entry) -> str:
+    """A layer's time beside the bare attention's."""
+    kept = {
+        (of_model(entry), entry["peer"]): entry["kept_bytes"]
+        for entry in record["entries"]
+        if entry["group"] == "memory" and entry.get("what") == "attention"
+    }
+    rows = []
+    for entry in timed(record, group="attention"):
+        rows.append(
+            [of_model(entry), entry["pass"], entry["method"], entry["peer"], time_ms(entry),
+             _against(record, entry, "frozen"), f"{kept[of_model(entry), entry['peer']] / 1e6:.2f}"]
+        )  # fmt: skip
+    return markdown(["shape", "pass", "clock", "method", "ms", "x bare", "kept, MB"], rows)
+
+
+def steps(record: Entry) -> str:
+    """Tokens per second and bytes of a training step by method; without a time, why."""
+    memory_of = {
+        (of_model(entry), entry["setting"], entry["peer"]): entry
+        for entry in record["entries"]
+        if entry["group"] == "memory" and entry.get("what") == "step"
+    }
+    rows = []
+    for entry in record["entries"]:
+        if entry["group"] != "step" or "peer" not in entry:
+            continue
+        head = [of_model(entry), entry["setting"], entry["peer"]]
+        found = memory_of.get(tuple(head))  # type: ignore[arg-type]
+        if "samples_us" not in entry or found is None:
+            rows.append([*head, _no_time(entry), "", "", "", ""])
+            continue
+        tokens = entry["shape"]["batch"] * entry["shape"]["length"]
+        amounts = [f"{found[name] / 1e6:.1f}" for name in ("kept_bytes", "peak_bytes", "optimizer_bytes")]
+        rate = 1e6 * tokens / statistics.median(entry["samples_us"])
+        rows.append([*head, f"{rate:.0f}", _against(record, entry, "frozen"), *amounts])
+    header = ["shape", "setting", "method", "tokens/s", "x frozen's time", "kept, MB", "peak, MB", "optimizer, MB"]
+    return markdown(header, rows)
+
+
+def _no_time(entry: Entry) -> str:
+    reason = entry.get("wrong") or entry.get("error") or "not measured"
+    return "too little memory" if "OutOfMemory" in reason else "wrong" if "wrong" in entry else reason.split(":")[0]
+
+
+def generation(record: Entry) -> str:
+    """New tokens per second of whole `generate` calls, and the time of one token as a CUDA graph."""
+    rows = []
+    for entry in timed(record, group="generation"):
+        median = statistics.median(entry["samples_us"])
+        count = entry["shape"]["batch"] * (int(entry["setting"].split()[0]) if entry["pass"] == "generate" else 1)
+        rows.append(
+            [of_model(entry), entry["setting"], entry["pass"], entry["peer"], f"{1e6 * count / median:.0f}",
+             _against(record, entry, "frozen")]
+        )  # fmt: skip
+    return markdown(["prompts", "setting", "pass", "method", "tokens/s", "x bare"], rows)
+
+
+def longest(record: Entry) -> str:
+    rows = [
+        [entry["shape"]["model"], entry["setting"], entry["peer"], f"{entry['longest_tokens']}", entry["method"]]
+        for entry in record["entries"]
+        if entry["group"] == "longest" and "longest_tokens" in entry
+    ]
+    return markdown(["shape", "setting", "method", "tokens", "by"], rows)
+
+
+def _against(record: Entry, entry: Entry, first: str) -> str:
+    """The ratio of the entry's median to that of another peer at the same place."""
+    places = ("shape", "dtype", "setting", "pass", "method")
+    same = {name: entry.get(name) for name in places}
+    others = timed(record, group=entry["group"], peer=first, **same)
+    if not others:
+        return ""
+    return f"{statistics.median(entry['samples_us']) / statistics.median(others[0]['samples_us']):.2f}"
+
+
+def plots(record: Entry) -> str:
+    """The record's figures; `python -m benchmarks.tables` draws them."""
+    return "\n\n".join(f"![{name}: share of the floor]({link(record, name)})" for name in figures(record))
+
+
+Folders = Callable[[Path], list[Path]]
+# name -> (folders of records, the groups of which one must be there, how the table is drawn)
+TABLES: dict[str, tuple[Folders, tuple[str, ...], Callable[[Entry], str]]] = {
+    "cpu-op": (cpu_folders, ("op",), op_ratios),
+    "cpu-memory": (cpu_folders, ("op",), memory),
+    "cpu-overhead": (cpu_folders, ("overhead",), overhead),
+    "cpu-plots": (cpu_folders, ("sweep",), plots),
+    "cpu-attention": (cpu_folders, ("attention",), attention),
+    "cpu-steps": (cpu_folders, ("step",), steps),
+    "cpu-generation": (cpu_folders, ("generation",), generation),
+    "cpu-longest": (cpu_folders, ("longest",), longest),
+    "gpu-op": (gpu_folders, ("op",), shares_of_floor),
+    "gpu-kernels": (gpu_folders, ("kernel",), kernels),
+    "gpu-plots": (gpu_folders, ("sweep",), plots),
+    "gpu-memory": (gpu_folders, ("op",), memory),
+    "gpu-overhead": (gpu_folders, ("overhead",), overhead),
+    "gpu-attention": (gpu_folders, ("attention",), attention),
+    "gpu-steps": (gpu_folders, ("step",), steps),
+    "gpu-generation": (gpu_folders, ("generation",), generation),
+    "gpu-longest": (gpu_folders, ("longest",), longest),
 }
 
 
+def sources(name: str, results: Path) -> list[Path]:
+    """The records that a table is drawn from: of each folder the newest with such measurements."""
+    folders, groups, _ = TABLES[name]
+    found = []
+    for folder in folders(results):
+        for path in sorted(folder.glob("*.json"), reverse=True):
+            if any(
+                entry["group"] in groups and ("samples_us" in entry or "longest_tokens" in entry)
+                for entry in load(path)["entries"]
+            ):
+                found.append(path)
+                break
+    return found
+
+
 def render(name: str, results: Path) -> str:
-    """A table for each record of the named kind, with the record's name, machine, versions and sources."""
-    source, draw = TABLES[name]
+    """A table for each record, with the record's name, machine, versions and sources."""
+    draw = TABLES[name][2]
     parts = []
-    for path in source(results):
-        record = json.loads(path.read_text())
+    for path in sources(name, results):
+        record = load(path)
         parts.append(f"{draw(record)}\n\n{_origin(record, path.relative_to(results))}")
     return "\n\n".join(parts) or NOT_MEASURED
 
@@ -160,9 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = PAGE.read_text()
     after = fill(before, RESULTS)
+    drawn = [path for name in ("cpu-plots", "gpu-plots") for path in sources(name, RESULTS)]
+    folder = PAGE.parent / "plots"
     if not options.check:
         PAGE.write_text(after)
-    elif after != before:
+        redraw(drawn, folder)
+    elif after != before or outdated(drawn, folder):
         print(f"{PAGE} isn't what the records say: run `python -m benchmarks.tables`", file=sys.stderr)
         return 1
     return 0

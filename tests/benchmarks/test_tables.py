@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import tables
-from benchmarks.cpu import measure
+from benchmarks import plots, tables
+from benchmarks.backbones import ModelShape
+from benchmarks.cpu import measure, measure_models, measure_sweep
 from benchmarks.record import environment
 from benchmarks.shapes import Shape
 from benchmarks.tables import NOT_MEASURED, PAGE, RESULTS, TABLES, fill, main
@@ -63,7 +65,11 @@ def cpu_record(tmp_path_factory):
     """A CPU record as `benchmarks.cpu` measures it, with times of a fake clock."""
     session = make_session(tmp_path_factory.mktemp("record") / "r.json", rounds=3)
     session.record.content = environment() | session.record.content | {"git": {"commit": "f" * 40, "dirty": False}}
-    measure(session, [Shape(40, 32, num_experts=3, rank=8)], copy_bytes=1 << 10)
+    shape = Shape(40, 32, num_experts=3, rank=8)
+    measure(session, [shape], copy_bytes=1 << 10, paper_peers=("eager", "torch", "torch-recompute"))
+    measure_sweep(session, [Shape(20, 32, 3, 8), Shape(40, 16, 3, 8)], copy_bytes=1 << 10)
+    models = [ModelShape("tiny-llama", 1, 16, num_experts=2, rank=4)]
+    measure_models(session, models, models, replace(models[0], layers=4), longest_methods=("frozen", "hycam-torch"))
     return session.record.path
 
 
@@ -88,6 +94,69 @@ def test_every_number_is_traceable_to_the_record(results):
     assert "sources ffffffffffff (clean)" in shown
     assert shown.startswith("before\n")
     assert shown.endswith("after\n")
+
+
+def test_every_cpu_table_is_filled_by_one_record(results):
+    """What `benchmarks.cpu` measures is all that the page's CPU half shows."""
+    names = [name for name in TABLES if name.startswith("cpu-")]
+    page = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names)
+    shown = fill(page, results)
+    assert NOT_MEASURED not in shown
+    assert shown.count("From `benchmarks/results/cpu/2026-01-01.json`") == len(names)
+
+
+def test_a_step_is_shown_with_its_tokens_and_bytes(results):
+    path = results / "cpu" / "2026-01-01.json"
+    record = json.loads(path.read_text())
+    for entry in record["entries"]:
+        if entry["group"] == "step" and entry["setting"] == "plain":
+            entry["samples_us"] = {"frozen": [2e3] * 3, "lora": [4e3] * 3}.get(entry["peer"], [8e3] * 3)
+        if entry.get("what") == "step" and entry["peer"] == "lora" and entry["setting"] == "plain":
+            entry |= {"kept_bytes": 5_000_000, "peak_bytes": 7_000_000, "optimizer_bytes": 300_000}
+    record["entries"].append(
+        {"group": "step", "shape": {"model": "big", "batch": 8, "length": 1200}, "setting": "plain", "peer": "full",
+         "error": "OutOfMemoryError: CUDA out of memory"}
+    )  # fmt: skip
+    path.write_text(json.dumps(record))
+    shown = tables.render("cpu-steps", results)
+    assert "| tiny-llama, 1 x 16 | plain | lora | 4000 | 2.00 | 5.0 | 7.0 | 0.3 |" in shown
+    assert "| big, 8 x 1200 | plain | full | too little memory |" in shown
+
+
+def test_the_newest_record_with_such_a_measurement_is_shown(results):
+    """A record of models alone leaves the op's tables with theirs."""
+    record = json.loads((results / "cpu" / "2026-01-01.json").read_text())
+    record["entries"] = [entry for entry in record["entries"] if entry["group"] in ("step", "memory")]
+    (results / "cpu" / "2026-03-01.json").write_text(json.dumps(record))
+    assert "2026-03-01" in tables.render("cpu-steps", results)
+    assert "2026-01-01" in tables.render("cpu-op", results)
+    assert "2026-01-01" in tables.render("cpu-memory", results)
+
+
+def test_plots_are_drawn_from_the_record_and_carry_its_digest(results, tmp_path):
+    path, folder = results / "cpu" / "2026-01-01.json", tmp_path / "plots"
+    assert plots.outdated([path], folder)
+    plots.redraw([path], folder)
+    assert {file.name for file in folder.iterdir()} == {f"cpu-{name}.png" for name in ("forward", "backward", "both")}
+    assert not plots.outdated([path], folder)
+    shown = tables.render("cpu-plots", results)
+    assert all(f"(plots/{file.name})" in shown for file in folder.iterdir())
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"time": "later"}))
+    assert plots.outdated([path], folder)
+    plots.redraw([], folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_plotted_share_is_the_floor_over_the_median(results):
+    record = json.loads((results / "cpu" / "2026-01-01.json").read_text())
+    floor = next(
+        entry["floor_us"]
+        for entry in record["entries"]
+        if entry["group"] == "floor" and entry["shape"]["tokens"] == 20 and entry["pass"] == "both"
+    )
+    points = [point for point in plots.figures(record)["both"] if (point.series, point.tokens) == ("torch", 20)]
+    assert [(point.d, point.share) for point in points] == [(32, pytest.approx(floor / 2.0))]  # samples 1, 2, 3 us
 
 
 def test_the_newest_record_is_shown(results):
