@@ -101,22 +101,31 @@ def _measure_methods(
         seconds: that the budget must still have for a method.
     """
     for beside in [list(names)] if session.device.type == "cpu" else [[name] for name in names]:
-        if not session.starts(seconds, group, shape, **labels, beside=beside):
-            continue
-        ready = {}
-        for name in beside:
-            try:
-                ready[name] = make(name)
-            except WrongResultError as error:
-                session.add(group, shape, **labels, beside=beside, peer=name, wrong=str(error))
-            except Exception as error:  # packages and allocators raise what they like; the other methods are measured
-                session.add(group, shape, **labels, beside=beside, peer=name, error=describe(error))
-        for same_pass in zip(*ready.values(), strict=True):
-            pass_, timer, _ = same_pass[0]
-            works = {name: timing[2] for name, timing in zip(ready, same_pass, strict=True)}
-            time_in_turn(session, group, shape, labels | {"beside": beside, "pass": pass_}, timer, works)
-        # timings hold models: their memory must be free before the next is built
-        ready = same_pass = works = None  # type: ignore[assignment]
+        if session.starts(seconds, group, shape, **labels, beside=beside):
+            _measure_together(session, group, shape, labels | {"beside": beside}, beside, make)
+        # the models are gone with that call's variables: their memory must be free before the next is built
         gc.collect()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _measure_together(
+    session: Session,
+    group: str,
+    shape: ModelShape,
+    labels: Entry,
+    names: Sequence[str],
+    make: Callable[[str], list[Timing]],
+) -> None:
+    ready = {}
+    for name in names:
+        try:
+            ready[name] = make(name)
+        except WrongResultError as error:
+            session.add(group, shape, **labels, peer=name, wrong=str(error))
+        except Exception as error:  # packages and allocators raise what they like; the other methods are measured
+            session.add(group, shape, **labels, peer=name, error=describe(error))
+    for same_pass in zip(*ready.values(), strict=True):
+        pass_, timer, _ = same_pass[0]
+        works = {name: timing[2] for name, timing in zip(ready, same_pass, strict=True)}
+        time_in_turn(session, group, shape, labels | {"pass": pass_}, timer, works)

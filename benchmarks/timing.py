@@ -98,7 +98,7 @@ class GraphTimer:
         self.chain = chain
 
     def prepare(self, work: Work) -> Sampler:
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        flush = _flush_buffer()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -137,6 +137,10 @@ class GraphTimer:
         with torch.cuda.graph(graph, pool=None if before is None else before.pool()):
             results = [work.run(state) for state in states]
         return before, graph, [states, results]
+
+
+def _flush_buffer() -> Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def _between_events(run: Callable[[], Any]) -> float:
