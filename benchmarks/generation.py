@@ -48,7 +48,8 @@ class Generation:
 
         def setup(index: int) -> Tensor:
             # each forward moves the cache on; a graph that is replayed would leave it
-            for layer in cache.layers:
+            layers: list[Any] = cache.layers
+            for layer in layers:
                 layer.cumulative_length.fill_(prompt.shape[1])
             return token
 

@@ -23,6 +23,7 @@ from hycam_kernels.tune import Size, make_call
 from .checks import ROUNDING, Oracle, WrongResultError
 from .measure import Session, describe, dtype_name, time_in_turn
 from .peers import make_arguments, peer
+from .record import Entry
 from .shapes import DECODE, TRAINING, Shape, floor_us
 from .timing import Work
 
@@ -32,7 +33,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     arguments: dict[str, Any]
 
     @property
@@ -82,9 +83,10 @@ def training_calls(launch: Launcher, shape: Shape, dtype: torch.dtype, device: t
     """The op's forward and backward."""
     x = make_call(Size(*_sizes(shape)), dtype, device, training=True)
     *_, saved = triton_backend.run_forward(x, launch)
-    grads = (torch.randn(shape.num_experts, device=device) for _ in range(2))
+    grad_load, grad_router_prob = (torch.randn(shape.num_experts, device=device) for _ in range(2))
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
-    triton_backend.run_backward(torch.randn_like(x.attn_output), *grads, x, saved, needs, launch)
+    grad_out = torch.randn_like(x.attn_output)
+    triton_backend.run_backward(grad_out, grad_load, grad_router_prob, x, saved, needs, launch)
 
 
 def decode_calls(launch: Launcher, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -100,16 +102,16 @@ def norm_calls(launch: Launcher, shape: Shape, dtype: torch.dtype, device: torch
     """
     arguments = make_arguments(shape, dtype, device, noise=False)
     hidden_in, weight = arguments["hidden"], 1 + 0.1 * torch.randn(shape.d, device=device).to(dtype)
-    weights = (arguments[name] for name in ("lora_a", "lora_n", "router_weight"))
-    x = NormProjectInputs(hidden_in, weight, None, *weights, 1e-6, "rms", dtype, "triton")
+    lora_a, lora_n, router_weight = (arguments[name] for name in ("lora_a", "lora_n", "router_weight"))
+    x = NormProjectInputs(hidden_in, weight, None, lora_a, lora_n, router_weight, 1e-6, "rms", dtype, "triton")
     hidden, v, logits, mean, rstd = norm_triton_backend.run_forward(x, launch)
     want = torch.nn.functional.rms_norm(hidden_in.double(), (shape.d,), weight.double(), 1e-6)
     error = ((hidden.double() - want).norm() / want.norm()).item()
     if not error <= 2 * ROUNDING[dtype]:
         raise WrongResultError(f"norm_project: relative error {error:.3g} against float64: not timed")
     needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
-    grads = (torch.randn_like(tensor) for tensor in (hidden, v, logits))
-    norm_triton_backend.run_backward(*grads, x, hidden, mean, rstd, needs, launch)
+    grad_hidden, grad_v, grad_logits = (torch.randn_like(tensor) for tensor in (hidden, v, logits))
+    norm_triton_backend.run_backward(grad_hidden, grad_v, grad_logits, x, hidden, mean, rstd, needs, launch)
 
 
 def measure_kernels(
@@ -155,7 +157,7 @@ def _device_log() -> LaunchLog:
 def _time_kernel(session: Session, shape: Shape, dtype: torch.dtype, launches: Sequence[Launch]) -> None:
     first = launches[0]
     cost = COSTS[first.name](shape, first.arguments | first.config, dtype.itemsize)
-    labels = {"dtype": dtype_name(dtype), "what": first.name, "config": dict(first.config)} | cost._asdict()
+    labels: Entry = {"dtype": dtype_name(dtype), "what": first.name, "config": first.config} | cost._asdict()
     labels["floor_us"] = floor_us(cost.flops, cost.bytes, *_rates(session, shape))
     work = Work(lambda i: launches[i], Launch.run, len(launches))
     time_in_turn(session, "kernel", shape, labels, session.timers[0], {"fused": lambda: work})

@@ -7,6 +7,7 @@ CUDA each has the device to itself, since several don't fit its memory.
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -38,7 +39,7 @@ def measure_attention(
         sets = [first, *(layer.arguments(seed) for seed in range(1, sets_beyond_cache(first, session.device)))]
         kept = kept_bytes(layer.call, first)
         session.add("memory", shape, **labels, what="attention", peer=name, kept_bytes=kept)
-        return [(p, timer, lambda p=p: work(layer.call, sets, p)) for timer in session.timers for p in PASSES]
+        return [(p, timer, partial(work, layer.call, sets, p)) for timer in session.timers for p in PASSES]
 
     _measure_methods(session, "attention", shape, labels, names, make, seconds)
 

@@ -156,8 +156,8 @@ def steps(record: Entry) -> str:
     for entry in record["entries"]:
         if entry["group"] != "step" or "peer" not in entry:
             continue
-        head = [of_model(entry), entry["setting"], entry["peer"]]
-        found = memory_of.get(tuple(head))  # type: ignore[arg-type]
+        head = of_model(entry), entry["setting"], entry["peer"]
+        found = memory_of.get(head)
         if "samples_us" not in entry or found is None:
             rows.append([*head, _no_time(entry), "", "", "", ""])
             continue

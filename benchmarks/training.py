@@ -217,7 +217,7 @@ class AttentionLayer:
     def arguments(self, seed: int = 0) -> Arguments:
         """Random hidden states [batch, length, d] and the layer's parameters by name."""
         generator = torch.Generator(self.positions[0].device).manual_seed(seed)
-        size = (self.shape.batch, self.shape.length, self.model.config.hidden_size)
+        size = (self.shape.batch, self.shape.length, self.shape.config.hidden_size)
         dtype = next(self.attention.parameters()).dtype
         hidden = torch.randn(size, generator=generator, device=generator.device)
         named = dict(self.attention.named_parameters())
