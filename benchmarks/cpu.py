@@ -30,8 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 LAYER_METHODS = ("frozen", "hycam-eager", "hycam-torch")
-STEP_METHODS = ("frozen", "hycam-eager", "hycam-torch", "lora", "full")
-LONGEST_METHODS = ("frozen", "hycam-torch", "hycam-eager", "lora", "full")
+STEP_METHODS = ("frozen", "hycam-eager", "hycam-torch", "lora", "multilora", "moe-lora", "full")
 
 
 def measure(
@@ -61,7 +60,7 @@ def measure_models(
     shapes: Sequence[ModelShape] = CPU_MODELS,
     generation: Sequence[ModelShape] = CPU_GENERATION,
     longest: ModelShape = LONGEST,
-    longest_methods: Sequence[str] = LONGEST_METHODS,
+    longest_methods: Sequence[str] = STEP_METHODS,
 ) -> None:
     """Attention layers, training steps, generation, and the longest row of a 7B shape by count."""
     for shape in shapes:

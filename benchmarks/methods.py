@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hycam import HyCAMAttention, HyCAMConfig
+from hycam.methods import MoeLoraConfig, MultiLoraConfig
 from hycam_kernels import HyCAMOutput
 from hycam_kernels.reference import modulation_reference
 
@@ -80,6 +81,10 @@ METHODS: dict[str, Adapt] = {
     "hycam-torch": _peft(lambda shape: hycam_config(shape, "torch")),
     "hycam-eager": _eager,
     "lora": _peft(_lora),
+    "multilora": _peft(lambda shape: MultiLoraConfig(r=shape.rank, num_adapters=shape.num_experts)),
+    "moe-lora": _peft(
+        lambda shape: MoeLoraConfig(r=shape.rank, num_experts=shape.num_experts, top_k=min(3, shape.num_experts))
+    ),
     "full": _full,
 }
 HYCAM = tuple(name for name in METHODS if name.startswith("hycam"))

@@ -19,7 +19,7 @@ ON_CUDA = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 OURS = ("hycam-torch", "hycam-fused") if ON_CUDA else ("hycam-torch",)
 HYCAM = ("frozen", "hycam-eager", *OURS)
-STEPS = (*HYCAM, "lora", "full")
+STEPS = (*HYCAM, "lora", "multilora", "moe-lora", "full")
 
 
 @pytest.fixture(autouse=True)
