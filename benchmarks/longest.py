@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .backbones import ModelShape
-from .measure import Session, dtype_name
+from .measure import Session, describe, dtype_name
 from .memory import LiveBytes
 from .training import PLAIN, Setting, TrainingStep, adapted, loss_of, token_ids
 
@@ -141,9 +141,13 @@ def measure_longest(
             labels = {"dtype": dtype_name(dtype), "setting": str(setting), "method": method, "peer": name}
             if not session.starts(25 if on_cuda else 8, "longest", shape, **labels):
                 continue
-            tokens = (
-                measured_longest(name, shape, dtype, session.device, setting)
-                if on_cuda
-                else counted_longest(name, shape, dtype, setting)
-            )
+            try:
+                tokens = (
+                    measured_longest(name, shape, dtype, session.device, setting)
+                    if on_cuda
+                    else counted_longest(name, shape, dtype, setting)
+                )
+            except Exception as error:  # as in `models`: the other methods are measured
+                session.add("longest", shape, **labels, error=describe(error))
+                continue
             session.add("longest", shape, **labels, capacity_bytes=CAPACITY, longest_tokens=tokens)

@@ -8,17 +8,20 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .backbones import ModelShape
 from .checks import Oracle, WrongResultError
 from .memory import kept_bytes, peak_bytes
 from .peers import Arguments, Peer, make_arguments, peer, work
 from .record import Budget, Entry, Record
 from .shapes import PASSES, Shape, decode_traffic, floor_us, flops, traffic
 from .timing import HostTimer, Timer, Work, alternate, sets_beyond_cache
+
+if TYPE_CHECKING:  # without transformers the op is measured all the same
+    from .backbones import ModelShape
 
 _CALLS = 20
 
@@ -37,10 +40,10 @@ class Session:
     timers: Sequence[Timer]
     rounds: int
 
-    def add(self, group: str, shape: Shape | ModelShape | None = None, **fields) -> None:
+    def add(self, group: str, shape: "Shape | ModelShape | None" = None, **fields) -> None:
         self.record.add({"group": group} | ({} if shape is None else {"shape": shape.as_dict()}) | fields)
 
-    def starts(self, seconds: float, group: str, shape: Shape | ModelShape | None = None, **fields) -> bool:
+    def starts(self, seconds: float, group: str, shape: "Shape | ModelShape | None" = None, **fields) -> bool:
         """Whether the budget has the seconds that the next part needs; where not, the record says so."""
         if self.budget.lasts(seconds):
             return True
@@ -123,7 +126,7 @@ def _right_ones(
 def time_in_turn(
     session: Session,
     group: str,
-    shape: Shape | ModelShape,
+    shape: "Shape | ModelShape",
     labels: Entry,
     timer: Timer,
     works: Mapping[str, Callable[[], Work]],

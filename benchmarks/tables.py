@@ -81,16 +81,15 @@ def op_ratios(record: Entry) -> str:
 
 def memory(record: Entry) -> str:
     """Kept bytes in activations of [T, d], and the peak where the device's allocator tells it."""
-    rows = []
+    rows = {}  # a peer that took part in several turns was measured in each
     for entry in record["entries"]:
         if entry["group"] == "memory" and "activation_bytes" in entry:
             peak = entry.get("peak_bytes")
             kept = entry["kept_bytes"] / entry["activation_bytes"]
-            rows.append(
-                [size(entry), entry["dtype"], entry["peer"], f"{entry['kept_bytes'] / 1e6:.2f}", f"{kept:.2f}",
-                 "" if peak is None else f"{peak / 1e6:.0f}"]
-            )  # fmt: skip
-    return markdown(["T, d", "dtype", "peer", "kept, MB", "kept, activations", "peak, MB"], rows)
+            head = size(entry), entry["dtype"], entry["peer"]
+            shown = f"{entry['kept_bytes'] / 1e6:.2f}", f"{kept:.2f}", "" if peak is None else f"{peak / 1e6:.0f}"
+            rows[head] = (*head, *shown)
+    return markdown(["T, d", "dtype", "peer", "kept, MB", "kept, activations", "peak, MB"], rows.values())
 
 
 def overhead(record: Entry) -> str:
