@@ -1,5 +1,6 @@
 """Backbones by the shapes of known models, with random weights: built from configurations, nothing is downloaded."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -87,11 +88,21 @@ def build(shape: ModelShape, dtype: torch.dtype, device: torch.device, *, liger:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape.config, dtype=dtype, attn_implementation="sdpa")
     if liger:
-        from transformers.integrations.liger import apply_liger_kernel
-
-        # its rotary embedding would be replaced in transformers' module, for every model of the process
-        apply_liger_kernel(model, {"rope": False})
+        _apply_liger(model)
     return model
+
+
+def _apply_liger(model: PreTrainedModel) -> None:
+    """Liger's layers in this model alone: it also replaces names of transformers' module, for models built later."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    module = vars(sys.modules[type(model).__module__])
+    before = dict(module)
+    try:
+        # the rotary embedding is looked up by its name in each forward, so it can't be this model's alone
+        apply_liger_kernel(model, {"rope": False})
+    finally:
+        module.update(before)
 
 
 def randomise_zeros(model: nn.Module) -> None:

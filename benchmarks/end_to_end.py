@@ -1,4 +1,4 @@
-"""Whole models by method: ``python -m benchmarks.end_to_end --out FILE [--models NAME ...] [--liger]``.
+"""Whole models by method: ``python -m benchmarks.end_to_end --out FILE [--parts ...] [--models ...] [--liger]``.
 
 Training steps (time, bytes kept and at most), attention layers, generation, and the longest row of a 7B shape.
 Backbones have known models' shapes and random weights, nothing is downloaded. `benchmarks.gpu` runs this with the
@@ -35,8 +35,16 @@ STEP_METHODS = (
 LAYER_METHODS = ("frozen", "hycam-fused", "hycam-eager")
 
 
+PARTS = ("steps", "generation", "attention", "longest")
+
+
 def measure_on_gpu(
-    record: Record, budget: Budget, models: Sequence[ModelShape] = MODELS, *, liger: bool = False
+    record: Record,
+    budget: Budget,
+    models: Sequence[ModelShape] = MODELS,
+    parts: Sequence[str] = PARTS,
+    *,
+    liger: bool = False,
 ) -> None:
     """The most telling first: what is large may leave no time for the rest."""
     device = torch.device("cuda", torch.cuda.current_device())
@@ -44,17 +52,19 @@ def measure_on_gpu(
     settings = [
         Setting(checkpointing, on) for on in ([False, True] if liger else [False]) for checkpointing in (False, True)
     ]
-    first, *others = models
-    for setting in settings:
-        measure_steps(session, first, DTYPE, STEP_METHODS, setting)
-    for shape in GENERATION:
-        measure_generation(session, shape, DTYPE, LAYER_METHODS, NEW_TOKENS["cuda"])
-    for shape in LAYERS:
-        measure_attention(session, shape, DTYPE, LAYER_METHODS)
-    for shape in others:
-        for setting in settings:
-            measure_steps(session, shape, DTYPE, STEP_METHODS, setting)
-    measure_longest(session, LONGEST, DTYPE, STEP_METHODS, (PLAIN, CHECKPOINTING))
+    for part in parts:
+        if part == "steps":
+            for shape in models:
+                for setting in settings:
+                    measure_steps(session, shape, DTYPE, STEP_METHODS, setting)
+        elif part == "generation":
+            for shape in GENERATION:
+                measure_generation(session, shape, DTYPE, LAYER_METHODS, NEW_TOKENS["cuda"])
+        elif part == "attention":
+            for shape in LAYERS:
+                measure_attention(session, shape, DTYPE, LAYER_METHODS)
+        else:
+            measure_longest(session, LONGEST, DTYPE, STEP_METHODS, (PLAIN, CHECKPOINTING))
     record.content["gpu_after"] = gpu_state()
     record.write()
 
@@ -64,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the record's file")
     parser.add_argument("--seconds", type=float, default=540, help="for everything (default: 540)")
     parser.add_argument("--commit", help="of the sources, where there is no repository; a + at its end: changed since")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="on CUDA, in this order")
     known = [shape.model for shape in MODELS]
     parser.add_argument("--models", nargs="+", choices=known, default=known, help="on CUDA, in this order")
     parser.add_argument("--liger", action="store_true", help="also with liger-kernel's norms, MLPs and loss")
@@ -73,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = Budget(options.seconds)
     if torch.cuda.is_available():
         by_name = {shape.model: shape for shape in MODELS}
-        measure_on_gpu(record, budget, [by_name[name] for name in options.models], liger=options.liger)
+        measure_on_gpu(record, budget, [by_name[name] for name in options.models], options.parts, liger=options.liger)
     else:
         measure_models(Session(record, budget, torch.device("cpu"), [HostTimer()], rounds=8))
     return 0 if any(entry["group"] == "step" and "samples_us" in entry for entry in record.entries) else 1

@@ -5,7 +5,6 @@ part of a step grows linearly with both, so four counts give any other. It holds
 optimizer's moments all the time, as a step that accumulates gradients does, and the most that lives beside them.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .backbones import ModelShape
 from .measure import Session, describe, dtype_name
-from .memory import LiveBytes
+from .memory import LiveBytes, release
 from .training import PLAIN, Setting, TrainingStep, adapted, loss_of, token_ids
 
 CAPACITY = 80 * 10**9
@@ -108,8 +107,7 @@ def measured_longest(
                 return False
             finally:
                 step.model.zero_grad(set_to_none=True)
-                gc.collect()
-                torch.cuda.empty_cache()
+                release(device)
             return True
 
         return largest(fits) if min(capacity, total) else 0
@@ -150,4 +148,6 @@ def measure_longest(
             except Exception as error:  # as in `models`: the other methods are measured
                 session.add("longest", shape, **labels, error=describe(error))
                 continue
+            finally:
+                release(session.device)
             session.add("longest", shape, **labels, capacity_bytes=CAPACITY, longest_tokens=tokens)

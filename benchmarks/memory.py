@@ -1,5 +1,6 @@
 """Bytes that a pass needs: kept for the backward, by count or by the device's allocator, and the allocator's peak."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -48,6 +49,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing holds any more: models hold themselves in circles, and the allocator keeps blocks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def kept_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:

@@ -5,7 +5,6 @@ with its reason, what doesn't fit the time budget is named as skipped. On a CPU 
 CUDA each has the device to itself, since several don't fit its memory.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,7 +14,7 @@ from .backbones import ModelShape
 from .checks import WrongResultError
 from .generation import Generation, check_generation
 from .measure import Session, describe, dtype_name, time_in_turn
-from .memory import kept_bytes
+from .memory import kept_bytes, release
 from .peers import work
 from .record import Entry
 from .shapes import PASSES
@@ -105,9 +104,7 @@ def _measure_methods(
         if session.starts(seconds, group, shape, **labels, beside=beside):
             _measure_together(session, group, shape, labels | {"beside": beside}, beside, make)
         # the models are gone with that call's variables: their memory must be free before the next is built
-        gc.collect()
-        if session.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(session.device)
 
 
 def _measure_together(

@@ -1,7 +1,5 @@
 """An attention layer, a whole training step and generation, by method: real shapes on CUDA, tiny ones on a CPU."""
 
-import gc
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from .backbones import ModelShape
 from .conftest import DEVICE
 from .generation import Generation, check_generation
 from .measure import dtype_name
+from .memory import release
 from .model_shapes import CPU_GENERATION, CPU_MODELS, GENERATION, LAYERS, MODELS, NEW_TOKENS
 from .peers import work
 from .shapes import PASSES
@@ -26,9 +25,7 @@ STEPS = (*HYCAM, "lora", "multilora", "moe-lora", "full")
 def _freed():
     """The memory of one model is free before the next is built."""
     yield
-    gc.collect()
-    if ON_CUDA:
-        torch.cuda.empty_cache()
+    release(DEVICE)
 
 
 def labels(group: str, shape: ModelShape, pass_: str, name: str, **more) -> dict:

@@ -1,18 +1,21 @@
 """Whole models by method: a wrong one is found and not timed, and what is recorded is what a step needs."""
 
 import gc
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
-from benchmarks import methods, models
+from benchmarks import end_to_end, methods, models
 from benchmarks.backbones import CONFIGS, ModelShape, build
 from benchmarks.checks import WrongResultError
 from benchmarks.generation import Generation, check_generation
 from benchmarks.memory import LiveBytes
 from benchmarks.methods import METHODS, EagerHyCAMAttention
 from benchmarks.models import measure_attention, measure_generation, measure_steps
+from benchmarks.record import Budget, Record
 from benchmarks.training import Setting, TrainingStep, adapted, check_attention, check_step
 from hycam import HyCAMAttention
 from hycam_kernels import hycam_modulation
@@ -144,6 +147,17 @@ def test_liger_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: False)
     with pytest.raises(ImportError, match="liger"):
         build(SHAPE, torch.float32, CPU, liger=True)
+
+
+def test_liger_reaches_one_model_alone(monkeypatch):
+    def apply(model, kernels):
+        assert kernels == {"rope": False}
+        modeling_llama.LlamaRMSNorm = torch.nn.Identity
+        model.model.norm = torch.nn.Identity()
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", apply)
+    assert isinstance(build(SHAPE, torch.float32, CPU, liger=True).model.norm, torch.nn.Identity)
+    assert modeling_llama.LlamaRMSNorm is not torch.nn.Identity
 
 
 def test_live_bytes_are_those_of_living_storages():
@@ -287,3 +301,45 @@ def test_a_token_of_the_static_cache_is_the_models_and_waits_for_nothing():
     whole = generation.model(input_ids=torch.cat([prompt, prompt[:, :1]], 1)).logits[:, -1]
     torch.testing.assert_close(first[:, -1], whole, rtol=1e-4, atol=1e-5)
     assert work.on_device
+
+
+def test_the_gpu_run_takes_what_a_goal_compares_first(tmp_path, monkeypatch):
+    """Every method in both settings at every shape, and the most telling first."""
+    calls = []
+    for name in ("measure_steps", "measure_generation", "measure_attention", "measure_longest"):
+
+        def note(session, shape, dtype, names, *more, name=name):
+            calls.append((name, shape.model, tuple(names), [str(part) for part in more]))
+
+        monkeypatch.setattr(end_to_end, name, note)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    record = Record(tmp_path / "r.json", {})
+    end_to_end.measure_on_gpu(record, Budget(100), liger=True)
+    steps = [(model, *more) for name, model, _, more in calls if name == "measure_steps"]
+    settings = ["plain", "checkpointing", "liger", "checkpointing, liger"]
+    shapes = ["Llama-3.1-8B", "Llama-3.2-1B", "Qwen2.5-7B"]
+    assert steps == [(model, setting) for model in shapes for setting in settings]
+    assert calls[0][2][:3] == ("frozen", "hycam-fused", "lora")
+    assert all(set(names) == set(METHODS) for name, _, names, _ in calls if name == "measure_steps")
+    assert {name for name, *_ in calls} == {
+        "measure_steps", "measure_generation", "measure_attention", "measure_longest",
+    }  # fmt: skip
+    assert "gpu_after" in json.loads(record.path.read_text())
+    calls.clear()
+    end_to_end.measure_on_gpu(record, Budget(100), end_to_end.MODELS[1:2], ["longest", "steps"])
+    assert [(name, model) for name, model, *_ in calls] == [
+        ("measure_longest", "Qwen2.5-7B"), ("measure_steps", "Llama-3.2-1B"), ("measure_steps", "Llama-3.2-1B"),
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA it takes the real shapes")
+@pytest.mark.parametrize(("outcome", "code"), [({"samples_us": [1.0]}, 0), ({"error": "no"}, 1)])
+def test_the_command_says_whether_it_timed_a_step(outcome, code, tmp_path, monkeypatch):
+    def measured(session):
+        session.add("step", SHAPE, peer="frozen", **outcome)
+
+    monkeypatch.setattr(end_to_end, "measure_models", measured)
+    assert end_to_end.main(["--out", str(tmp_path / "r.json"), "--commit", "abc+"]) == code
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["git"] == {"commit": "abc", "dirty": True}
+    assert record["packages"]["transformers"]
