@@ -16,6 +16,7 @@ from hycam_kernels.kernels.fusion_backward import b_grad_cost, row_grad_cost, st
 from hycam_kernels.kernels.fusion_forward import fusion_forward_cost
 from hycam_kernels.kernels.launch import Launcher
 from hycam_kernels.kernels.norm_projection import norm_backward_cost, norm_projection_cost
+from hycam_kernels.kernels.product_forward import product_forward_cost
 from hycam_kernels.kernels.router import route_backward_cost, route_cost, token_mean_cost
 from hycam_kernels.kernels.tables import family_of
 from hycam_kernels.tune import Size, make_call
@@ -66,6 +67,9 @@ COSTS: dict[str, Callable[[Shape, Mapping[str, Any], int], Cost]] = {
     "token_mean_kernel": lambda s, given, _: token_mean_cost(given["blocks"], s.num_experts),
     "router_backward_kernel": lambda s, given, _: route_backward_cost(s.tokens, s.num_experts, given["partials"]),
     "fusion_forward_kernel": lambda s, _, i: fusion_forward_cost(*_sizes(s), itemsize=i),
+    "product_forward_kernel": lambda s, given, i: product_forward_cost(
+        *_sizes(s), kept=given["s"] is not None, itemsize=i
+    ),
     "stream_grad_kernel": lambda s, _, i: stream_grad_cost(*_sizes(s), itemsize=i),
     "row_grad_kernel": lambda s, _, i: row_grad_cost(*_sizes(s), itemsize=i),
     "v_grad_kernel": lambda s, _, i: v_grad_cost(*_sizes(s), itemsize=i),

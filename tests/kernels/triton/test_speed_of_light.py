@@ -1,10 +1,13 @@
 """Each kernel against its floor: every kernel that a call launches has a cost, and is timed alone as launched."""
 
+import re
+
 import pytest
 import torch
 
 from benchmarks import kernels
 from benchmarks.kernels import COSTS, LaunchLog, decode_calls, measure_kernels, norm_calls, training_calls
+from benchmarks.record import ROOT
 from benchmarks.shapes import Shape
 from hycam_kernels.kernels.tables import INTERPRETER
 from tests.benchmarks.fakes import make_session
@@ -35,6 +38,15 @@ def test_every_launch_has_a_cost_and_repeats_its_results(calls, shape):
         launch.run()
         for name, before in results.items():
             assert torch.equal(launch.arguments[name], before), (launch.name, name)
+
+
+def test_every_kernel_of_the_package_has_a_cost():
+    """Those that no table launches in these calls too."""
+    folder = ROOT / "hycam_kernels" / "kernels"
+    launched = {
+        name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert launched == set(COSTS)
 
 
 def test_a_kernel_moves_at_least_its_cost():
