@@ -61,16 +61,24 @@ def release(device: torch.device) -> None:
 def kept_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
     """Bytes that stay for the backward after a forward, the arguments and the outputs left out.
 
-    On CUDA what the allocator holds more than before; on a CPU by count.
+    On CUDA what the allocator holds more than before; on a CPU the storages that autograd saves (torch.compile refuses
+    to work under a dispatch mode such as `LiveBytes`).
     """
     if arguments["hidden"].device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         outputs = call(arguments)
-        return torch.cuda.memory_allocated() - before - _nbytes(outputs)
-    with LiveBytes(arguments.values()) as count:
+        return torch.cuda.memory_allocated() - before - sum(output.untyped_storage().nbytes() for output in outputs)
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = call(arguments)
-    return count.live - _nbytes(outputs)
+    outside = {tensor.untyped_storage().data_ptr() for tensor in (*arguments.values(), *outputs)}
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in outside)
 
 
 def peak_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
@@ -84,7 +92,3 @@ def peak_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> in
     peak = torch.cuda.max_memory_allocated() - before
     del grads
     return peak
-
-
-def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

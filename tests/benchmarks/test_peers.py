@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.checks import Oracle, WrongResultError
+from benchmarks.memory import kept_bytes
 from benchmarks.peers import Peer, eager, leaves, make_arguments, peer, work
 from benchmarks.released import noisy_logits, released_layer
 from benchmarks.shapes import Shape
@@ -33,6 +34,16 @@ def test_inference_is_right_and_keeps_nothing(name):
 def test_compiled_reference_is_right():
     call = torch.compile(eager, backend="aot_eager", fullgraph=True)
     Oracle(make_arguments(SHAPE, torch.float32, CPU), "paper").check(Peer("compile", "paper", call))
+
+
+def test_a_compiled_peer_is_measured_and_timed_like_any_other():
+    """What counts its bytes must not keep it from compiling."""
+    arguments = make_arguments(SHAPE, torch.float32, CPU)
+    call = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=False)
+    Oracle(arguments, "paper").check(Peer("compile", "paper", call))
+    assert 0 < kept_bytes(call, arguments) <= 1.5 * kept_bytes(eager, arguments)
+    one = work(call, [arguments], "both")
+    assert len(one.run(one.setup(0))) == len(leaves(arguments))
 
 
 def wrong_value(arguments):
