@@ -140,13 +140,13 @@ def test_flops_are_those_of_the_products():
     del arguments["gumbel"]
     x = _prepare(**arguments)
     fold = 2 * 3 * 16 * 16 * 64
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         out, load, router_prob, saved = torch_backend.forward(x)
     assert counter.get_total_flops() == flops(shape, "forward") + fold
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
     # the counter knows addmm, but not in place
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **options: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         torch_backend.backward(out, load, router_prob, x, saved, needs)
     assert counter.get_total_flops() == flops(shape, "backward") + 3 * fold
 
