@@ -114,6 +114,7 @@ def _draw(points: Sequence[Point], title: str, path: Path, digest: str) -> None:
     """Against T at the d that has the most of them, and against d at the T that has the most."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     width, length = _most_varied(points, "d", "tokens"), _most_varied(points, "tokens", "d")
+    colours = {series: f"C{index}" for index, series in enumerate(dict.fromkeys(point.series for point in points))}
     for axis, along, fixed, value in ((axes[0], "tokens", "d", width), (axes[1], "d", "tokens", length)):
         chosen = [point for point in points if getattr(point, fixed) == value]
         for series in dict.fromkeys(point.series for point in chosen):
@@ -123,7 +124,13 @@ def _draw(points: Sequence[Point], title: str, path: Path, digest: str) -> None:
                 if point.series == series:
                     shares[getattr(point, along)].append(point.share)
             positions = sorted(shares)
-            axis.plot(positions, [statistics.mean(shares[x]) for x in positions], marker="o", label=series)
+            axis.plot(
+                positions,
+                [statistics.mean(shares[x]) for x in positions],
+                marker="o",
+                color=colours[series],
+                label=series,
+            )
         axis.set_xlabel({"tokens": "T", "d": "d"}[along] + f" ({ {'tokens': 'T', 'd': 'd'}[fixed] } = {value})")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
