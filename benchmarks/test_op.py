@@ -7,7 +7,7 @@ from .conftest import DEVICE
 from .measure import dtype_name
 from .memory import kept_bytes
 from .peers import make_arguments, peer
-from .shapes import CPU_QUICK, DECODE, PASSES, TRAINING
+from .shapes import CPU_DECODE, CPU_QUICK, DECODE, PASSES, TRAINING
 
 ON_CUDA = DEVICE.type == "cuda"
 SHAPES = TRAINING if ON_CUDA else (CPU_QUICK,)
@@ -34,11 +34,10 @@ def test_released_op(shape, dtype, pass_, name, measure):
     measure(name, shape, dtype, pass_)
 
 
-@pytest.mark.skipif(not ON_CUDA, reason="decode is measured on CUDA")
-@pytest.mark.parametrize("name", ["eager", "torch", "fused"])
-@pytest.mark.parametrize("shape", DECODE, ids=str)
+@pytest.mark.parametrize("name", ("eager", "torch", "fused") if ON_CUDA else ("eager", "torch"))
+@pytest.mark.parametrize("shape", DECODE if ON_CUDA else CPU_DECODE, ids=str)
 def test_decode(shape, name, measure):
-    measure(name, shape, torch.bfloat16, "inference")
+    measure(name, shape, DTYPES[0], "inference")
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("torch", "eager"), ("torch-released", "released")])
