@@ -18,6 +18,7 @@ from hycam_kernels.kernels.launch import Launcher
 from hycam_kernels.kernels.norm_projection import norm_backward_cost, norm_projection_cost
 from hycam_kernels.kernels.product_forward import product_forward_cost
 from hycam_kernels.kernels.router import route_backward_cost, route_cost, token_mean_cost
+from hycam_kernels.kernels.router_weight_grad import router_weight_grad_cost
 from hycam_kernels.kernels.tables import family_of
 from hycam_kernels.tune import Size, make_call
 
@@ -66,6 +67,7 @@ COSTS: dict[str, Callable[[Shape, Mapping[str, Any], int], Cost]] = {
     "router_kernel": lambda s, _, i: route_cost(s.tokens, s.d, s.num_experts, itemsize=i),
     "token_mean_kernel": lambda s, given, _: token_mean_cost(given["blocks"], s.num_experts),
     "router_backward_kernel": lambda s, given, _: route_backward_cost(s.tokens, s.num_experts, given["partials"]),
+    "router_weight_grad_kernel": lambda s, _, i: router_weight_grad_cost(s.tokens, s.d, s.num_experts, itemsize=i),
     "fusion_forward_kernel": lambda s, _, i: fusion_forward_cost(*_sizes(s), itemsize=i),
     "product_forward_kernel": lambda s, given, i: product_forward_cost(
         *_sizes(s), kept=given["s"] is not None, itemsize=i

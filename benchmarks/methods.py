@@ -25,6 +25,7 @@ class EagerHyCAMAttention(HyCAMAttention):
         config = self.adapter_configs[adapter_name]
         shared_weight, _ = self._projection("hycam_shared", adapter_name)
         router_weight, _ = self._projection("hycam_router", adapter_name)
+        assert options.pop("projections", None) is None, "the reference makes its own projections"
         noise = None
         if options.pop("seed") is not None:
             size = (*hidden.shape[:-1], config.num_experts)
