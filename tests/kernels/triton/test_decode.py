@@ -209,7 +209,8 @@ def test_nothing_runs_beside_the_launches_but_allocation(name, device, monkeypat
         arguments["seed"] = torch.tensor(3, device=device)
     with torch.no_grad(), Calls() as outer:
         hycam_modulation(**arguments, backend="triton")
-    assert outer.names <= {"modulation_decode", "view", "detach"}
+    # promote_types works on dtypes: no tensor, no launch
+    assert outer.names <= {"modulation_decode", "view", "detach", "promote_types"}
     x = _prepare(**arguments, backend="triton")
     # the interpreter copies tensors of its own accord
     monkeypatch.setattr(Launcher, "__call__", lambda *_, **__: None)

@@ -36,8 +36,7 @@ def test_is_as_good_as_eager(name, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_ragged_shape_is_as_good_as_eager(tokens, d, num_experts, rank, dtype, device):
     case = Case((tokens,), d, num_experts, rank, masked=True, options={"seed": 3})
-    draws = 2 if tokens > 1 else 16
-    assert_as_good_as_eager(lambda arguments: run_fused(arguments, device), case, dtype, draws=draws)
+    assert_as_good_as_eager(lambda arguments: run_fused(arguments, device), case, dtype, draws=2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -60,9 +60,8 @@ def test_is_as_good_as_eager(name, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_ragged_shape_is_as_good_as_eager(tokens, d, num_experts, rank, kind, dtype, device):
     case = NormCase((tokens,), d, num_experts, rank, kind=kind, bias=kind == "layer")
-    draws = 2 if tokens > 1 else 16
     assert_as_good_as_eager(
-        lambda arguments: run_fused(arguments, device), case, dtype, draws=draws, reference=norm_reference_results
+        lambda arguments: run_fused(arguments, device), case, dtype, draws=2, reference=norm_reference_results
     )
 
 
