@@ -170,6 +170,9 @@ class Recipe:
         except (ValueError, ImportError) as error:
             raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
         check_checkpointing(arguments)
+        if arguments.gradient_checkpointing and arguments.ddp_find_unused_parameters is None:
+            # what transformers sets for a model without PEFT: DDP's search breaks reentrant checkpointing
+            arguments.ddp_find_unused_parameters = False
         installed = get_available_reporting_integrations()
         for name in arguments.report_to or []:
             if name not in installed:

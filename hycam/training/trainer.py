@@ -222,7 +222,7 @@ class HyCAMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter (in full fine-tuning the model), whole, whichever engine has it in parts; all processes call.
+        """Save the adapter (or the model), whole, whichever engine has it in parts; every process calls this.
 
         The Trainer's own way gathers the backbone too, and under ZeRO-3 it leaves a frozen router out.
         """

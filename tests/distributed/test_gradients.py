@@ -21,7 +21,7 @@ PRODUCT = list(itertools.product(ENGINES, CHECKPOINTING, [1, 4], ["float32"])) +
 ]
 # every engine, both kinds of checkpointing, both accumulations, and bf16 where the engine keeps fp32 adapter weights
 COVERING = [
-    ("ddp", "non-reentrant", 4, "float32"),
+    ("ddp", "reentrant", 4, "float32"),
     ("ddp", "none", 4, "bfloat16"),
     ("zero1", "none", 4, "float32"),
     ("zero2", "non-reentrant", 1, "float32"),
