@@ -212,18 +212,18 @@ class SaveOnSignal(TrainerCallback):
         self.__exit__(None, None, None)
         signal.raise_signal(number)
 
-    def agree(self, device: torch.device) -> bool:
-        """Whether any process has received a signal; every process asks at the same point of the run."""
+    def agree(self, device: torch.device) -> signal.Signals | None:
+        """The signal that any process has received; every process asks at the same point of the run."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             number = torch.tensor(self.received or 0, device=device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.received = signal.Signals(number.item()) if number else None
-        return self.received is not None
+            self.received = signal.Signals(int(number)) if number else None
+        return self.received
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.agree(args.device):
+        if self.agree(args.device) is not None:
             # whoever sends SIGTERM waits seconds, an evaluation may take minutes
             control.should_evaluate = False
             control.should_save = True

@@ -243,8 +243,8 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
     except RunStoppedError as error:
         if trainer.on_signal.received is None:
             raise RunStoppedError(f"{error}; {_kept(folder)}") from error
-    if trainer.on_signal.agree(trainer.args.device):
-        number = trainer.on_signal.received
+    number = trainer.on_signal.agree(trainer.args.device)
+    if number is not None:
         where = f"stopped by {number.name} after step {trainer.state.global_step}; {_kept(folder)}"
         raise RunStoppedError(f"{where}; go on with: hycam train {folder} --resume", 128 + number)
     return trainer.state

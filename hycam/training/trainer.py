@@ -104,6 +104,7 @@ class HyCAMTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(rows, Dataset)
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(rows)
@@ -130,7 +131,8 @@ class HyCAMTrainer(Trainer):
         self._loss_window.total = self._loss_window.total + loss
         if self.is_deepspeed_enabled and not self.args.fp16:
             # its step is part of the backward pass, and hides the gradients from callbacks
-            norm = self.deepspeed.get_global_grad_norm()
+            engine: Any = self.deepspeed
+            norm = engine.get_global_grad_norm()
             if norm is not None and not math.isfinite(norm):
                 raise RunStoppedError(f"the gradient is not finite at step {self.state.global_step + 1}")
         return loss
@@ -158,7 +160,7 @@ class HyCAMTrainer(Trainer):
 
             def progress(done: int) -> None:
                 bar.update(done)
-                if self.is_in_train and self.on_signal.agree(self.args.device):
+                if self.is_in_train and self.on_signal.agree(self.args.device) is not None:
                     raise _EvaluationInterruptedError
 
             try:

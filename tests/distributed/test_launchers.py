@@ -11,7 +11,7 @@ from tests.training.runs import recipe_values, save_backbone, save_recipe
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 
-_ACCELERATE = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+_ACCELERATE = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 _ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 _TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2"]
 
@@ -73,7 +73,7 @@ def test_accelerate(tmp_path: Path, losses: list[float]) -> None:
 
 def test_accelerate_names_no_engine(tmp_path: Path) -> None:
     values = recipe_values(tmp_path, tmp_path / "none")
-    launcher = [*_ACCELERATE[2:], "--main_process_port", str(free_port()), "--use_fsdp"]
+    launcher = [*_ACCELERATE[3:], "--main_process_port", str(free_port()), "--use_fsdp"]
     done = launch(
         ["accelerate", "launch", *launcher, "-m", "hycam", "train", str(save_recipe(tmp_path, values))], tmp_path
     )
