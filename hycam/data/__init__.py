@@ -5,6 +5,7 @@ from hycam.data.config import NUM_FOLDS, PROMPT_STYLES, DataConfig, TaskConfig
 from hycam.data.formats import KNOWN_SETS
 from hycam.data.packing import pack_dataset
 from hycam.data.prompts import prompt_text
+from hycam.data.sampling import EpochSampler, mix_tasks
 from hycam.data.sources import load_task
 from hycam.data.splits import split_dataset
 from hycam.data.tokenization import (
@@ -22,11 +23,13 @@ __all__ = [
     "PROMPT_STYLES",
     "Collator",
     "DataConfig",
+    "EpochSampler",
     "TaskConfig",
     "TokenizedTask",
     "check_tokenizer",
     "encode_prompt",
     "load_task",
+    "mix_tasks",
     "pack_dataset",
     "prompt_text",
     "split_dataset",

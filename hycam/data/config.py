@@ -1,5 +1,6 @@
 """What a user says about the data: one `TaskConfig` per task, one `DataConfig` for all of them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -83,6 +84,8 @@ class DataConfig:
         train_on_prompt: take the loss on the prompt's tokens too.
         packing: fill bins of `max_length` tokens with whole rows instead of padding.
         fold: which of the five folds is validated and tested on; see `split_dataset`.
+        temperature: of the tasks' shares in training, 1 or more: 1 takes every row once an epoch; the higher, the more
+            equal the tasks' shares; see `mix_tasks`.
 
     Raises:
         InputError: for a value of the wrong type or out of range.
@@ -93,6 +96,7 @@ class DataConfig:
     train_on_prompt: bool = False
     packing: bool = False
     fold: int = 0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not (_is_int(self.max_length) and self.max_length >= 3):
@@ -102,6 +106,8 @@ class DataConfig:
             if not isinstance(getattr(self, option), bool):
                 raise InputError(f"{option}: {getattr(self, option)!r}, wanted true or false")
         check_fold(self.fold)
+        if not (isinstance(self.temperature, int | float) and 1 <= self.temperature < math.inf):
+            raise InputError(f"temperature: {self.temperature!r}, wanted a number of 1 or more")
 
 
 def check_prompt_style(style: object) -> None:

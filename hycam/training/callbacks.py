@@ -2,8 +2,12 @@
 
 import json
 import math
+import resource
 import signal
+import sys
 import threading
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -106,6 +110,55 @@ class LossWindow(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"total": float(self.total), "since": self.since}}
 
 
+class Throughput(TrainerCallback):
+    """Counts tokens and time of this process's training steps since the last log."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seconds = 0.0
+        self.tokens = self.positions = 0
+
+    def begin(self) -> None:
+        """A step begins: its batches are about to be fetched."""
+        self._started = time.perf_counter()
+
+    def count(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Add a step's micro-batches: padded with an `attention_mask`, or packed."""
+        for batch in batches:
+            self.positions += batch["input_ids"].numel()
+            mask = batch.get("attention_mask")
+            self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    def take(self, device: torch.device) -> dict[str, float]:
+        """What the processes have counted together, and begin anew.
+
+        Returns:
+            `tokens_per_second` of all processes (without padding), `padding_share` of the positions, `peak_bytes`: the
+            most memory that a process has had since it began: allocated on its accelerator, resident on a CPU.
+        """
+        sums = torch.tensor([self.tokens, self.positions], dtype=torch.float64, device=device)
+        largest = torch.tensor([self.seconds, _peak_bytes(device)], dtype=torch.float64, device=device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        (tokens, positions), (seconds, peak) = sums.tolist(), largest.tolist()
+        self._clear()
+        return {"tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / positions, "peak_bytes": peak}
+
+
+def _peak_bytes(device: torch.device) -> int:
+    module = torch.get_device_module(device)
+    if hasattr(module, "max_memory_allocated"):
+        return module.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class FiniteGradients(TrainerCallback):
     """Stops the run before a gradient that is not finite reaches the weights.
 
@@ -130,10 +183,10 @@ class FiniteGradients(TrainerCallback):
 class SaveOnSignal(TrainerCallback):
     """Within its `with` block, the first SIGTERM or SIGINT saves a checkpoint after the step and ends training.
 
-    A second one acts at once, as it would without this callback.
+    A second one acts at once, as it would without this callback. Of several processes all stop where one got a signal.
 
     Attributes:
-        received: the signal that came, else None.
+        received: the signal that came, else None; after `agree` that of any process.
     """
 
     def __init__(self) -> None:
@@ -159,10 +212,18 @@ class SaveOnSignal(TrainerCallback):
         self.__exit__(None, None, None)
         signal.raise_signal(number)
 
+    def agree(self, device: torch.device) -> signal.Signals | None:
+        """The signal that any process has received; every process asks at the same point of the run."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            number = torch.tensor(self.received or 0, device=device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.received = signal.Signals(int(number)) if number else None
+        return self.received
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.received is not None:
+        if self.agree(args.device) is not None:
             # whoever sends SIGTERM waits seconds, an evaluation may take minutes
             control.should_evaluate = False
             control.should_save = True

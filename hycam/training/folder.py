@@ -65,11 +65,11 @@ def holds_run_of(recipe: Recipe) -> bool:
     return record.is_file() and not differing_fields(read_yaml(record), recipe.to_dict())
 
 
-def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this run's: write its recipe and record, or check that the data is still the run's.
+def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder this run's: write its recipe and record, or check that data and processes are still the run's.
 
     Raises:
-        InputError: on resuming with other rows than the run began with.
+        InputError: on resuming with other rows, or on another number of processes, than the run began with.
     """
     folder = recipe.output_path
     if overwrite and (folder / RECIPE_FILE).is_file():
@@ -78,13 +78,16 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], *, resume: bool, o
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     data = {name: _fingerprint(task) for name, task in rows.items()}
     if resume and (folder / RECORD_FILE).is_file():
-        before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["data"]
+        before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        if before["processes"] != processes:
+            # a step would see another number of rows, and the data's order and the optimizer's parts belong to ranks
+            raise InputError(f"--resume: the run in {folder} began on {before['processes']} processes, got {processes}")
         for name, fingerprint in data.items():
-            if before[name] != fingerprint:
+            if before["data"][name] != fingerprint:
                 raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"data": data, "versions": package_versions()}
+    record = {"data": data, "processes": processes, "versions": package_versions()}
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
 

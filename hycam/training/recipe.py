@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from hycam.data import DataConfig, TaskConfig
 from hycam.errors import InputError
+from hycam.training.engines import check_checkpointing, deepspeed_settings, join_processes
 from hycam.training.method import MethodConfig, method_fields, method_section
 from hycam.training.schema import Reader, suggest
 from hycam.training.scratch import ScratchConfig
@@ -29,6 +31,7 @@ RESERVED_TRAINER_FIELDS = {
     "enable_jit_checkpoint": "SIGTERM and SIGINT always save first",
     "logging_nan_inf_filter": "a loss that is not finite always stops the run",
     "remove_unused_columns": "the collator chooses the columns",
+    "save_on_each_node": "output_dir must lie where every node sees it",
 }
 
 # What a recipe's `trainer` section starts from, where that differs from transformers' defaults.
@@ -150,9 +153,12 @@ class Recipe:
 
     def training_arguments(self) -> TrainingArguments:
         """The HF Trainer's arguments. Raises `InputError` where they contradict each other or this machine."""
+        values = TRAINER_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()} | self.trainer
+        values["deepspeed"] = deepspeed_settings(values.get("deepspeed"))
+        join_processes(values)
         try:
             arguments = TrainingArguments(
-                **(TRAINER_DEFAULTS | self.trainer),
+                **values,
                 output_dir=str(self.output_path),
                 seed=self.seed,
                 per_device_eval_batch_size=self.evaluation.batch_size,
@@ -163,6 +169,10 @@ class Recipe:
             )
         except (ValueError, ImportError) as error:
             raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
+        check_checkpointing(arguments)
+        if arguments.gradient_checkpointing and arguments.ddp_find_unused_parameters is None:
+            # what transformers sets for a model without PEFT: DDP's search breaks reentrant checkpointing
+            arguments.ddp_find_unused_parameters = False
         installed = get_available_reporting_integrations()
         for name in arguments.report_to or []:
             if name not in installed:
@@ -250,6 +260,7 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping) and name in value:
             reader.fail(f"trainer.{name}", instead)
         known.pop(name, None)
+    known["fsdp"] = bool | None  # transformers takes a string of FSDP1's options too
     values = reader.fields(value, known, "trainer")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(name, 1) < 1:

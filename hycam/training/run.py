@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
@@ -35,12 +36,13 @@ from hycam.training.backbone import (
     load_tokenizer,
 )
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics
+from hycam.training.engines import timeouts_told
 from hycam.training.folder import check_folder, open_folder
 from hycam.training.measure import measure, own_draws
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
 from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize_split, training_set
-from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint
+from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint, remove_unfinished
 
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
@@ -67,6 +69,7 @@ def _silent(line: str) -> None:
     pass
 
 
+@timeouts_told()
 def train(
     recipe: Recipe,
     *,
@@ -105,7 +108,9 @@ def train(
         trainer.accelerator.wait_for_everyone()  # until then every process has checked that the folder is free
         with prepared.arguments.main_process_first(local=False, desc="opening the run's folder"):
             if prepared.arguments.should_save:
-                open_folder(recipe, prepared.rows, resume=resume, overwrite=overwrite)
+                processes = prepared.arguments.world_size
+                open_folder(recipe, prepared.rows, processes, resume=resume, overwrite=overwrite)
+                remove_unfinished(recipe.output_path)
             checkpoint = last_checkpoint(recipe.output_path) if resume else None
         if resume:
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
@@ -119,9 +124,13 @@ def train(
         prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
     results = _measure_run(recipe, prepared, model, base)
     results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
+    row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
+    # every process takes part in a forward of a model that is in parts
+    is_hycam = recipe.method.name == "hycam"
+    modulation = prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None
     if prepared.arguments.should_save:
         _write_json(recipe.output_path / RESULTS_FILE, results)
-        _draw(recipe, prepared, model, results)
+        _draw(recipe, prepared.tokenizer, row, modulation, results)
     return results
 
 
@@ -205,7 +214,7 @@ def _trainer(
     return HyCAMTrainer(
         model=model,
         args=prepared.arguments,
-        train_dataset=training_set(prepared.tokenized["train"], recipe.data),
+        train_dataset=training_set(prepared.tokenized["train"], recipe.data, recipe.seed),
         data_collator=Collator(pad, packing=recipe.data.packing),
         validation=prepared.tokenized["validation"],
         evaluation_collator=Collator(pad),
@@ -234,7 +243,7 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
     except RunStoppedError as error:
         if trainer.on_signal.received is None:
             raise RunStoppedError(f"{error}; {_kept(folder)}") from error
-    number = trainer.on_signal.received
+    number = trainer.on_signal.agree(trainer.args.device)
     if number is not None:
         where = f"stopped by {number.name} after step {trainer.state.global_step}; {_kept(folder)}"
         raise RunStoppedError(f"{where}; go on with: hycam train {folder} --resume", 128 + number)
@@ -316,16 +325,20 @@ def _measure_run(
     return results
 
 
-def _draw(recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, results: dict[str, Any]) -> None:
+def _draw(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    row: list[int],
+    modulation: dict[str, torch.Tensor] | None,
+    results: dict[str, Any],
+) -> None:
     """Loss curves, experts' load, and HyCAM's modulation of the beginning of one test row."""
-    row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
-    is_hycam = recipe.method.name == "hycam"
     write_plots(
         recipe.output_path / PLOTS_FOLDER,
         metrics=read_metrics(recipe.output_path / METRICS_FILE),
         loads=results.get("expert_load"),
-        modulation=prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None,
-        tokens=[str(prepared.tokenizer.decode([token])) for token in row],
+        modulation=modulation,
+        tokens=[str(tokenizer.decode([token])) for token in row],
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from hycam.data import (
@@ -14,6 +14,7 @@ from hycam.data import (
     TaskConfig,
     encode_prompt,
     load_task,
+    mix_tasks,
     pack_dataset,
     prompt_text,
     split_dataset,
@@ -70,9 +71,9 @@ def tokenize_split(
     return tokenized
 
 
-def training_set(tokenized: Mapping[str, Dataset], config: DataConfig) -> Dataset:
+def training_set(tokenized: Mapping[str, Dataset], config: DataConfig, seed: int) -> Dataset:
     """All tasks' token rows, for the Trainer to shuffle; in bins of `max_length` tokens with packing."""
-    rows = concatenate_datasets(list(tokenized.values()))
+    rows = mix_tasks(list(tokenized.values()), config.temperature, seed)
     return pack_dataset(rows, config.max_length) if config.packing else rows
 
 

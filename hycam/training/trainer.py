@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hycam.data import EpochSampler
 from hycam.errors import RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
-from hycam.training.callbacks import FiniteGradients, LossWindow, SaveOnSignal, layer_statistics
+from hycam.training.callbacks import FiniteGradients, LossWindow, SaveOnSignal, Throughput, layer_statistics
+from hycam.training.engines import limit_deepspeed_waits
 from hycam.training.measure import own_draws
 
+UNFINISHED_FOLDER = "unfinished"
 _TRAINER_STATE = "trainer_state.json"
 _TRAINING_ARGUMENTS = "training_args.bin"
 
@@ -48,8 +55,11 @@ class HyCAMTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
+        self.throughput = Throughput()
         super().__init__(
-            eval_dataset=dict(validation), callbacks=[LossWindow(), FiniteGradients(), on_signal, *callbacks], **kwargs
+            eval_dataset=dict(validation),
+            callbacks=[LossWindow(), FiniteGradients(), self.throughput, on_signal, *callbacks],
+            **kwargs,
         )
         assert self.model is not None
         self.adapted: nn.Module = self.model
@@ -57,6 +67,7 @@ class HyCAMTrainer(Trainer):
         self.evaluation_collator = evaluation_collator
         self.on_signal = on_signal
         self.prepare_optimizer = prepare_optimizer
+        self._run_folder = Path(self.args.output_dir or "")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, with what the method changes in it."""
@@ -73,12 +84,57 @@ class HyCAMTrainer(Trainer):
         else:
             self._load_from_checkpoint(str(checkpoint))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            # accelerate hands the plugin to GPUs and the like alone; on CPUs it would train unsharded, and not say so
+            state = self.accelerator.state
+            # both: every new state object takes the type from the partial one
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            limit_deepspeed_waits(self.args.ddp_timeout)
+        return prepared
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(rows, Dataset)
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(rows)
+        return EpochSampler(
+            len(rows),
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lambda: int(self.state.epoch or 0),
+            [len(ids) for ids in rows["input_ids"]] if strategy == "group_by_length" else None,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's micro-batches, counted for the log."""
+        self.throughput.begin()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.throughput.count(batches)
+        return batches, num_items
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch. Raises `RunStoppedError` before the optimizer sees a loss that is not finite."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise RunStoppedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
         self._loss_window.total = self._loss_window.total + loss
+        if self.is_deepspeed_enabled and not self.args.fp16:
+            # its step is part of the backward pass, and hides the gradients from callbacks
+            engine: Any = self.deepspeed
+            norm = engine.get_global_grad_norm()
+            if norm is not None and not math.isfinite(norm):
+                raise RunStoppedError(f"the gradient is not finite at step {self.state.global_step + 1}")
         return loss
 
     @property
@@ -104,7 +160,7 @@ class HyCAMTrainer(Trainer):
 
             def progress(done: int) -> None:
                 bar.update(done)
-                if self.is_in_train and self.on_signal.received is not None:
+                if self.is_in_train and self.on_signal.agree(self.args.device) is not None:
                     raise _EvaluationInterruptedError
 
             try:
@@ -127,7 +183,10 @@ class HyCAMTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the training loss as the mean since the last log, in an earlier process too, and the balance loss."""
+        """Log the training loss as the mean since the last log, in an earlier process too.
+
+        Beside it the balance loss, and what `Throughput.take` gives.
+        """
         if "loss" in logs:
             window, step = self._loss_window, self.state.global_step
             total = torch.as_tensor(window.total, device=self.args.device)
@@ -136,7 +195,54 @@ class HyCAMTrainer(Trainer):
             layers = layer_statistics(self.adapted).values()
             if layers:
                 logs["balance_loss"] = sum(layer["balance_loss"] for layer in layers) / len(layers)
+            logs |= self.throughput.take(self.args.device)
         super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._run_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, written beside the others and given its name when every process has done its part.
+
+        A process that is killed before leaves the earlier checkpoints as they were.
+        """
+        folder, state = self._run_folder, self.state
+        self._run_folder = folder / UNFINISHED_FOLDER
+        super()._save_checkpoint(model, trial)
+        self._run_folder = folder
+        self.accelerator.wait_for_everyone()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.best_global_step is not None:
+            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
+        if self.args.should_save:
+            staged = folder / UNFINISHED_FOLDER / name
+            state.save_to_json(str(staged / _TRAINER_STATE))
+            staged.rename(folder / name)
+            staged.parent.rmdir()
+            rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter (or the model), whole, whichever engine has it in parts; every process calls this.
+
+        The Trainer's own way gathers the backbone too, and under ZeRO-3 it leaves a frozen router out.
+        """
+        adapter_prefix = getattr(self.adapted.base_model, "prefix", "")
+        parameters = {
+            name: parameter
+            for name, parameter in self.adapted.named_parameters()
+            if parameter.requires_grad or adapter_prefix in name
+        }
+        if self.is_deepspeed_enabled:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(list(parameters.values())):
+                self._save(output_dir)
+        elif self.is_fsdp_enabled:
+            self._save(output_dir, {name: _whole(parameter) for name, parameter in parameters.items()})
+        else:
+            self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -144,6 +250,12 @@ class HyCAMTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         assert folder is not None
         Path(folder, _TRAINING_ARGUMENTS).unlink(missing_ok=True)
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter on the CPU, gathered where it is in parts."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
 
 
 class _EvaluationInterruptedError(Exception):
@@ -160,18 +272,18 @@ def perplexity_metrics(report: Mapping[str, Any], prefix: str) -> dict[str, floa
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None without one; those that a kill left half-written are removed.
-
-    The Trainer writes a checkpoint's `trainer_state.json` last, so a checkpoint is whole where that file can be read.
-    """
-    whole: list[tuple[int, Path]] = []
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        state = checkpoint_state(folder)
-        if state is None:
-            shutil.rmtree(folder)
-        else:
-            whole.append((state.global_step, folder))
+    """The newest checkpoint of a run, None without one."""
+    states = {folder: checkpoint_state(folder) for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    whole = [(state.global_step, folder) for folder, state in states.items() if state is not None]
     return max(whole)[1] if whole else None
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove the checkpoints that a kill left half-written, or half-deleted."""
+    shutil.rmtree(output_dir / UNFINISHED_FOLDER, ignore_errors=True)
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if checkpoint_state(folder) is None:
+            shutil.rmtree(folder)
 
 
 def checkpoint_state(folder: Path) -> TrainerState | None:

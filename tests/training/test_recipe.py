@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 from hycam.config import HyCAMConfig
 from hycam.errors import InputError
 from hycam.methods import MoeLoraConfig, MultiLoraConfig
+from hycam.training.engines import packaged_engines
 from hycam.training.recipe import (
     RESERVED_TRAINER_FIELDS,
     TRAINER_DEFAULTS,
@@ -105,6 +107,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"tasks": [{"name": "a", "max_rows": 1.5}]}, "my.yaml: tasks.0.max_rows: got 1.5 (float), wanted int or null"),
         ({"data": {"max_length": True}}, "my.yaml: data.max_length: got True (bool), wanted int"),
         ({"data": {"fold": 5}}, "my.yaml: data.fold: 5"),
+        ({"data": {"temperature": 0.5}}, "my.yaml: data.temperature: 0.5, wanted a number of 1 or more"),
         ({"data": None}, "my.yaml: data: got None, wanted a mapping"),
         (
             {"trainer": {"learning_rat": 1}},
@@ -113,6 +116,8 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"trainer": {"learning_rate": "fast"}}, "my.yaml: trainer.learning_rate: got 'fast' (str), wanted float"),
         ({"trainer": {"optim": "adam"}}, "my.yaml: trainer.optim: got 'adam' (str), wanted"),
         ({"trainer": {"seed": 3}}, "my.yaml: trainer.seed: set `seed` at the top"),
+        ({"trainer": {"save_on_each_node": True}}, "my.yaml: trainer.save_on_each_node: output_dir must lie where"),
+        ({"trainer": {"fsdp": "full_shard"}}, "my.yaml: trainer.fsdp: got 'full_shard' (str), wanted bool"),
         ({"early_stopping": {"patience": 0}}, "my.yaml: early_stopping.patience: got 0, wanted at least 1"),
         ({"evaluation": {"batch_size": 0}}, "my.yaml: evaluation.batch_size: got 0, wanted at least 1"),
         ({"seed": "1"}, "my.yaml: seed: got '1' (str), wanted int"),
@@ -177,6 +182,44 @@ def test_contradicting_trainer_fields() -> None:
     recipe = _parse(trainer={"eval_strategy": "no"})
     with pytest.raises(InputError, match=r"^my.yaml: trainer: .*load_best_model_at_end"):
         recipe.training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"deepspeed": "zero4"}, "trainer.deepspeed: 'zero4' is neither a file nor one that ships; did you mean 'zero"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": False}},
+            "trainer.gradient_checkpointing_kwargs.preserve_rng_state: false given, wanted true",
+        ),
+        (
+            {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+            "trainer.fsdp_config.activation_checkpointing: true given, wanted trainer.gradient_checkpointing instead",
+        ),
+    ],
+)
+def test_engines_that_would_not_work(trainer: dict[str, Any], message: str) -> None:
+    pytest.importorskip("deepspeed")
+    with pytest.raises(InputError) as error:
+        _parse(trainer=trainer).training_arguments()
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("engine", "field"), [("DEEPSPEED", "deepspeed"), ("FSDP", "fsdp")])
+def test_an_engine_that_only_the_launcher_names(monkeypatch: pytest.MonkeyPatch, engine: str, field: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(InputError, match=rf"^trainer.{field}: not set, but the launcher asks for {engine}"):
+        _parse().training_arguments()
+
+
+def test_the_shipped_engines() -> None:
+    """Every stage, with the optimizer's state on the device and in the host's memory."""
+    settings = {name: json.loads(path.read_text())["zero_optimization"] for name, path in packaged_engines().items()}
+    assert set(settings) == {f"zero{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "_offload")}
+    for name, zero in settings.items():
+        assert zero["stage"] == int(name[4])
+        assert zero.get("offload_optimizer", {}).get("device") == ("cpu" if "offload" in name else None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hycam.errors import InputError, RunStoppedError
 from hycam.training.callbacks import MetricsFile, read_metrics
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
-from hycam.training.trainer import last_checkpoint
+from hycam.training.trainer import last_checkpoint, remove_unfinished
 from tests.training.runs import recipe_values, save_recipe
 
 _KILL_AT_STEP = """
@@ -48,8 +48,10 @@ def _recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
 
 
 def _numbers(folder: Path) -> list[dict[str, Any]]:
-    """Every logged number but the wall-clock ones."""
-    return [line for line in read_metrics(folder / "metrics.jsonl") if "train_runtime" not in line]
+    """Every logged number but those that a process counts from its own beginning."""
+    own = ("tokens_per_second", "padding_share", "peak_bytes")
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train_runtime" not in line]
+    return [{key: value for key, value in line.items() if key not in own} for line in lines]
 
 
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -202,6 +204,11 @@ def test_resumes_across_epochs_with_accumulation_and_packing(
     _assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
 
 
+def test_loader_processes_change_nothing(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    train(_recipe(tmp_path, backbone, trainer={"dataloader_num_workers": 2}))
+    _assert_same_run(tmp_path / "run", straight)
+
+
 def test_a_finished_run_only_measures_again(tmp_path: Path, backbone: Path, straight: Path) -> None:
     shutil.copytree(straight, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -242,12 +249,7 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         if state is not None:
             (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "unfinished" / "checkpoint-14").mkdir(parents=True)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-
-
-def test_the_trainers_state_is_a_checkpoints_last_file(straight: Path) -> None:
-    """What `last_checkpoint` relies on."""
-    for checkpoint in straight.glob("checkpoint-*"):
-        files = sorted(checkpoint.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        assert files[-1].name == "trainer_state.json"

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hycam.data import Collator
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.training.backbone import load_model, load_tokenizer
-from hycam.training.callbacks import read_metrics
+from hycam.training.callbacks import Throughput, read_metrics
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
@@ -100,6 +101,29 @@ def test_metrics_file(done: tuple[Recipe, dict[str, Any]]) -> None:
         assert min(line["eval_colours_loss"], line["eval_animals_loss"]) < line["eval_loss"]
         assert line["eval_loss"] < max(line["eval_colours_loss"], line["eval_animals_loss"])
     assert list((recipe.output_path / "runs").rglob("events.out.tfevents.*"))
+
+
+def test_what_a_step_took_is_logged(done: tuple[Recipe, dict[str, Any]]) -> None:
+    recipe, _ = done
+    for line in (line for line in _lines(recipe.output_path) if "loss" in line):
+        assert line["tokens_per_second"] > 0
+        assert 0 <= line["padding_share"] < 1
+        assert line["peak_bytes"] > 2**20
+
+
+def test_throughput_counts_tokens_without_padding() -> None:
+    throughput = Throughput()
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])}
+    for _ in range(2):  # the second time from nothing
+        throughput.begin()
+        throughput.count([padded, {"input_ids": ids}])
+        time.sleep(0.05)
+        throughput.on_step_end(*[None] * 3)
+        time.sleep(0.2)  # a validation, say
+        took = throughput.take(torch.device("cpu"))
+        assert took["padding_share"] == pytest.approx(3 / 20)
+        assert 17 / 0.15 < took["tokens_per_second"] <= 17 / 0.05
 
 
 def test_checkpoints_hold_the_adapter_alone(done: tuple[Recipe, dict[str, Any]]) -> None:

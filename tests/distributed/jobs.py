@@ -1,0 +1,200 @@
+"""What the processes of `tests.distributed.ranks` do: a step whose gradient is kept, or a command of `hycam`."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from hycam.data import Collator
+from hycam.training.callbacks import SaveOnSignal
+from hycam.training.engines import packaged_engines
+from hycam.training.recipe import BackboneConfig, Recipe
+from hycam.training.trainer import HyCAMTrainer
+from hycam_cli import main
+from tests.adapter.builders import adapted_model
+
+# Every parameter in parts, and let go as soon as it may be.
+EVERYTHING_PARTED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_model_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+_PAD = 0
+
+
+class GradientAsWeight(torch.optim.Optimizer):
+    """A step that puts every gradient in its parameter's place, whatever part of them an engine hands over."""
+
+    def __init__(self, params: Any, lr: float = 0.0, **_: Any) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.copy_(parameter.grad)
+
+
+class _KeepsBatches(HyCAMTrainer):
+    """Notes each micro-batch, with the state of the generator that its noise is drawn from."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kept: list[dict[str, Any]] = []
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.kept.append({"random_state": torch.get_rng_state(), "inputs": dict(inputs)})
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def setting_name(engine: str, checkpointing: str, accumulation: int, dtype: str) -> str:
+    return f"{engine}-{checkpointing}-{accumulation}-{dtype}"
+
+
+def step_model(dtype: str) -> Any:
+    return adapted_model(dtype=getattr(torch, dtype), balance_coef=1.0, noise="train")
+
+
+def step_rows(accumulation: int) -> Dataset:
+    """One step's rows, all of different lengths; two processes with micro-batches of two rows lack one at its end."""
+    count = 4 * accumulation - 1
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randint(3, 128, (4 + row,), generator=generator).tolist() for row in range(count)]
+    labels = [[-100] * (len(row) // 3) + row[len(row) // 3 :] for row in rows]
+    return Dataset.from_dict({"input_ids": rows, "labels": labels})
+
+
+def engine_fields(engine: str) -> dict[str, Any]:
+    """The recipe's `trainer` fields of an engine, such that it parts even the smallest parameter."""
+    if engine == "fsdp2":
+        return {"fsdp": True}
+    if engine.startswith("zero"):
+        settings = json.loads(packaged_engines()[engine].read_text(encoding="utf-8"))
+        if settings["zero_optimization"]["stage"] == 3:
+            settings["zero_optimization"] |= EVERYTHING_PARTED
+        return {"deepspeed": settings}
+    assert engine == "ddp"
+    return {}
+
+
+def gradient(folder: Path, *, engine: str, checkpointing: str, accumulation: int, dtype: str) -> int:
+    """One step; leaves the gradients as an adapter's weights, and each rank's micro-batches, in a folder."""
+    folder = folder / setting_name(engine, checkpointing, accumulation, dtype)
+    trainer_fields: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 1,
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": dtype == "bfloat16" and engine.startswith("zero"),
+        **engine_fields(engine),
+    }
+    if checkpointing != "none":
+        trainer_fields |= {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"},
+        }
+    recipe = Recipe(BackboneConfig("unused"), output_dir=str(folder), trainer=trainer_fields, seed=3)
+    trainer = _KeepsBatches(
+        model=step_model(dtype),
+        args=recipe.training_arguments(),
+        train_dataset=step_rows(accumulation),
+        data_collator=Collator(_PAD),
+        validation={"unused": step_rows(1)},
+        evaluation_collator=Collator(_PAD),
+        on_signal=SaveOnSignal(),
+        prepare_optimizer=lambda optimizer, model: None,
+        optimizer_cls_and_kwargs=(GradientAsWeight, {}),
+    )
+    trainer.train()
+    _check_parted(trainer, engine)
+    trainer.save_model(str(folder))
+    assert trainer.state.global_step == 1
+    if not trainer_fields["bf16"]:  # with it DeepSpeed has cast the whole model, and rounds as no plain one does
+        _check_file(trainer, folder, dtype)
+    torch.save(trainer.kept, folder / f"rank{trainer.args.process_index}.pt")
+    return 0
+
+
+def _check_parted(trainer: HyCAMTrainer, engine: str) -> None:
+    """Every parameter is in parts where the engine's are, and the engine is the one that the recipe names."""
+    parameters = list(trainer.adapted.parameters())
+    if engine == "fsdp2":
+        assert all(parameter.placements[0].is_shard() for parameter in parameters)
+    elif engine == "ddp":
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    else:
+        stage = int(engine.removeprefix("zero")[0])
+        assert trainer.deepspeed.zero_optimization_stage() == stage
+        assert all((parameter.numel() == 0) == (stage == 3) for parameter in parameters)
+
+
+def _check_file(trainer: HyCAMTrainer, folder: Path, dtype: str) -> None:
+    """The file's weights in a plain model give the engine's model's very logits."""
+    trainer.accelerator.wait_for_everyone()
+    batch = {"input_ids": torch.arange(3, 40)[None]}
+    with torch.no_grad():
+        got = trainer.adapted.eval()(**batch).logits
+        unset_hf_deepspeed_config()  # else the plain model is in parts too
+        plain = step_model(dtype)
+        plain.load_adapter(str(folder), "default")
+        torch.testing.assert_close(plain.eval()(**batch).logits, got, rtol=0, atol=0)
+
+
+def hycam(folder: Path, *, arguments: list[str], fault: dict[str, Any] | None = None, status: int = 0) -> int:
+    """A command of `hycam`, which is to end with `status`; 0 where it did.
+
+    `fault` is what befalls one `rank` at one `step`: `"signal"` (SIGTERM), `"hang"`, or `"kill"` while it saves.
+    """
+    undo = [] if fault is None or fault["rank"] != int(os.environ["RANK"]) else _plant(fault)
+    ended = main(arguments)
+    for target, name, original in undo:
+        setattr(target, name, original)
+    return 0 if ended == status else ended or 97
+
+
+def _plant(fault: dict[str, Any]) -> list[tuple[Any, str, Any]]:
+    if fault["kind"] == "kill":
+        save = HyCAMTrainer._save_rng_state
+
+        def killed(self: HyCAMTrainer, output_dir: str) -> None:
+            if self.state.global_step == fault["step"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(self, output_dir)
+
+        HyCAMTrainer._save_rng_state = killed
+        return [(HyCAMTrainer, "_save_rng_state", save)]
+    step = HyCAMTrainer.training_step
+
+    def disturbed(self: HyCAMTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step + 1 == fault["step"]:
+            if fault["kind"] == "hang":
+                time.sleep(fault["seconds"])
+                os._exit(96)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    HyCAMTrainer.training_step = disturbed
+    return [(HyCAMTrainer, "training_step", step)]
+
+
+JOBS = {"gradient": gradient, "hycam": hycam}
