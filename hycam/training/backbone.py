@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hycam.errors import InputError
+from hycam.training.quantization import check_quantization, quantization_config
 from hycam.training.recipe import BackboneConfig
 from hycam.training.scratch import train_scratch_backbone
 
@@ -27,6 +28,8 @@ def check_available(config: BackboneConfig) -> None:
         _check_kernels("backbone.attn_implementation", "flash_attn", "flash-attn")
     if config.liger:
         _check_kernels("backbone.liger", "liger_kernel", "liger")
+    if config.quantization is not None:
+        check_quantization(config.quantization)
     if config.revision is not None and config.name_or_path is not None and Path(config.name_or_path).is_dir():
         raise InputError(
             f"backbone.revision: got {config.revision!r} for the folder {config.name_or_path}, which has no revisions"
@@ -79,7 +82,8 @@ def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase
 
 
 def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
-    """The causal language model on the CPU, from safetensors alone."""
+    """The causal language model, from safetensors alone: on the CPU, or where its quantised layers are made."""
+    quantized = {} if config.quantization is None else {"quantization_config": quantization_config(config)}
     return _load(
         AutoModelForCausalLM,
         config,
@@ -87,6 +91,7 @@ def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
+        **quantized,
     )
 
 

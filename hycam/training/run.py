@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_met
 from hycam.training.engines import timeouts_told
 from hycam.training.folder import check_folder, open_folder
 from hycam.training.measure import measure, own_draws
+from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
 from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize_split, training_set
@@ -152,19 +154,28 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     _check_sharding(recipe, arguments)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
-    rows = load_rows(recipe.tasks, recipe.data.fold)
+    with _first_of_machine(recipe, arguments):
+        rows = load_rows(recipe.tasks, recipe.data)
     with arguments.main_process_first(local=False, desc="training the backbone"):
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)
     tokenizer = load_tokenizer(recipe.backbone, name)
-    tokenized = {
-        split: tokenize_split(rows, split, tokenizer, recipe.data) for split in ("train", "validation", "test")
-    }
+    with _first_of_machine(recipe, arguments):
+        tokenized = {
+            split: tokenize_split(rows, split, tokenizer, recipe.data) for split in ("train", "validation", "test")
+        }
     prompts = None
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
     return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
+
+
+def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:
+    """With a cache, one process of each machine fills it before the others read it."""
+    if recipe.data.cache_dir is None:
+        return nullcontext()
+    return arguments.main_process_first(local=True, desc="filling data.cache_dir")
 
 
 def _check_metric(recipe: Recipe, metric: str | None) -> None:
@@ -191,12 +202,20 @@ def trained_folder(recipe: Recipe) -> Path:
 
 def adapted_backbone(recipe: Recipe, name: str) -> PeftModel | PreTrainedModel:
     """The backbone from `name` with the recipe's adapter, untrained. Raises `InputError` where the two don't fit."""
-    backbone = load_model(recipe.backbone, name)
-    config = recipe.method.adapter_config()
+    return adapted(load_model(recipe.backbone, name), recipe.method)
+
+
+def adapted(backbone: PreTrainedModel, method: MethodConfig) -> PeftModel | PreTrainedModel:
+    """`backbone` with the method's adapter, or itself to be trained whole.
+
+    Raises:
+        InputError: the adapter doesn't fit the backbone.
+    """
+    config = method.adapter_config()
     if config is None:
         return backbone
     try:
-        model = get_peft_model(backbone, config)
+        model = get_peft_model(backbone, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
     except ValueError as error:
         raise InputError(f"method: {' '.join(str(error).split())}") from error
     assert isinstance(model, PeftModel)

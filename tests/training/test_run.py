@@ -73,7 +73,7 @@ def test_it_learns_and_reports_every_task(done: tuple[Recipe, dict[str, Any]]) -
 def test_the_base_column_is_the_untouched_backbone(done: tuple[Recipe, dict[str, Any]], backbone: Path) -> None:
     recipe, results = done
     tokenizer = load_tokenizer(recipe.backbone, str(backbone))
-    tokenized = tokenize_split(load_rows(recipe.tasks, 0), "test", tokenizer, recipe.data)
+    tokenized = tokenize_split(load_rows(recipe.tasks, recipe.data), "test", tokenizer, recipe.data)
     report = evaluate_perplexity(
         AutoModelForCausalLM.from_pretrained(backbone), tokenized, Collator(tokenizer.pad_token_id)
     )
