@@ -179,5 +179,6 @@ def _state_bytes(parameters: list[Tensor], arguments: TrainingArguments) -> int:
         optimizer = optimizer_class(leaves, **{name: value for name, value in options.items() if name != "fused"})
         optimizer.step()
     except Exception as error:  # each optimizer has its own reasons not to run here
-        raise InputError(f"trainer.optim: got {arguments.optim!s}, which can't be planned: {error}") from error
+        name = getattr(arguments.optim, "value", arguments.optim)
+        raise InputError(f"trainer.optim: got {name}, which can't be planned: {error}") from error
     return nbytes(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))

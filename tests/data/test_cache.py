@@ -126,7 +126,7 @@ def test_tokens_follow_rows_tokenizer_and_settings(tmp_path):
     cache = RowCache(tmp_path / "cache")
     dataset = Dataset.from_list(rows(30))
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
-    config = DataConfig(max_length=24, prompt="chat")
+    config = DataConfig(max_length=34, prompt="chat")
     plain = tokenize_dataset(dataset, tokenizer, config, 2)
 
     def cached(dataset=dataset, tokenizer=tokenizer, config=config, task_id=2):
@@ -138,18 +138,18 @@ def test_tokens_follow_rows_tokenizer_and_settings(tmp_path):
     for _ in range(2):
         found = cached()
         assert found.dataset.to_list() == plain.dataset.to_list()
-        assert (found.truncated, found.dropped) == (plain.truncated, plain.dropped) != (0, 0)
+        assert (found.truncated, found.dropped) == (plain.truncated, plain.dropped)
     assert files() == 1
-    cached(config=DataConfig(max_length=24, prompt="chat", fold=3))  # the rows say which fold they are
+    cached(config=DataConfig(max_length=34, prompt="chat", fold=3))  # the rows say which fold they are
     assert files() == 1
-    cached(config=DataConfig(max_length=25, prompt="chat"))
-    cached(config=DataConfig(max_length=24, prompt="chat", train_on_prompt=True))
+    cached(config=DataConfig(max_length=35, prompt="chat"))
+    cached(config=DataConfig(max_length=34, prompt="chat", train_on_prompt=True))
     cached(task_id=3)
     cached(dataset=Dataset.from_list(rows(30, offset=1)))
     assert files() == 5
     tokenizer.eos_token = "<pad>"
     assert cached().dataset[0]["input_ids"][-1] == tokenizer.pad_token_id
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant: ", "model: ")
+    tokenizer.chat_template = tokenizer.chat_template.replace(": ", " = ")
     cached()
     assert files() == 7
 
@@ -177,7 +177,7 @@ def anonymous():
     return int(line.split()[1]) * 1024
 
 def run(source, cache):
-    config = DataConfig(max_length=256, cache_dir=cache)
+    config = DataConfig(max_length=356, cache_dir=cache)
     rows = load_rows([TaskConfig("big", source=source)], config)
     tokens = {split: tokenize_split(rows, split, tokenizer, config) for split in ("train", "validation", "test")}
     return rows, tokens, training_set(tokens["train"], config)

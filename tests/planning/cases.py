@@ -6,7 +6,8 @@ from hycam.training.recipe import Recipe, parse_recipe
 from tests.models import tiny_config
 
 BUCKET = 16384
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+# the vocabulary is as large beside the width as in real models, where the loss sets the peak
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 4096}
 
 
 def config(family: str = "llama"):

@@ -30,7 +30,7 @@ def storages(tensors):
 def alive(model):
     """Bytes of every tensor that Python or a parameter's gradient holds."""
     gc.collect()
-    tensors = [local(value) for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
     shards = [local(p) for p in model.parameters()]
     return storages([*tensors, *gradients, *shards])

@@ -10,9 +10,9 @@ from hycam.training.run import adapted
 from tests.planning.cases import batch, config, recipe
 
 
-def measured(family, dtype, checkpointing):
-    """The most bytes that the allocator hands out in a forward and backward pass, and those between the two."""
-    run = recipe(dtype)
+def measured(run, family, checkpointing):
+    """Bytes that the allocator has handed out between a forward and a backward pass, and the most on the way."""
+    dtype = run.backbone.dtype
     model = AutoModelForCausalLM.from_config(config(family), dtype=getattr(torch, dtype))
     model = adapted(model, run.method).train()
     if checkpointing is not None:
@@ -58,6 +58,6 @@ def test_activations(family, dtype, checkpointing):
     if family == "gpt_neox":
         run.method.options["target_modules"] = ["attention"]
     (plan,) = plan_memory(run, config(family), engine_of(run), [1])
-    saved, peak = measured(family, dtype, checkpointing)
+    saved, peak = measured(run, family, checkpointing)
     assert plan.saved_activations == pytest.approx(saved, rel=0.1)
     assert plan.activations == pytest.approx(peak, rel=0.1)
