@@ -150,6 +150,7 @@ def prepare(folder: Path, steps: int, limit: float) -> Soak:
             "eval_steps": 4 * every,
             "save_strategy": "steps",
             "save_steps": every,
+            "load_best_model_at_end": False,  # it would tie checkpoints to evaluations
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": True,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hycam.errors import InputError
 from hycam.training.recipe import Recipe
@@ -144,7 +144,7 @@ def _zero_dtype(settings: Mapping[str, Any], half: torch.dtype | None) -> torch.
     return None
 
 
-def partition(model: PreTrainedModel, engine: Engine, world_size: int) -> Memory:
+def partition(model: PeftModel, engine: Engine, world_size: int) -> Memory:
     """What one of `world_size` processes holds of `model` (the adapted backbone, on fake tensors)."""
     if engine.name == "ddp":
         return _replicated(model, world_size)
@@ -180,11 +180,11 @@ def _replicated(model: nn.Module, world_size: int) -> Memory:
     )
 
 
-def _zero(model: PreTrainedModel, engine: Engine, world_size: int) -> Memory:
+def _zero(model: PeftModel, engine: Engine, world_size: int) -> Memory:
     """ZeRO keeps a float32 copy of the trained parameters in every stage, even where they are float32 themselves."""
     stage = int(engine.name[-1])
     trained, frozen = _trained(model), _frozen(model)
-    settings = ZERO_DEFAULTS | _numbers(engine.settings, model.config.get_text_config().hidden_size)
+    settings = dict(ZERO_DEFAULTS) | _numbers(engine.settings, model.config.get_text_config().hidden_size)
     master = torch.empty(math.ceil(sum(p.numel() for p in trained) / world_size), dtype=torch.float32)
     part = math.ceil(nbytes(trained) / world_size)
     parameters, gathered = nbytes([*trained, *frozen]), 0
@@ -219,7 +219,7 @@ def _numbers(settings: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
     return {key: auto.get(key, ZERO_DEFAULTS[key]) if value == "auto" else value for key, value in known.items()}
 
 
-def _fsdp2(model: PreTrainedModel, engine: Engine, world_size: int) -> Memory:
+def _fsdp2(model: PeftModel, engine: Engine, world_size: int) -> Memory:
     """FSDP2 shards every parameter along its first dimension; a mixed-precision policy keeps what is trained in
     float32 and gathers it in the policy's dtype."""
     trained = [p.float() if engine.cast is not None else p for p in _trained(model)]

@@ -154,7 +154,9 @@ def _cast(model: PeftModel, dtype: torch.dtype | None) -> None:
 
 def _trace(model: PeftModel, recipe: Recipe, arguments: TrainingArguments, engine: Engine) -> Activations:
     if arguments.gradient_checkpointing or engine.settings.get("activation_checkpointing"):
-        options = dict(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        options: dict[str, Any] = {"use_reentrant": False}
+        if isinstance(arguments.gradient_checkpointing_kwargs, dict):
+            options |= arguments.gradient_checkpointing_kwargs
         # fake generators have no state to restore
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options | {"preserve_rng_state": False})
         model.enable_input_require_grads()
