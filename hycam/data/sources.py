@@ -62,7 +62,7 @@ def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
         notes: dict[str, Any] = {}
         dataset = in_memory(make(notes), _FEATURES)
     else:
-        key = {"rows of": content, "task": dataclasses.asdict(config) | {"name": None, "source": None}}
+        key: dict[str, Any] = {"rows of": content, "task": dataclasses.asdict(config) | {"name": None, "source": None}}
         key["task"]["known set"] = next((name for name, known in KNOWN_SETS.items() if known.parse is parse), None)
         cached = cache.rows(key, _FEATURES, make)
         dataset, notes = cached.dataset, cached.notes
