@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hycam.errors import InputError
+from hycam.training.engines import find_deepspeed_settings
 from hycam.training.recipe import Recipe
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -37,6 +39,7 @@ _UNPLANNED_FSDP: Mapping[str, tuple[Any, ...]] = {
     "cpu_offload": (None, False),
     "auto_wrap_policy": (None, "TRANSFORMER_BASED_WRAP"),
     "reshard_after_forward": (None, True),
+    "activation_checkpointing": (None, False),
 }
 
 
@@ -93,8 +96,9 @@ def engine_of(recipe: Recipe, name: str | None = None) -> Engine:
     trainer = recipe.trainer
     half = torch.bfloat16 if trainer.get("bf16") else torch.float16 if trainer.get("fp16") else None
     settings: dict[str, Any] = {}
-    if trainer.get("deepspeed"):
-        settings = _read(trainer["deepspeed"], "trainer.deepspeed")
+    deepspeed = find_deepspeed_settings(trainer.get("deepspeed"))
+    if deepspeed is not None:
+        settings = _read(deepspeed, "trainer.deepspeed")
         zero = settings.get("zero_optimization") or {}
         own = f"zero{zero.get('stage', 0)}"
         if name in (None, own):
@@ -144,7 +148,7 @@ def _zero_dtype(settings: Mapping[str, Any], half: torch.dtype | None) -> torch.
     return None
 
 
-def partition(model: PeftModel, engine: Engine, world_size: int) -> Memory:
+def partition(model: PeftModel | PreTrainedModel, engine: Engine, world_size: int) -> Memory:
     """What one of `world_size` processes holds of `model` (the adapted backbone, on fake tensors)."""
     if engine.name == "ddp":
         return _replicated(model, world_size)
@@ -180,7 +184,7 @@ def _replicated(model: nn.Module, world_size: int) -> Memory:
     )
 
 
-def _zero(model: PeftModel, engine: Engine, world_size: int) -> Memory:
+def _zero(model: PeftModel | PreTrainedModel, engine: Engine, world_size: int) -> Memory:
     """ZeRO keeps a float32 copy of the trained parameters in every stage, even where they are float32 themselves."""
     stage = int(engine.name[-1])
     trained, frozen = _trained(model), _frozen(model)
@@ -219,7 +223,7 @@ def _numbers(settings: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
     return {key: auto.get(key, ZERO_DEFAULTS[key]) if value == "auto" else value for key, value in known.items()}
 
 
-def _fsdp2(model: PeftModel, engine: Engine, world_size: int) -> Memory:
+def _fsdp2(model: PeftModel | PreTrainedModel, engine: Engine, world_size: int) -> Memory:
     """FSDP2 shards every parameter along its first dimension; a mixed-precision policy keeps what is trained in
     float32 and gathers it in the policy's dtype."""
     trained = [p.float() if engine.cast is not None else p for p in _trained(model)]

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hycam.errors import InputError
 from hycam.planning.activations import Activations, trace_activations
 from hycam.planning.engines import Engine, nbytes, partition
-from hycam.training.backbone import check_max_length
+from hycam.training.backbone import build_model, check_max_length
 from hycam.training.recipe import Recipe
-from hycam.training.run import adapted
+from hycam.training.run import adapted, check_sharding
 
 # Fields that ask for hardware or processes that aren't here when a run is planned; the engine accounts for them.
 _ELSEWHERE = ("deepspeed", "fsdp", "fsdp_config", "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
@@ -31,7 +31,7 @@ class Plan:
         engine: its name in `ENGINES`.
         world_size: number of processes, one for each GPU.
         trained, total: parameters by number.
-        dtypes: what backbone, adapter and matrix products are in.
+        dtypes: what backbone, adapter (where there is one) and matrix products are in.
         parameters, gradients, optimizer: what is kept of each; the optimizer's float32 copies are in its own.
         activations: the peak of what lives in a forward and a backward pass beside the above.
         saved_activations: the part of it that lives between the two.
@@ -66,23 +66,27 @@ class Plan:
 def plan_memory(recipe: Recipe, config: PretrainedConfig, engine: Engine, world_sizes: list[int]) -> list[Plan]:
     """What one process of a run holds, for each number of processes.
 
-    Backbone and adapter are built from `config` on fake tensors, so every family that transformers knows is counted
-    from its own modules. A micro-batch has `trainer.per_device_train_batch_size` rows, all of `data.max_length` tokens.
+    Backbone and adapter are built from `config` and run on fake tensors, so every family that transformers knows is
+    counted from its own modules. A micro-batch has `trainer.per_device_train_batch_size` rows, all of `data.max_length` tokens.
 
     Raises:
         InputError: for a recipe with settings that can't be planned, by name.
     """
     _check_plannable(recipe)
+    check_sharding(recipe.method, sharded=engine.name != "ddp", zero3=engine.name == "zero3")
     check_max_length(config, recipe.data.max_length, recipe.backbone.name_or_path or "backbone.scratch")
     arguments = _arguments(recipe)
+    model = adapted(build_model(recipe.backbone, config), recipe.method).train()
     with FakeTensorMode():
-        model = _build(recipe, config)
-        backbone_dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
+        _put_on_fake_tensors(model)
+        backbone_dtype = next(model.parameters()).dtype
         if engine.name.startswith("zero"):
             _cast(model, engine.cast)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         counts = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
-        dtypes = {"backbone": backbone_dtype, "adapter": trained[0].dtype}
+        dtypes = {"backbone": backbone_dtype}
+        if isinstance(model, PeftModel):
+            dtypes["adapter"] = trained[0].dtype
         memories = [partition(model, engine, world_size) for world_size in world_sizes]
         states = [_state_bytes(memory.optimized, arguments) for memory in memories]
         _cast(model, engine.cast)
@@ -131,29 +135,32 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     return stripped.training_arguments()
 
 
-def _build(recipe: Recipe, config: PretrainedConfig) -> PeftModel:
-    backbone = recipe.backbone
-    dtype = getattr(torch, backbone.dtype) if backbone.dtype != "auto" else config.dtype or torch.float32
-    # flash attention keeps what sdpa keeps: queries, keys, values, outputs and their log-sum-exp
-    attention = None if backbone.attn_implementation is None else backbone.attn_implementation
-    model = AutoModelForCausalLM.from_config(
-        config,
-        dtype=dtype,
-        attn_implementation="sdpa" if attention == "flash_attention_2" else attention,
-        trust_remote_code=backbone.trust_remote_code,
-    )
-    return adapted(model, recipe.method).train()
+def _put_on_fake_tensors(model: nn.Module) -> None:
+    """From the meta device to the active mode's CPU; tied tensors stay tied."""
+    fakes: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for holder in holders:
+            for name, tensor in holder.items():
+                if isinstance(tensor, Tensor):
+                    if tensor not in fakes:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                    holder[name] = fakes[tensor]
 
 
-def _cast(model: PeftModel, dtype: torch.dtype | None) -> None:
+def _cast(model: PeftModel | PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Parameters alone: engines leave buffers as they are."""
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
 
 
-def _trace(model: PeftModel, recipe: Recipe, arguments: TrainingArguments, engine: Engine) -> Activations:
-    if arguments.gradient_checkpointing or engine.settings.get("activation_checkpointing"):
+def _trace(
+    model: PeftModel | PreTrainedModel, recipe: Recipe, arguments: TrainingArguments, engine: Engine
+) -> Activations:
+    if arguments.gradient_checkpointing:
         options: dict[str, Any] = {"use_reentrant": False}
         if isinstance(arguments.gradient_checkpointing_kwargs, dict):
             options |= arguments.gradient_checkpointing_kwargs

@@ -95,6 +95,23 @@ def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
     )
 
 
+def build_model(config: BackboneConfig, model_config: PretrainedConfig) -> PreTrainedModel:
+    """The model without its weights, on the meta device.
+
+    Flash attention is left to the model that runs: sdpa keeps what it keeps (queries, keys, values, outputs and their
+    log-sum-exp).
+    """
+    attention = config.attn_implementation
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32,
+            attn_implementation="sdpa" if attention == "flash_attention_2" else attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    return model
+
+
 def _load(auto_class: Any, config: BackboneConfig, name: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(

@@ -100,8 +100,8 @@ class MethodConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe has them."""
         preset = {} if self.preset is None else {"preset": self.preset}
-        adapter = {} if self.name == "full" else {"autocast_adapter_dtype": self.autocast_adapter_dtype}
-        return {"name": self.name, **preset, **adapter, **self.options}
+        dtype = {} if self.autocast_adapter_dtype else {"autocast_adapter_dtype": False}
+        return {"name": self.name, **preset, **dtype, **self.options}
 
 
 def method_fields(name: str) -> dict[str, Any]:

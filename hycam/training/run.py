@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     EarlyStoppingCallback,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -30,6 +31,7 @@ from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.backbone import (
     backbone_name,
+    build_model,
     check_available,
     check_max_length,
     load_backbone_config,
@@ -151,7 +153,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if resume and arguments.save_only_model:
         raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
-    _check_sharding(recipe, arguments)
+    check_sharding(
+        recipe.method, sharded=bool(arguments.deepspeed or arguments.fsdp), zero3=is_deepspeed_zero3_enabled()
+    )
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     with _first_of_machine(recipe, arguments):
@@ -160,6 +164,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)
+    _check_adapter(recipe, config)
     tokenizer = load_tokenizer(recipe.backbone, name)
     with _first_of_machine(recipe, arguments):
         tokenized = {
@@ -185,14 +190,26 @@ def _check_metric(recipe: Recipe, metric: str | None) -> None:
         raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
 
 
-def _check_sharding(recipe: Recipe, arguments: TrainingArguments) -> None:
-    """Refuse the methods that need weights or gradients whole where they are in parts."""
-    if recipe.method.name == "riemoe" and (arguments.deepspeed or arguments.fsdp):
+def check_sharding(method: MethodConfig, *, sharded: bool, zero3: bool) -> None:
+    """Raise `InputError` for a method that needs weights or gradients whole where they are in parts.
+
+    Args:
+        method: what is trained.
+        sharded: whether DeepSpeed or FSDP trains it.
+        zero3: whether that is ZeRO-3, which parts the weights from their loading on.
+    """
+    if method.name == "riemoe" and sharded:
         raise InputError(
             "method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed or trainer.fsdp"
         )
-    if recipe.method.name == "full" and is_deepspeed_zero3_enabled():
+    if method.name == "full" and zero3:
         raise InputError("method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed")
+
+
+def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded."""
+    if not is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
+        adapted(build_model(recipe.backbone, config), recipe.method)
 
 
 def trained_folder(recipe: Recipe) -> Path:

@@ -14,10 +14,10 @@ def config(family: str = "llama"):
     return tiny_config(family, **SIZES)
 
 
-def recipe(dtype: str = "float32", **trainer) -> Recipe:
+def recipe(dtype: str = "float32", method: dict | None = None, **trainer) -> Recipe:
     values = {
         "backbone": {"name_or_path": "unused", "dtype": dtype},
-        "method": {"r": 16, "num_experts": 4},
+        "method": method or {"r": 16, "num_experts": 4},
         "data": {"max_length": 64},
         "trainer": {"per_device_train_batch_size": 4, "report_to": "none"} | trainer,
     }

@@ -53,6 +53,7 @@ def check(measured, world_size):
         assert held == pytest.approx(found["held"], rel=TOLERANCE), case
 
 
+@pytest.mark.slow  # about 10 s, and what two processes hold is the stricter case
 def test_one_process_and_what_it_holds():
     check(measure(1, "ddp:float32", "ddp:bfloat16", port=29651), 1)
 
@@ -64,6 +65,7 @@ def test_two_processes_without_deepspeed():
     assert measured["fsdp2:float32"]["parameters"] < 0.55 * measured["ddp:float32"]["parameters"]
 
 
+@pytest.mark.slow  # two processes that import DeepSpeed and train under three stages take half a minute
 def test_two_processes_with_deepspeed():
     pytest.importorskip("deepspeed")
     measured = measure(2, "zero1:bfloat16", "zero2:bfloat16", "zero3:bfloat16", port=29653)

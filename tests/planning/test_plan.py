@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hycam_cli
 from hycam.errors import InputError
 from hycam.planning import ENGINES, engine_of, plan_memory
+from hycam.training.engines import packaged_engines
+from hycam.training.method import MethodConfig
+from hycam.training.run import adapted
 from hycam_cli import main
 from tests.models import tiny_config
 from tests.planning.cases import config, recipe
@@ -102,17 +106,60 @@ def test_deepspeeds_numbers_may_be_transformers_own():
     assert found.buckets == 2 * 4 * 128**2
 
 
+def test_deepspeeds_settings_that_ship():
+    for name, file in packaged_engines().items():
+        named = plan(recipe(deepspeed=name), world_sizes=(4,))
+        assert named == plan(recipe(deepspeed=str(file)), world_sizes=(4,))
+        assert named.engine == name.removesuffix("_offload")
+        assert (named.host > 0, named.optimizer == 0) == (name.endswith("_offload"),) * 2
+    # its own settings, not the defaults of the engine that has its name
+    assert plan(recipe(deepspeed="zero2")).buckets == 2 * plan(engine="zero2").buckets
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("name", ["lora", "multilora", "moelora"])
+def test_every_adapter_is_planned(name, engine):
+    one, four = plan(recipe("bfloat16", method={"name": name, "r": 8}), engine=engine, world_sizes=(1, 4))
+    model = adapted(AutoModelForCausalLM.from_config(config()), MethodConfig(name, options={"r": 8}))
+    assert (one.trained, one.total) == model.get_nb_trainable_parameters()
+    assert one.dtypes["adapter"] == "float32"
+    assert one.activations > one.saved_activations > 0
+    assert (four.gradients < 0.5 * one.gradients) == (engine != "ddp")
+
+
+def test_full_fine_tuning_is_planned_without_an_adapter():
+    found = plan(recipe("bfloat16", method={"name": "full"}))
+    assert found.trained == found.total == AutoModelForCausalLM.from_config(config()).num_parameters()
+    assert found.dtypes == {"backbone": "bfloat16", "products": "bfloat16"}
+    assert found.gradients == 2 * found.total
+    two = plan(recipe("float32", method={"name": "full"}), engine="fsdp2", world_sizes=(2,))
+    assert two.gradients == pytest.approx(2 * found.total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("riemoe", "zero1"), ("riemoe", "zero3"), ("riemoe", "fsdp2"), ("full", "zero3")]
+)
+def test_refuses_what_a_run_would_refuse(name, engine):
+    with pytest.raises(InputError, match=f"method.name: {name}"):
+        plan(recipe(method={"name": name}), engine=engine, world_sizes=(2,))
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
         ({"torch_compile": True}, "trainer.torch_compile: got True, which can't be planned"),
         ({"optim": "adamw_bnb_8bit"}, "trainer.optim: got .*adamw_bnb_8bit, which can't be planned"),
-        ({"deepspeed": {}, "fsdp": "full_shard", "fsdp_config": {"version": 1}}, "trainer.fsdp_config.version: got 1"),
+        ({"deepspeed": {}, "fsdp": True, "fsdp_config": {"version": 1}}, "trainer.fsdp_config.version: got 1"),
         (
-            {"fsdp": "full_shard", "fsdp_config": {"fsdp_cpu_offload": True}},
+            {"fsdp": True, "fsdp_config": {"fsdp_cpu_offload": True}},
             "trainer.fsdp_config.cpu_offload: got True",
         ),
-        ({"deepspeed": "absent.json"}, "trainer.deepspeed: absent.json: can't be read"),
+        (
+            {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+            "trainer.fsdp_config.activation_checkpointing: got True",
+        ),
+        ({"deepspeed": "absent.json"}, "trainer.deepspeed: 'absent.json' is neither a file nor one that ships"),
+        ({"deepspeed": __file__}, "trainer.deepspeed: .*test_plan.py: can't be read"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "zero_optimization.stage: got 0"),
         (
             {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}},
