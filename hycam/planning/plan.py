@@ -67,7 +67,8 @@ def plan_memory(recipe: Recipe, config: PretrainedConfig, engine: Engine, world_
     """What one process of a run holds, for each number of processes.
 
     Backbone and adapter are built from `config` and run on fake tensors, so every family that transformers knows is
-    counted from its own modules. A micro-batch has `trainer.per_device_train_batch_size` rows, all of `data.max_length` tokens.
+    counted from its own modules. A micro-batch has `trainer.per_device_train_batch_size` rows, all of `data.max_length`
+    tokens.
 
     Raises:
         InputError: for a recipe with settings that can't be planned, by name.
