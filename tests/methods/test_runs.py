@@ -18,7 +18,7 @@ from hycam.training.callbacks import read_metrics
 from hycam.training.recipe import load_recipe
 from hycam.training.run import train
 from hycam_cli import main
-from tests.training.runs import recipe_values, save_backbone, save_recipe
+from tests.training.runs import logged_numbers, recipe_values, save_backbone, save_recipe
 
 METHODS = {
     "full": [],
@@ -119,11 +119,7 @@ def test_resuming_is_the_undisturbed_run(runs: Any, name: str, tmp_path: Path) -
         shutil.rmtree(resumed / gone)
     (resumed / "results.json").unlink()
     train(load_recipe(str(resumed)), resume=True)
-    numbers = [
-        [line for line in read_metrics(run / "metrics.jsonl") if "train_runtime" not in line]
-        for run in (resumed, straight)
-    ]
-    assert numbers[0] == numbers[1]
+    assert logged_numbers(resumed) == logged_numbers(straight)
     got, want = weights(trained(resumed)), weights(trained(straight))
     assert all(torch.equal(got[key], weight) for key, weight in want.items())
 

@@ -8,6 +8,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hycam.training.callbacks import read_metrics
 from tests.models import tiny_model
 
 _CHAT_TEMPLATE = (
@@ -106,3 +107,10 @@ def save_recipe(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return path
+
+
+def logged_numbers(folder: Path) -> list[dict[str, Any]]:
+    """Every logged number but those that a process counts from its own beginning."""
+    own = ("tokens_per_second", "padding_share", "peak_bytes")
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train_runtime" not in line]
+    return [{key: value for key, value in line.items() if key not in own} for line in lines]

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hycam.errors import InputError, RunStoppedError
-from hycam.training.callbacks import MetricsFile, read_metrics
+from hycam.training.callbacks import MetricsFile
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.trainer import last_checkpoint, remove_unfinished
-from tests.training.runs import recipe_values, save_recipe
+from tests.training.runs import logged_numbers, recipe_values, save_recipe
 
 _KILL_AT_STEP = """
 from hycam.training.callbacks import MetricsFile
@@ -47,19 +47,12 @@ def _recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
     return load_recipe(str(save_recipe(folder, recipe_values(folder, backbone, **sections))))
 
 
-def _numbers(folder: Path) -> list[dict[str, Any]]:
-    """Every logged number but those that a process counts from its own beginning."""
-    own = ("tokens_per_second", "padding_share", "peak_bytes")
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train_runtime" not in line]
-    return [{key: value for key, value in line.items() if key not in own} for line in lines]
-
-
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def _assert_same_run(resumed: Path, straight: Path) -> None:
-    assert _numbers(resumed) == _numbers(straight)
+    assert logged_numbers(resumed) == logged_numbers(straight)
     got, wanted = _adapter(resumed), _adapter(straight)
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
@@ -179,8 +172,8 @@ def test_a_signal_during_validation_saves_at_once(
             train(recipe)
     assert len(batches) == 2
     train(recipe, resume=True)
-    losses = [line["loss"] for line in _numbers(tmp_path / "run") if "loss" in line]
-    assert losses == [line["loss"] for line in _numbers(straight) if "loss" in line]
+    losses = [line["loss"] for line in logged_numbers(tmp_path / "run") if "loss" in line]
+    assert losses == [line["loss"] for line in logged_numbers(straight) if "loss" in line]
 
 
 def test_resumes_across_epochs_with_accumulation_and_packing(
