@@ -75,7 +75,7 @@ def environment(commit: str | None = None) -> Entry:
     """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
+        "command": [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]],
         "git": _git(commit),
         "python": platform.python_version(),
         "platform": platform.platform(),

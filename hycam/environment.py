@@ -18,6 +18,8 @@ _PACKAGES = (
     "deepspeed",
     "flash-attn",
     "liger-kernel",
+    "bitsandbytes",
+    "torchao",
 )
 
 

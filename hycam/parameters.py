@@ -134,9 +134,11 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype for adapters beside `module`: those of its first float parameter that can be trained in.
 
     A module whose weights accelerate has offloaded computes on its hook's device, not on the meta device that its
-    parameters show; a quantised one holds integers or 8-bit floats, where the torch default dtype serves.
+    parameters show; a quantised one holds integers or 8-bit floats, where the dtype of its model's configuration
+    serves, or else the torch default dtype.
     """
-    device, dtype = torch.device("cpu"), torch.get_default_dtype()
+    configured = getattr(getattr(module, "config", None), "dtype", None)
+    device, dtype = torch.device("cpu"), configured or torch.get_default_dtype()
     for index, parameter in enumerate(module.parameters()):
         if index == 0:
             device = parameter.device

@@ -22,6 +22,9 @@ RECIPE_FIELDS = (
     "evaluation",
 )
 
+# What `hycam plan` can count.
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
 _RECIPE_HELP = "recipe: a YAML file, the folder of a run, or the name of one that ships (paper, released_code, demo)"
 _OVERRIDES = """\
 Every field of the recipe can be set here too, as --section.field VALUE, VALUE being YAML:
@@ -75,9 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="give the text to the model without a template")
     generate.add_argument("--output", metavar="FILE", help="write the responses here as JSON lines")
 
+    plan = _add(commands, "plan", "the memory of a run per GPU, before anything is loaded")
+    plan.add_argument("recipe", help=_RECIPE_HELP)
+    plan.add_argument(
+        "--world-size", type=_count, nargs="+", default=[1], metavar="N", help="numbers of GPUs (default: 1)"
+    )
+    plan.add_argument("--engine", choices=ENGINES, help="instead of the one that the recipe's trainer section names")
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of a table")
+
     env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
     env.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer of 1 or more")
+    return int(text)
 
 
 def _add(

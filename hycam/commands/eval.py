@@ -23,7 +23,7 @@ def run(options: Namespace) -> None:
     output = Path(options.output or (selection.run or Path()) / f"eval-{measured}{options.split}.json")
     if not output.parent.is_dir():
         raise InputError(f"--output: {output.parent} is no folder")
-    rows = load_rows(recipe.tasks, recipe.data.fold)
+    rows = load_rows(recipe.tasks, recipe.data)
     name, tokenizer = load_selected_tokenizer(selection)
     config = load_backbone_config(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)

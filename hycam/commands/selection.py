@@ -122,4 +122,6 @@ def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | Pe
 
 
 def _placed(selection: Selection, model: Any) -> PreTrainedModel | PeftModel:
-    return model.to(selection.recipe.training_arguments().device).eval()
+    if selection.recipe.backbone.quantization is None:  # quantised layers stay where they were made
+        model = model.to(selection.recipe.training_arguments().device)
+    return model.eval()

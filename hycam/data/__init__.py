@@ -1,5 +1,6 @@
 """From data sets to batches: sources, prompts, splits, tokens, packing, collation."""
 
+from hycam.data.cache import RowCache, rows_digest
 from hycam.data.collation import Collator
 from hycam.data.config import NUM_FOLDS, PROMPT_STYLES, DataConfig, TaskConfig
 from hycam.data.formats import KNOWN_SETS
@@ -24,6 +25,7 @@ __all__ = [
     "Collator",
     "DataConfig",
     "EpochSampler",
+    "RowCache",
     "TaskConfig",
     "TokenizedTask",
     "check_tokenizer",
@@ -32,6 +34,7 @@ __all__ = [
     "mix_tasks",
     "pack_dataset",
     "prompt_text",
+    "rows_digest",
     "split_dataset",
     "tokenize_dataset",
 ]

@@ -86,6 +86,8 @@ class DataConfig:
         fold: which of the five folds is validated and tested on; see `split_dataset`.
         temperature: of the tasks' shares in training, 1 or more: 1 takes every row once an epoch; the higher, the more
             equal the tasks' shares; see `mix_tasks`.
+        cache_dir: folder for rows and tokens on disk, which are memory-mapped and used again wherever rows, tokenizer
+            and these settings are the same; None keeps them in memory.
 
     Raises:
         InputError: for a value of the wrong type or out of range.
@@ -97,6 +99,7 @@ class DataConfig:
     packing: bool = False
     fold: int = 0
     temperature: float = 1.0
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not (_is_int(self.max_length) and self.max_length >= 3):
@@ -108,6 +111,8 @@ class DataConfig:
         check_fold(self.fold)
         if not (isinstance(self.temperature, int | float) and 1 <= self.temperature < math.inf):
             raise InputError(f"temperature: {self.temperature!r}, wanted a number of 1 or more")
+        if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir):
+            raise InputError(f"cache_dir: {self.cache_dir!r}, wanted a folder, or null to keep rows in memory")
 
 
 def check_prompt_style(style: object) -> None:

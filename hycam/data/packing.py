@@ -1,14 +1,23 @@
 """Whole rows in bins of a fixed number of tokens, so that no compute goes into padding."""
 
+import hashlib
+import json
 from bisect import bisect_left, insort
+from collections.abc import Iterator
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import List as ListOf
 
+from hycam.data.cache import RowCache, in_memory
 from hycam.data.tokenization import IGNORED_LABEL
 from hycam.errors import InputError
 
+_FEATURES = Features({name: ListOf(Value("int32")) for name in ("input_ids", "labels", "position_ids")})
+_BATCH = 1000
 
-def pack_dataset(dataset: Dataset, max_length: int) -> Dataset:
+
+def pack_dataset(dataset: Dataset, max_length: int, cache: RowCache | None = None) -> Dataset:
     """Bins of at most `max_length` tokens, made of whole rows.
 
     Best fit, longest rows first: each row goes into the bin where the least room is left over. Deterministic. Bins
@@ -17,6 +26,7 @@ def pack_dataset(dataset: Dataset, max_length: int) -> Dataset:
     Args:
         dataset: columns `input_ids` and `labels`.
         max_length: tokens in a bin.
+        cache: keeps the bins on disk, by the rows' tokens; None: they are in memory.
 
     Returns:
         Columns `input_ids`, `labels` and `position_ids`. Positions restart at 0 with every row; a row's first label is
@@ -26,13 +36,24 @@ def pack_dataset(dataset: Dataset, max_length: int) -> Dataset:
         InputError: for a row longer than `max_length`.
     """
     rows = dataset.with_format(None)
-    input_ids, labels = rows["input_ids"][:], rows["labels"][:]
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for members in _best_fit([len(ids) for ids in input_ids], max_length):
-        columns["input_ids"].append([token for i in members for token in input_ids[i]])
-        columns["labels"].append([label for i in members for label in [IGNORED_LABEL, *labels[i][1:]]])
-        columns["position_ids"].append([position for i in members for position in range(len(input_ids[i]))])
-    return Dataset.from_dict(columns)
+    content, lengths = hashlib.sha256(), []
+    for batch in rows.iter(batch_size=_BATCH):
+        content.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
+        lengths += [len(ids) for ids in batch["input_ids"]]
+    bins = _best_fit(lengths, max_length)
+
+    def make(notes: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
+        for members in bins:
+            packed = rows[members]
+            yield {
+                "input_ids": [token for ids in packed["input_ids"] for token in ids],
+                "labels": [label for labels in packed["labels"] for label in [IGNORED_LABEL, *labels[1:]]],
+                "position_ids": [position for ids in packed["input_ids"] for position in range(len(ids))],
+            }
+
+    if cache is None:
+        return in_memory(make({}), _FEATURES)
+    return cache.rows({"bins of": content.hexdigest(), "max_length": max_length}, _FEATURES, make).dataset
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

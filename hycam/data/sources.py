@@ -4,15 +4,16 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
+from hycam.data.cache import RowCache, file_digest, in_memory
 from hycam.data.config import UNIFIED_FIELDS, TaskConfig
 from hycam.data.formats import KNOWN_SETS, FieldError, RowParser, fields_parser
 from hycam.data.synthetic import synthetic_task
@@ -25,14 +26,22 @@ _SYNTHETIC_PREFIX = "synthetic_"
 _SYNTHETIC_ROWS = 1000
 _HUB_OPTIONS = ("split", "subset", "revision")
 
+_FEATURES = Features({field: Value("string") for field in UNIFIED_FIELDS})
+_SHOWN_PLACES = 10
+
 _PlacedRow = tuple[str, Any]  # a row with the place that an error names: `file.jsonl:12`, `file.json: row 3`
 
 
-def load_task(config: TaskConfig) -> Dataset:
-    """All rows of a task in memory, in the source's order: columns `instruction`, `input`, `output` (text).
+def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
+    """All rows of a task, in the source's order: columns `instruction`, `input`, `output` (text).
 
     A row whose instruction or output is blank teaches nothing: it is skipped, and a warning says how many there were
-    and where. Every other flaw is an error.
+    and where. Every other flaw is an error. A `.json` file, being one value, is read as a whole; every other source
+    row by row.
+
+    Args:
+        config: the task.
+        cache: keeps the rows on disk, by the content of their source; None: they are in memory.
 
     Raises:
         InputError: for an unknown task, a source that is missing, unreadable, out of reach or empty, a broken JSON
@@ -43,11 +52,38 @@ def load_task(config: TaskConfig) -> Dataset:
     if source.startswith(_SYNTHETIC_PREFIX):
         _refuse(config, ("fields", "format", *_HUB_OPTIONS), "a synthetic task")
         return synthetic_task(source, config.max_rows or _SYNTHETIC_ROWS, seed=0)
+    content, placed_rows = _opened(source, config)
     parse = _parser(source, config)
-    columns: dict[str, list[str]] = {field: [] for field in UNIFIED_FIELDS}
-    blank: list[str] = []
-    for place, native in _source_rows(source, config):
-        if len(columns["output"]) == config.max_rows:
+
+    def make(notes: dict[str, Any]) -> Iterator[dict[str, str]]:
+        return _unified_rows(placed_rows, parse, config.max_rows, notes)
+
+    if cache is None:
+        notes: dict[str, Any] = {}
+        dataset = in_memory(make(notes), _FEATURES)
+    else:
+        key: dict[str, Any] = {"rows of": content, "task": dataclasses.asdict(config) | {"name": None, "source": None}}
+        key["task"]["known set"] = next((name for name, known in KNOWN_SETS.items() if known.parse is parse), None)
+        cached = cache.rows(key, _FEATURES, make)
+        dataset, notes = cached.dataset, cached.notes
+    if notes["blank"]:
+        shown = ", ".join(notes["places"]) + (", ..." if notes["blank"] > _SHOWN_PLACES else "")
+        message = "%s: skipped rows with a blank instruction or output, %d: %s"
+        logger.warning(message, config.name, notes["blank"], shown)
+    if not len(dataset):
+        given = f"{notes['blank']} rows, all with a blank instruction or output" if notes["blank"] else "no rows"
+        raise InputError(f"{source}: {given}, wanted at least one row with both")
+    return dataset
+
+
+def _unified_rows(
+    rows: Iterable[_PlacedRow], parse: RowParser, max_rows: int | None, notes: dict[str, Any]
+) -> Iterator[dict[str, str]]:
+    """At most `max_rows` rows with instruction and output; `notes` counts the others and has the first ones' places."""
+    notes |= {"blank": 0, "places": []}
+    count = 0
+    for place, native in rows:
+        if count == max_rows:
             break
         if not isinstance(native, Mapping):
             raise InputError(f"{place}: a {type(native).__name__}, wanted an object with a field per column")
@@ -56,17 +92,12 @@ def load_task(config: TaskConfig) -> Dataset:
         except FieldError as error:
             raise InputError(f"{place}: {error}") from error
         if not (row["instruction"].strip() and row["output"].strip()):
-            blank.append(place)
+            notes["blank"] += 1
+            if notes["blank"] <= _SHOWN_PLACES:
+                notes["places"].append(place)
             continue
-        for field, text in row.items():
-            columns[field].append(text)
-    if blank:
-        shown = ", ".join(blank[:10]) + (", ..." if len(blank) > 10 else "")
-        logger.warning("%s: skipped rows with a blank instruction or output, %d: %s", config.name, len(blank), shown)
-    if not columns["output"]:
-        given = f"{len(blank)} rows, all with a blank instruction or output" if blank else "no rows"
-        raise InputError(f"{source}: {given}, wanted at least one row with both")
-    return Dataset.from_dict(columns)
+        count += 1
+        yield row
 
 
 def _parser(source: str, config: TaskConfig) -> RowParser:
@@ -79,11 +110,16 @@ def _parser(source: str, config: TaskConfig) -> RowParser:
     return fields_parser("instruction", "output", input="input")
 
 
-def _source_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
+def _opened(source: str, config: TaskConfig) -> tuple[str, Iterator[_PlacedRow]]:
+    """What tells the source's content from any other, and its rows."""
     path = Path(source).expanduser()
     if path.suffix.lower() in _FILE_READERS:
         _refuse(config, _HUB_OPTIONS, "a file")
-        return _FILE_READERS[path.suffix.lower()](path)
+        try:
+            content = file_digest(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return f"{path.suffix.lower()} {content}", _FILE_READERS[path.suffix.lower()](path)
     if source in KNOWN_SETS:
         return _hub_rows(source, config)
     if path.exists():
@@ -150,7 +186,7 @@ def _parquet_rows(path: Path) -> Iterator[_PlacedRow]:
 _FILE_READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
-def _hub_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
+def _hub_rows(source: str, config: TaskConfig) -> tuple[str, Iterator[_PlacedRow]]:
     known = KNOWN_SETS.get(source)
     hub_id = source if known is None else known.hub_id
     revision = config.revision or (None if known is None else known.revision)
@@ -169,8 +205,8 @@ def _hub_rows(source: str, config: TaskConfig) -> Iterator[_PlacedRow]:
             f"tasks: {config.name}: source: hub set {hub_id!r} can't be loaded: {type(error).__name__}: "
             f"{_first_line(error)}"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{hub_id}: row {number}", row
+    placed = ((f"{hub_id}: row {number}", row) for number, row in enumerate(rows, start=1))
+    return f"{hub_id} {rows._fingerprint}", placed
 
 
 def _refuse(config: TaskConfig, options: tuple[str, ...], kind: str) -> None:

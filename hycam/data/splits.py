@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 
 from datasets import Dataset
 
@@ -26,8 +27,8 @@ def split_dataset(dataset: Dataset, fold: int = 0) -> dict[str, Dataset]:
     """
     check_fold(fold)
     held_out = {2 * fold: "validation", 2 * fold + 1: "validation", (2 * fold + 2) % _NUM_BINS: "test"}
-    indices: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for index, prompt in enumerate(zip(dataset["instruction"][:], dataset["input"][:], strict=True)):
+    indices = {part: array("q") for part in ("train", "validation", "test")}
+    for index, prompt in enumerate(zip(dataset["instruction"], dataset["input"], strict=True)):
         indices[held_out.get(_bin(*prompt), "train")].append(index)
     for part, rows in indices.items():
         if not rows:

@@ -5,14 +5,19 @@ response ends in its closing: the eos token, or what the chat template adds afte
 """
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import tokenizers
+import transformers
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
+from hycam.data.cache import RowCache, digest, file_digest, in_memory, rows_digest
 from hycam.data.config import UNIFIED_FIELDS, DataConfig
 from hycam.data.prompts import chat_response_text, prompt_text
 from hycam.errors import InputError
@@ -20,13 +25,13 @@ from hycam.errors import InputError
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
+_BATCH = 1000
 
 _FEATURES = Features(
     {
         "input_ids": ListOf(Value("int32")),
         "labels": ListOf(Value("int32")),
         "task_id": Value("int32"),
-        "truncated": Value("bool"),
     }
 )
 
@@ -69,18 +74,25 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def tokenize_dataset(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig, task_id: int
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data_config: DataConfig,
+    task_id: int,
+    cache: RowCache | None = None,
+    content: str | None = None,
 ) -> TokenizedTask:
     """Token rows of at most `max_length`, with the loss on the response (or, as an option, on all tokens).
 
     A row over `max_length` loses the end of its response, never its closing (eos). Where that would leave no token of
-    the response itself, the row is dropped. Both are counted. Nothing is read from or written to a cache.
+    the response itself, the row is dropped. Both are counted.
 
     Args:
         dataset: columns `instruction`, `input`, `output`.
         tokenizer: with eos and pad token.
         data_config: prompt style, length and where the loss is taken.
         task_id: written into every row, for reports by task.
+        cache: keeps the token rows on disk, by rows, tokenizer and `data_config`; None: they are in memory.
+        content: `rows_digest` of the dataset where that is known; it is computed where a cache needs it.
 
     Raises:
         InputError: for a tokenizer without eos, pad or (prompt: chat) chat template, a dataset without the three
@@ -90,42 +102,49 @@ def tokenize_dataset(
     for column in UNIFIED_FIELDS:
         if column not in dataset.column_names:
             raise InputError(f"dataset: no column {column!r} in {dataset.column_names}, wanted {UNIFIED_FIELDS}")
-    tokenized = dataset.map(
-        _tokenize_batch,
-        batched=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "config": data_config,
-            "task_id": task_id,
-            "prefix": _prefix_ids(tokenizer),
-            "closing": _closing_ids(tokenizer, data_config.prompt),
-        },
-        remove_columns=dataset.column_names,
-        features=_FEATURES,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-    )
+    prefix, closing = _prefix_ids(tokenizer), _closing_ids(tokenizer, data_config.prompt)
+
+    def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        notes["truncated"] = 0
+        for batch in dataset.iter(batch_size=_BATCH):
+            assert isinstance(batch, dict)
+            for input_ids, labels, truncated in _tokenize_batch(batch, tokenizer, data_config, prefix, closing):
+                notes["truncated"] += truncated
+                yield {"input_ids": input_ids, "labels": labels, "task_id": task_id}
+
+    if cache is None:
+        notes: dict[str, Any] = {}
+        tokenized = in_memory(make(notes), _FEATURES)
+    else:
+        settings = {name: getattr(data_config, name) for name in ("max_length", "prompt", "train_on_prompt")}
+        key = {"tokens of": content or rows_digest(dataset), "tokenizer": tokenizer_digest(tokenizer)}
+        cached = cache.rows(key | settings | {"task_id": task_id}, _FEATURES, make)
+        tokenized, notes = cached.dataset, cached.notes
     if not len(tokenized):
         raise InputError(
             f"data: max_length: {data_config.max_length}, wanted more: no row of {len(dataset)} has a prompt that "
             "leaves room for a response"
         )
-    return TokenizedTask(
-        dataset=tokenized.remove_columns("truncated"),
-        truncated=sum(tokenized["truncated"]),
-        dropped=len(dataset) - len(tokenized),
-    )
+    return TokenizedTask(tokenized, notes["truncated"], dropped=len(dataset) - len(tokenized))
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that makes the tokenizer's output: the files that it saves, and the code's versions."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: file_digest(path) for path in sorted(Path(folder).iterdir())}
+    versions = [transformers.__version__, tokenizers.__version__]
+    return digest([type(tokenizer).__name__, versions, files])
 
 
 def _tokenize_batch(
     batch: Mapping[str, list[str]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
-    task_id: int,
     prefix: list[int],
     closing: list[int],
-) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Input ids, labels, and whether the response was cut, of the rows that have room for one."""
     for prompt, response in _encode_rows(batch, tokenizer, config.prompt, prefix):
         room = config.max_length - len(prompt)
         truncated = len(response) > room
@@ -134,11 +153,7 @@ def _tokenize_batch(
                 continue
             response = response[: room - len(closing)] + closing
         input_ids = prompt + response
-        columns["input_ids"].append(input_ids)
-        columns["labels"].append(input_ids if config.train_on_prompt else [IGNORED_LABEL] * len(prompt) + response)
-        columns["task_id"].append(task_id)
-        columns["truncated"].append(truncated)
-    return columns
+        yield input_ids, input_ids if config.train_on_prompt else [IGNORED_LABEL] * len(prompt) + response, truncated
 
 
 def _encode_rows(

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hycam.errors import InputError
+from hycam.training.quantization import check_quantization, quantization_config
 from hycam.training.recipe import BackboneConfig
 from hycam.training.scratch import train_scratch_backbone
 
@@ -27,6 +28,8 @@ def check_available(config: BackboneConfig) -> None:
         _check_kernels("backbone.attn_implementation", "flash_attn", "flash-attn")
     if config.liger:
         _check_kernels("backbone.liger", "liger_kernel", "liger")
+    if config.quantization is not None:
+        check_quantization(config.quantization)
     if config.revision is not None and config.name_or_path is not None and Path(config.name_or_path).is_dir():
         raise InputError(
             f"backbone.revision: got {config.revision!r} for the folder {config.name_or_path}, which has no revisions"
@@ -79,7 +82,8 @@ def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase
 
 
 def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
-    """The causal language model on the CPU, from safetensors alone."""
+    """The causal language model, from safetensors alone: on the CPU, or where its quantised layers are made."""
+    quantized = {} if config.quantization is None else {"quantization_config": quantization_config(config)}
     return _load(
         AutoModelForCausalLM,
         config,
@@ -87,7 +91,25 @@ def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
+        **quantized,
     )
+
+
+def build_model(config: BackboneConfig, model_config: PretrainedConfig) -> PreTrainedModel:
+    """The model without its weights, on the meta device.
+
+    Flash attention is left to the model that runs: sdpa keeps what it keeps (queries, keys, values, outputs and their
+    log-sum-exp).
+    """
+    attention = config.attn_implementation
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32,
+            attn_implementation="sdpa" if attention == "flash_attention_2" else attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    return model
 
 
 def _load(auto_class: Any, config: BackboneConfig, name: str, **options: Any) -> Any:

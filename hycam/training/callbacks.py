@@ -20,6 +20,15 @@ from transformers.trainer_callback import ExportableState
 from hycam import HyCAMAttention, router_statistics
 from hycam.errors import RunStoppedError
 
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that a kill leaves as it was or as it shall be, never cut short."""
+    partial = path.with_suffix(PARTIAL_SUFFIX)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
 
 class MetricsFile(TrainerCallback):
     """Appends every log event to a file as one JSON object per line.
@@ -38,7 +47,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [line for line in _whole_lines(self.path) if line["step"] <= state.global_step]
-        self.path.write_text("".join(map(_json_line, kept)), encoding="utf-8")
+        write_whole(self.path, "".join(map(_json_line, kept)))
 
     def on_log(
         self,

@@ -28,12 +28,17 @@ def deepspeed_settings(value: str | dict[str, Any] | None) -> str | dict[str, An
     Raises:
         InputError: neither a file nor a name that ships, or DeepSpeed is not installed.
     """
-    if not value:
-        return None
-    if importlib.util.find_spec("deepspeed") is None:
+    if value and importlib.util.find_spec("deepspeed") is None:
         raise InputError(
             "trainer.deepspeed: deepspeed is not installed, wanted: pip install 'hycam-kernels[deepspeed]'"
         )
+    return find_deepspeed_settings(value)
+
+
+def find_deepspeed_settings(value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """`deepspeed_settings` without DeepSpeed, which reading settings doesn't need."""
+    if not value:
+        return None
     if isinstance(value, str):
         known = packaged_engines()
         if value in known:

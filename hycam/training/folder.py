@@ -1,6 +1,5 @@
 """A run's output folder: which run it holds, and whether a run may begin or go on in it."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ import yaml
 
 from hycam.environment import package_versions
 from hycam.errors import InputError
+from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
 from hycam.training.recipe import Recipe, differing_fields, read_yaml
 from hycam.training.tasks import TaskRows
 
@@ -23,6 +23,7 @@ RECORD_FILE = "run.json"
 _FREE_ON_RESUME = (
     "output_dir",
     "tasks.*.source",
+    "data.cache_dir",
     "early_stopping",
     "evaluation",
     "trainer.logging_strategy",
@@ -55,7 +56,7 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         changed = _changed_fields(read_yaml(record), recipe.to_dict())
         if changed:
             raise InputError(f"--resume: the run in {folder} began with other values of: {', '.join(changed)}")
-    elif any(not _is_backbone(entry) for entry in _entries(folder)):
+    elif any(not _is_backbone(entry) and entry.suffix != PARTIAL_SUFFIX for entry in _entries(folder)):
         raise InputError(f"output_dir: {folder} has files but no run in it, wanted a new or empty folder")
 
 
@@ -88,8 +89,9 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *,
         return
     folder.mkdir(parents=True, exist_ok=True)
     record = {"data": data, "processes": processes, "versions": package_versions()}
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    # the recipe first: a folder is a run's from then on, whatever is killed in between
+    write_whole(folder / RECIPE_FILE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write_whole(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _changed_fields(old: Any, new: Any) -> list[str]:
@@ -109,10 +111,4 @@ def _is_backbone(entry: Path) -> bool:
 
 
 def _fingerprint(task: TaskRows) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for row in task.splits["all"]:
-        digest.update(json.dumps([row["instruction"], row["input"], row["output"]]).encode())
-    return {
-        "rows": {split: len(dataset) for split, dataset in task.splits.items()},
-        "sha256": digest.hexdigest(),
-    }
+    return {"rows": {split: len(dataset) for split, dataset in task.splits.items()}, "sha256": task.sha256}

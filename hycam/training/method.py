@@ -49,11 +49,13 @@ class MethodConfig:
     Attributes:
         name: `hycam`; `full`: the backbone itself; or an adapter that HyCAM is compared with.
         preset: of `HyCAMConfig` or `MultiLoraConfig`; the other methods have none.
+        autocast_adapter_dtype: keep the adapter in float32 beside a backbone of bfloat16 or float16; `full` has none.
         options: fields of the method that differ from the preset or the defaults.
     """
 
     name: MethodName = "hycam"
     preset: str | None = None
+    autocast_adapter_dtype: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,19 +100,21 @@ class MethodConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe has them."""
         preset = {} if self.preset is None else {"preset": self.preset}
-        return {"name": self.name, **preset, **self.options}
+        dtype = {} if self.autocast_adapter_dtype else {"autocast_adapter_dtype": False}
+        return {"name": self.name, **preset, **dtype, **self.options}
 
 
 def method_fields(name: str) -> dict[str, Any]:
     """Name -> type of the fields that a recipe's section of this method may have, beside `name`."""
     if name == "full":
         return {}
+    fields: dict[str, Any] = {"autocast_adapter_dtype": bool}
     if name == "lora":
         hints = typing.get_type_hints(LoraConfig)
-        return {name: hints[name] for name in _LORA_FIELDS} | {"lora_alpha": float | None}
+        return fields | {name: hints[name] for name in _LORA_FIELDS} | {"lora_alpha": float | None}
     if name in _WITH_PRESETS:
-        return {"preset": str, **_own_fields(_WITH_PRESETS[name])}
-    fields = _own_fields(MoeLoraConfig) | _GATE_FIELDS
+        return fields | {"preset": str, **_own_fields(_WITH_PRESETS[name])}
+    fields |= _own_fields(MoeLoraConfig) | _GATE_FIELDS
     return fields | _RIEMANNIAN_FIELDS if name == "riemoe" else fields
 
 
@@ -119,7 +123,7 @@ def method_section(reader: Reader, value: Any) -> dict[str, Any]:
     name = value.get("name", "hycam") if isinstance(value, Mapping) else "hycam"
     reader.convert(name, MethodName, "method.name")
     options = reader.fields(value, {"name": MethodName, **method_fields(name)}, "method")
-    head = {key: options.pop(key) for key in ("name", "preset") if key in options}
+    head = {key: options.pop(key) for key in ("name", "preset", "autocast_adapter_dtype") if key in options}
     return head | {"options": options}
 
 

@@ -63,6 +63,8 @@ class BackboneConfig:
         liger: Liger's Triton kernels in the backbone's own layers.
         trust_remote_code: run code that the hub's repository brings.
         pad_token: an existing token that pads, for a tokenizer that names none.
+        quantization: what the frozen linear layers are quantised to on loading, by bitsandbytes or torchao; the rest
+            keeps `dtype`, and so does what they compute in.
     """
 
     name_or_path: str | None = None
@@ -73,6 +75,7 @@ class BackboneConfig:
     liger: bool = False
     trust_remote_code: bool = False
     pad_token: str | None = None
+    quantization: Literal["bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-float8"] | None = None
 
     def __post_init__(self) -> None:
         if (self.name_or_path is None) == (self.scratch is None):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     EarlyStoppingCallback,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -29,6 +31,7 @@ from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.backbone import (
     backbone_name,
+    build_model,
     check_available,
     check_max_length,
     load_backbone_config,
@@ -39,6 +42,7 @@ from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_met
 from hycam.training.engines import timeouts_told
 from hycam.training.folder import check_folder, open_folder
 from hycam.training.measure import measure, own_draws
+from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
 from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize_split, training_set
@@ -149,22 +153,34 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if resume and arguments.save_only_model:
         raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
-    _check_sharding(recipe, arguments)
+    check_sharding(
+        recipe.method, sharded=bool(arguments.deepspeed or arguments.fsdp), zero3=is_deepspeed_zero3_enabled()
+    )
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
-    rows = load_rows(recipe.tasks, recipe.data.fold)
+    with _first_of_machine(recipe, arguments):
+        rows = load_rows(recipe.tasks, recipe.data)
     with arguments.main_process_first(local=False, desc="training the backbone"):
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)
+    _check_adapter(recipe, config)
     tokenizer = load_tokenizer(recipe.backbone, name)
-    tokenized = {
-        split: tokenize_split(rows, split, tokenizer, recipe.data) for split in ("train", "validation", "test")
-    }
+    with _first_of_machine(recipe, arguments):
+        tokenized = {
+            split: tokenize_split(rows, split, tokenizer, recipe.data) for split in ("train", "validation", "test")
+        }
     prompts = None
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
     return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
+
+
+def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:
+    """With a cache, one process of each machine fills it before the others read it."""
+    if recipe.data.cache_dir is None:
+        return nullcontext()
+    return arguments.main_process_first(local=True, desc="filling data.cache_dir")
 
 
 def _check_metric(recipe: Recipe, metric: str | None) -> None:
@@ -174,14 +190,26 @@ def _check_metric(recipe: Recipe, metric: str | None) -> None:
         raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
 
 
-def _check_sharding(recipe: Recipe, arguments: TrainingArguments) -> None:
-    """Refuse the methods that need weights or gradients whole where they are in parts."""
-    if recipe.method.name == "riemoe" and (arguments.deepspeed or arguments.fsdp):
+def check_sharding(method: MethodConfig, *, sharded: bool, zero3: bool) -> None:
+    """Raise `InputError` for a method that needs weights or gradients whole where they are in parts.
+
+    Args:
+        method: what is trained.
+        sharded: whether DeepSpeed or FSDP trains it.
+        zero3: whether that is ZeRO-3, which parts the weights from their loading on.
+    """
+    if method.name == "riemoe" and sharded:
         raise InputError(
             "method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed or trainer.fsdp"
         )
-    if recipe.method.name == "full" and is_deepspeed_zero3_enabled():
+    if method.name == "full" and zero3:
         raise InputError("method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed")
+
+
+def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded."""
+    if not is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
+        adapted(build_model(recipe.backbone, config), recipe.method)
 
 
 def trained_folder(recipe: Recipe) -> Path:
@@ -191,12 +219,20 @@ def trained_folder(recipe: Recipe) -> Path:
 
 def adapted_backbone(recipe: Recipe, name: str) -> PeftModel | PreTrainedModel:
     """The backbone from `name` with the recipe's adapter, untrained. Raises `InputError` where the two don't fit."""
-    backbone = load_model(recipe.backbone, name)
-    config = recipe.method.adapter_config()
+    return adapted(load_model(recipe.backbone, name), recipe.method)
+
+
+def adapted(backbone: PreTrainedModel, method: MethodConfig) -> PeftModel | PreTrainedModel:
+    """`backbone` with the method's adapter, or itself to be trained whole.
+
+    Raises:
+        InputError: the adapter doesn't fit the backbone.
+    """
+    config = method.adapter_config()
     if config is None:
         return backbone
     try:
-        model = get_peft_model(backbone, config)
+        model = get_peft_model(backbone, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
     except ValueError as error:
         raise InputError(f"method: {' '.join(str(error).split())}") from error
     assert isinstance(model, PeftModel)

@@ -11,12 +11,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from hycam.data import (
     DataConfig,
+    RowCache,
     TaskConfig,
     encode_prompt,
     load_task,
     mix_tasks,
     pack_dataset,
     prompt_text,
+    rows_digest,
     split_dataset,
     tokenize_dataset,
 )
@@ -28,22 +30,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Text rows of one task per split: columns `instruction`, `input`, `output`."""
+    """Text rows of one task per split: columns `instruction`, `input`, `output`; `sha256` is that of all its rows."""
 
     task_id: int
     splits: Mapping[str, Dataset]
+    sha256: str
 
 
-def load_rows(tasks: Iterable[TaskConfig], fold: int) -> dict[str, TaskRows]:
+def row_cache(config: DataConfig) -> RowCache | None:
+    """Where the recipe's rows and tokens lie; None: in memory."""
+    return None if config.cache_dir is None else RowCache(config.cache_dir)
+
+
+def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, TaskRows]:
     """Every task's rows, read and split before any model is."""
+    cache = row_cache(config)
     rows: dict[str, TaskRows] = {}
     for task_id, task in enumerate(tasks):
-        dataset = load_task(task)
+        dataset = load_task(task, cache)
         try:
-            splits = split_dataset(dataset, fold)
+            splits = split_dataset(dataset, config.fold)
         except InputError as error:
             raise InputError(f"tasks: {task.name}: {error}") from error
-        rows[task.name] = TaskRows(task_id, splits | {"all": dataset})
+        rows[task.name] = TaskRows(task_id, splits | {"all": dataset}, rows_digest(dataset))
     return rows
 
 
@@ -51,10 +60,12 @@ def tokenize_split(
     rows: Mapping[str, TaskRows], split: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> dict[str, Dataset]:
     """Token rows of one split per task; warns of rows that were cut or left out."""
+    cache = row_cache(config)
     tokenized: dict[str, Dataset] = {}
     for name, task in rows.items():
+        content = f"{task.sha256} {split} {config.fold}"
         try:
-            result = tokenize_dataset(task.splits[split], tokenizer, config, task.task_id)
+            result = tokenize_dataset(task.splits[split], tokenizer, config, task.task_id, cache, content)
         except InputError as error:
             raise InputError(f"tasks: {name}: {split} split: {error}") from error
         if result.truncated or result.dropped:
@@ -74,7 +85,7 @@ def tokenize_split(
 def training_set(tokenized: Mapping[str, Dataset], config: DataConfig, seed: int) -> Dataset:
     """All tasks' token rows, for the Trainer to shuffle; in bins of `max_length` tokens with packing."""
     rows = mix_tasks(list(tokenized.values()), config.temperature, seed)
-    return pack_dataset(rows, config.max_length) if config.packing else rows
+    return pack_dataset(rows, config.max_length, row_cache(config)) if config.packing else rows
 
 
 def prompts_that_fit(

@@ -15,7 +15,7 @@ import hycam_cli
 from hycam_cli import main, split_overrides
 from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows
 
-COMMANDS = ["train", "eval", "generate", "env"]
+COMMANDS = ["train", "eval", "generate", "plan", "env"]
 
 
 def _python(code: str, *arguments: str) -> list[str]:

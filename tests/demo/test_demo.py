@@ -42,7 +42,7 @@ def test_ships_the_five_families_and_nothing_from_outside():
     assert [task.source for task in recipe.tasks] == list(SYNTHETIC_TASKS)
     assert recipe.backbone.scratch is not None
     assert recipe.backbone.scratch.corpus == "synthetic"
-    rows = load_rows(recipe.tasks, recipe.data.fold)
+    rows = load_rows(recipe.tasks, recipe.data)
     tokenizer = train_tokenizer(general_text(2000, recipe.seed), recipe.backbone.scratch)
     longest = max(
         len(ids)

@@ -87,6 +87,8 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"method": {"name": "full", "r": 4}}, "my.yaml: method.r: unknown field"),
         ({"method": {"name": "lora", "num_experts": 4}}, "my.yaml: method.num_experts: unknown field"),
         ({"method": {"name": "lora", "preset": "paper"}}, "my.yaml: method.preset: unknown field"),
+        ({"method": {"name": "full", "autocast_adapter_dtype": False}}, "my.yaml: method.autocast_adapter_dtype: unkn"),
+        ({"method": {"name": "lora", "autocast_adapter_dtype": 1}}, "my.yaml: method.autocast_adapter_dtype: got 1"),
         ({"method": {"name": "lora", "init_lora_weights": "eva"}}, "my.yaml: method.init_lora_weights: unknown field"),
         ({"method": {"name": "lora", "r": 0}}, "my.yaml: method.r: got 0, want an integer of at least 1"),
         ({"method": {"name": "lora", "lora_dropout": 1}}, "my.yaml: method.lora_dropout: got 1"),

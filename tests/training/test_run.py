@@ -18,6 +18,7 @@ from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.training.backbone import load_model, load_tokenizer
 from hycam.training.callbacks import Throughput, read_metrics
+from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
@@ -73,7 +74,7 @@ def test_it_learns_and_reports_every_task(done: tuple[Recipe, dict[str, Any]]) -
 def test_the_base_column_is_the_untouched_backbone(done: tuple[Recipe, dict[str, Any]], backbone: Path) -> None:
     recipe, results = done
     tokenizer = load_tokenizer(recipe.backbone, str(backbone))
-    tokenized = tokenize_split(load_rows(recipe.tasks, 0), "test", tokenizer, recipe.data)
+    tokenized = tokenize_split(load_rows(recipe.tasks, recipe.data), "test", tokenizer, recipe.data)
     report = evaluate_perplexity(
         AutoModelForCausalLM.from_pretrained(backbone), tokenized, Collator(tokenizer.pad_token_id)
     )
@@ -346,9 +347,23 @@ def test_wrong_input_is_found_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_that_does_not_fit_leaves_no_run(tmp_path: Path, backbone: Path) -> None:
-    with pytest.raises(InputError, match=r"^method: .*nothing"):
-        train(_recipe(tmp_path, backbone, method={"target_modules": "nothing"}))
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (MethodConfig(options={"target_modules": "nothing"}), r"^method: .*nothing"),
+        (MethodConfig(options={"layers_to_transform": [7]}), r"^method: .*7"),
+        (MethodConfig("lora", options={"target_modules": ["nothing"]}), r"^method: .*nothing"),
+        (MethodConfig("moelora", options={"target_modules": ["nothing"]}), r"^method: .*nothing"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_before_loading(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, method: MethodConfig, message: str
+) -> None:
+    _without_model(monkeypatch)
+    recipe = _recipe(tmp_path, backbone)
+    recipe.method = method
+    with pytest.raises(InputError, match=message):
+        train(recipe)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,41 @@
+"""The memory page says what the record says, and the record what the planner says."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import plan
+from benchmarks.plan import PAGE, RECORD, TABLES, WORLD_SIZES, fill, main
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads(RECORD.read_text())
+
+
+def test_the_page_is_what_the_record_says(record, monkeypatch, tmp_path, capsys):
+    assert fill(PAGE.read_text(), record) == PAGE.read_text()
+    assert main(["--check"]) == 0
+    assert sorted(re.findall(r"<!-- table: ([\w-]+) -->", PAGE.read_text())) == sorted(TABLES)
+    other = tmp_path / "memory.json"
+    other.write_text(RECORD.read_text().replace('"sum": 1', '"sum": 2'))
+    monkeypatch.setattr(plan, "RECORD", other)
+    assert main(["--check"]) == 1
+    assert "run `python -m benchmarks.plan`" in capsys.readouterr().err
+
+
+def test_the_record_is_what_the_planner_says(record):
+    wanted = [
+        {key: value for key, value in entry.items() if key != "group"}
+        for entry in record["entries"]
+        if entry["group"] == "engines" and entry["shape"] == "Llama 3.2 1B" and entry["engine"] == "zero2"
+    ]
+    assert plan.plan("Llama 3.2 1B", "zero2", WORLD_SIZES) == wanted
+
+
+def test_the_shapes_are_the_models_that_they_are_named_after(record):
+    # published totals, of the backbone alone
+    totals = {"Llama 3.2 1B": 1_235_814_400, "Llama 3.1 8B": 8_030_261_248, "Qwen 2.5 14B": 14_770_033_664}
+    for entry in record["entries"]:
+        assert entry["total"] - entry["trained"] == totals[entry["shape"]]
