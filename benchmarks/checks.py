@@ -1,6 +1,7 @@
 """A result is compared with the float64 reference before it is timed; a wrong one is never timed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -116,15 +117,9 @@ def _errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
     return ((got - want).norm() / size).item(), rows.max().item()
 
 
-class generator_state:  # noqa: N801 (a context manager)
+@contextmanager
+def generator_state(device: torch.device) -> Iterator[None]:
     """torch's generator at a fixed seed inside the block, as it was after it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(11)
-
-    def __exit__(self, *error) -> None:
-        self.fork.__exit__(*error)
+        yield

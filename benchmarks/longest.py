@@ -7,6 +7,7 @@ optimizer's moments all the time, as a step that accumulates gradients does, and
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,11 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
         return fakes[tensor]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
             for key, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[key] = fake(tensor)  # type: ignore[assignment]
+                    tensors[key] = fake(tensor)
 
 
 def extrapolate(count: Callable[[int, int], int]) -> Callable[[int, int], float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hycam import HyCAMAttention, HyCAMConfig
+from hycam.config import Backend
 from hycam.methods import MoeLoraConfig, MultiLoraConfig
 from hycam_kernels import HyCAMOutput
 from hycam_kernels.reference import modulation_reference
@@ -44,8 +45,8 @@ class EagerHyCAMAttention(HyCAMAttention):
         )
 
 
-def hycam_config(shape: ModelShape, backend: str = "auto") -> HyCAMConfig:
-    return HyCAMConfig(r=shape.rank, num_experts=shape.num_experts, backend=backend)  # type: ignore[arg-type]
+def hycam_config(shape: ModelShape, backend: Backend = "auto") -> HyCAMConfig:
+    return HyCAMConfig(r=shape.rank, num_experts=shape.num_experts, backend=backend)
 
 
 def _frozen(model: PreTrainedModel, shape: ModelShape) -> nn.Module:

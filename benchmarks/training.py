@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -46,12 +47,14 @@ def adapted(
         if name != "full" and device.type != "meta":
             randomise_zeros(model)
     if setting.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def token_ids(shape: ModelShape, device: torch.device, seed: int = 0) -> Tensor:

@@ -183,8 +183,8 @@ class LowRankModel(AdapterTuner):
 def features(module: nn.Module) -> tuple[int, int] | None:
     """Input and output size of a linear layer, None for any other module."""
     names = ("nx", "nf") if isinstance(module, Conv1D) else ("in_features", "out_features")
-    sizes = tuple(getattr(module, name, None) for name in names)
-    return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
+    size_in, size_out = (getattr(module, name, None) for name in names)
+    return (size_in, size_out) if isinstance(size_in, int) and isinstance(size_out, int) else None
 
 
 def _shown(targets: str | Iterable[str]) -> str:

@@ -59,7 +59,7 @@ class MoeLoraLinear(LowRankLinear):
     """
 
     adapter_layer_names = ("moelora_A", "moelora_B", "moelora_gate")
-    moelora_A: AdapterParameters  # noqa: N815
+    moelora_A: AdapterParameters  # noqa: N815 (as PEFT writes lora_A and lora_B)
     moelora_B: AdapterParameters  # noqa: N815
     moelora_gate: AdapterParameters
 

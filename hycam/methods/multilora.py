@@ -54,7 +54,7 @@ class MultiLoraLinear(LowRankLinear):
     """
 
     adapter_layer_names = ("multilora_A", "multilora_B", "multilora_scale")
-    multilora_A: AdapterParameters  # noqa: N815
+    multilora_A: AdapterParameters  # noqa: N815 (as PEFT writes lora_A and lora_B)
     multilora_B: AdapterParameters  # noqa: N815
     multilora_scale: AdapterParameters
 

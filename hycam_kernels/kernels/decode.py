@@ -14,7 +14,6 @@ A program of the second kernel makes a block of output features for all tokens. 
 needs nothing of the first kernel: with programmatic dependent launch (sm_90 and later) the two overlap. Split sums are
 added in a fixed order; the token means are made by the first program alone. No atomics, nothing read back by the host.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import torch
 import triton

@@ -1,5 +1,4 @@
 """The kernels of `fusion_backward`; equations and launchers are there."""
-# ruff: noqa: N803 RUF005 (compile-time constants are in capitals; triton takes no starred tuples)
 # mypy: disable-error-code=assignment
 
 import triton

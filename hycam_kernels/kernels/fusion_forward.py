@@ -6,7 +6,6 @@ r"""Forward fusion, one pass after the library products S = h W_s^T and V = h M^
 
 One program makes one [BLOCK_T, BLOCK_D] tile of the output; Z_k lives in registers only.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import torch
 import torch.nn.functional as F

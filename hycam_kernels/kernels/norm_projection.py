@@ -18,7 +18,6 @@ Backward, from the whole gradient G of h, with c = G \odot w:
 (mean(c) for a LayerNorm alone). A backward program holds one row at a time, so each tensor is read once; it sums its
 rows' share of the weight's gradient, and the shares are added in a fixed order: no atomics.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import torch
 import torch.nn.functional as F

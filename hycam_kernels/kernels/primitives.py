@@ -4,7 +4,6 @@ Tiles are [BLOCK_T tokens, BLOCK_D features]. ``None`` for a tensor is a compile
 on it leave no instruction behind. Loops over experts and rank blocks are dynamic (``loop_unroll_factor=1``): unrolled
 they keep every tile alive and spill.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import triton
 import triton.language as tl

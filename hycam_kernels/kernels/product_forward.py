@@ -4,7 +4,6 @@ The same equation as `fusion_forward`. One program makes one [BLOCK_T, BLOCK_D] 
 of that tile in strips of BLOCK_STRIP columns, one after the other, so that Z_k takes registers for one strip alone. S
 goes to memory only where the backward keeps it.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import torch
 import torch.nn.functional as F

@@ -17,7 +17,6 @@ Backward, for the gradients of p (partial sums over column blocks), load and rou
 
 What m leaves out may hold NaN: it is chosen away, not multiplied by 0.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import torch
 import torch.nn.functional as F

@@ -3,7 +3,6 @@ r"""Gradient of the router's weight, W_r-bar = l-bar^T h, in float32 from the lo
 A library product would round l-bar to h's dtype, and a token's share of the balance loss is below float16's smallest
 number. Sums over splits of the tokens are added in their order: no atomics.
 """
-# ruff: noqa: N803 (compile-time constants are in capitals)
 
 import torch
 import triton

@@ -15,8 +15,8 @@ from tests.kernels.cases import Case, assert_as_good_as_eager, cast_floats, erro
 from tests.kernels.triton.guards import GuardedAllocations, Guards
 
 decode = pytest.importorskip("hycam_kernels.kernels.decode")
-from hycam_kernels.kernels.launch import Launcher  # noqa: E402
-from hycam_kernels.kernels.tables import families  # noqa: E402
+from hycam_kernels.kernels.launch import Launcher
+from hycam_kernels.kernels.tables import families
 
 CASES = {
     "evaluation": Case((1, 7), 96, 3, 16),

@@ -24,7 +24,7 @@ def test_casts_are_bit_equal_to_torch():
 
 
 @triton.jit
-def product_kernel(a, b, out, N: tl.constexpr):  # noqa: N803
+def product_kernel(a, b, out, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)).to(out.dtype.element_ty))
 

@@ -13,9 +13,9 @@ from hycam_kernels.modulation import _prepare
 from tests.kernels.cases import Case
 
 fusion_forward = pytest.importorskip("hycam_kernels.kernels.fusion_forward")
-from hycam_kernels.kernels import fusion_backward, product_forward, router, router_weight_grad  # noqa: E402
-from hycam_kernels.kernels.launch import Launcher  # noqa: E402
-from hycam_kernels.kernels.tables import OPTIONAL, drop_limits, families, load_table  # noqa: E402
+from hycam_kernels.kernels import fusion_backward, product_forward, router, router_weight_grad
+from hycam_kernels.kernels.launch import Launcher
+from hycam_kernels.kernels.tables import OPTIONAL, drop_limits, families, load_table
 
 CASES = {
     "paper": Case((77,), 96, 3, 16),
@@ -50,7 +50,10 @@ class Setting:
         self.grad_out = draw(T, case.d).to(dtype)
         self.mask = x.token_mask if x.token_mask is not None else torch.ones(T, dtype=torch.bool, device=device)
         self.used = triton_backend._used_weights(x, self.probs)
-        double = lambda tensor: None if tensor is None else tensor.double()  # noqa: E731
+
+        def double(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.double()
+
         self.equation = {
             "s": double(self.s),
             "v": double(self.v),

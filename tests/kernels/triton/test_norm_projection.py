@@ -14,8 +14,8 @@ from tests.kernels.norm_cases import NormCase, norm_reference_results, run_norm
 from tests.kernels.triton.guards import GuardedAllocations, Guards
 
 kernels = pytest.importorskip("hycam_kernels.kernels.norm_projection")
-from hycam_kernels.kernels.launch import Launcher  # noqa: E402
-from hycam_kernels.kernels.tables import families  # noqa: E402
+from hycam_kernels.kernels.launch import Launcher
+from hycam_kernels.kernels.tables import families
 
 CASES = {
     "rms": NormCase((77,), 96, 3, 16),
