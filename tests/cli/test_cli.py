@@ -57,12 +57,12 @@ def _usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_imports_no_torch_and_is_quick() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); from hycam_cli import main\n"
+        "import sys, time; start = time.process_time(); from hycam_cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as status: assert not status.code\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "assert time.perf_counter() - start < 1, time.perf_counter() - start"
+        "assert time.process_time() - start < 1, time.process_time() - start"
     )
     for command in [[], *([name] for name in COMMANDS)]:
         done = subprocess.run(_python(code, *command, "--help"), env=_ENVIRONMENT, capture_output=True, text=True)
