@@ -156,6 +156,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     check_sharding(
         recipe.method, sharded=bool(arguments.deepspeed or arguments.fsdp), zero3=is_deepspeed_zero3_enabled()
     )
+    recipe.method.check_backend(arguments.device)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     with _first_of_machine(recipe, arguments):
