@@ -1,6 +1,6 @@
 """Parts rows of the five domains into the tasks of a study and the text that its backbone is trained on.
 
-    python -m hycam.study.corpus DATA OUTPUT [--rows 500]
+    python -m hycam.study.corpus DATA OUTPUT [--rows 300]
 
 DATA holds the files below in the sets' native fields. OUTPUT gets `<task>.jsonl`, the tasks' rows as instruction, input
 and output; `corpus.jsonl`, lines with a `text`, for `backbone.scratch.corpus`; and `parts.json`, the counts.
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hycam.study.corpus", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with the sets' files")
     parser.add_argument("output", type=Path, help="folder for the parts")
-    parser.add_argument("--rows", type=int, default=500, help="rows of each task (default: 500)")
+    parser.add_argument("--rows", type=int, default=300, help="rows of each task (default: 300)")
     options = parser.parse_args()
     try:
         parts = write_parts(options.data, options.output, options.rows)

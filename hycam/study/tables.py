@@ -174,7 +174,7 @@ class _Tables:
         return [
             ", ".join(f"{rate:g}" for rate in rates) or None,
             self._trained(backbone, method),
-            mean(lambda cell: 100 * cell["parameters"]["trainable"] / cell["parameters"]["total"], 2),
+            self._share(done),
             mean(lambda cell: cell["steps"], 0),
             mean(lambda cell: cell["train_seconds"], 1),
             mean(lambda cell: cell["peak_bytes"] / 2**30, 2),
@@ -183,6 +183,12 @@ class _Tables:
     def _trained(self, backbone: str, method: str) -> Number | None:
         counts = (cell["parameters"]["trainable"] for cell in finished(self.record, backbone, method))
         return Number.of(summarise(counts), 0)
+
+    @staticmethod
+    def _share(done: Iterable[Mapping[str, Any]]) -> Number | None:
+        """Of all parameters, in per cent: the same in every cell of a method."""
+        shares = [100 * cell["parameters"]["trainable"] / cell["parameters"]["total"] for cell in done]
+        return Number(shares[0], None, 2) if shares else None
 
     def _mark_notes(self) -> list[str]:
         reference = self.study.reference

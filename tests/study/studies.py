@@ -39,7 +39,9 @@ def save_study(folder: Path, values: dict[str, Any]) -> Path:
 
 def scratch_backbone(folder: Path, **fields: Any) -> dict[str, Any]:
     """The section of a backbone that a study trains in a second, on a text file that this writes."""
-    text = save_rows(folder / "text.jsonl", [{"text": f"{row['instruction']}: {row['output']}"} for row in task_rows(60)])
+    text = save_rows(
+        folder / "text.jsonl", [{"text": f"{row['instruction']}: {row['output']}"} for row in task_rows(60)]
+    )
     return {
         "scratch": {
             "corpus": str(text),
