@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,8 +109,9 @@ class Study:
         for name in ("backbones", "methods", "tasks", "seeds", "folds", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: none given, wanted at least one")
-        for name in ("seeds", "folds", "learning_rates"):
+        for name in ("seeds", "folds"):
             _check_distinct(name, getattr(self, name))
+        _check_rates("learning_rates", self.learning_rates)
         for section in ("backbones", "methods"):
             for name in getattr(self, section):
                 if not (isinstance(name, str) and _NAME.fullmatch(name)):
@@ -267,7 +270,7 @@ def _check_own_fields(reader: Reader, study: Study, name: str, method: StudyMeth
         if not rates:
             reader.fail(f"methods.{name}.learning_rates", "none given, wanted at least one")
         try:
-            _check_distinct("learning_rates", rates)
+            _check_rates("learning_rates", rates)
         except ValueError as error:
             reader.fail(f"methods.{name}", str(error))
 
@@ -282,11 +285,18 @@ def _check_distinct(name: str, values: Sequence[float]) -> None:
         raise ValueError(f"{name}: got {values}, wanted each once")
 
 
+def _check_rates(name: str, rates: Sequence[float]) -> None:
+    _check_distinct(name, rates)
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"{name}: got {rates}, wanted finite numbers above 0")
+
+
 def _recipes(study: Study) -> Iterator[Recipe]:
-    """The recipes of all runs, each made at least once."""
-    for backbone in study.backbones:
-        for method in study.methods:
-            for rate in study.rates(method):
-                for fold in study.folds:
-                    for seed in study.seeds:
-                        yield study.recipe(backbone, method, fold=fold, seed=seed, learning_rate=rate, folder=".")
+    """Recipes in which every value of the study stands at least once."""
+    combinations = [
+        *itertools.product(study.backbones, study.methods, study.folds[:1], study.seeds[:1]),
+        *itertools.product([*study.backbones][:1], [*study.methods][:1], study.folds, study.seeds),
+    ]
+    for backbone, method, fold, seed in combinations:
+        rate = study.rates(method)[0]
+        yield study.recipe(backbone, method, fold=fold, seed=seed, learning_rate=rate, folder=".")

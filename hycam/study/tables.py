@@ -30,7 +30,7 @@ def study_tables(record: Mapping[str, Any]) -> list[Table]:
     if any(study.is_sweep(name) for name in study.study.methods):
         tables.append(study.sweep())
     tables.append(study.significance())
-    return tables
+    return [table for table in tables if table.rows]
 
 
 class _Tables:

@@ -190,7 +190,7 @@ def test_a_failed_cell_is_reported_and_tried_again(
     captured = capsys.readouterr()
     assert captured.out.count("failed: ") == 2
     assert captured.err.splitlines()[-1] == (
-        "hycam: error: 2 of 2 cells failed, the next call tries again: tiny/lora/0/0, tiny/wide/0/0"
+        "hycam: error: 2 of 2 cells failed, the next call tries again: tiny/lora/fold0-seed0, tiny/wide/fold0-seed0"
     )
     errors = {cell["method"]: cell["error"] for cell in _record(study)["cells"] if cell["status"] == "failed"}
     assert errors.keys() == {"lora", "wide"}
@@ -211,7 +211,7 @@ def test_what_needs_a_failed_backbone_fails_with_its_reason(tmp_path: Path, back
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_study_goes_on(tmp_path: Path, backbone: Path, number: signal.Signals) -> None:
     """Whatever ends the process, its worker saves and stops, and the next call resumes the run where it was."""
-    long = {"max_steps": 80, "eval_steps": 40, "save_steps": 10}
+    long = {"max_steps": 80, "eval_steps": 10, "save_steps": 10}
     study = _study(tmp_path, backbone, methods=_ONE_METHOD, seeds=[0], trainer=long, reference="lora")
     unit = cells(study)[0]
     folder, lock = run_folder(study, unit), lock_file(study, unit.folder)

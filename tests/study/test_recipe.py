@@ -81,6 +81,11 @@ def test_a_study_comes_back_from_its_plain_values() -> None:
         ({"seeds": [1, 1]}, "seeds: got .1, 1., wanted each once"),
         ({"folds": [5]}, "fold: 5, wanted an integer from 0 to 4"),
         ({"learning_rates": [1e-3, 0.001]}, "learning_rates: .* each once"),
+        ({"learning_rates": [0.0]}, "learning_rates: got .0.0., wanted finite numbers above 0"),
+        (
+            {"methods": {"hycam": {"learning_rates": [-1.0]}}},
+            "methods.hycam: learning_rates: got .-1.0., wanted finite",
+        ),
         ({"reference": "full"}, "reference: 'full', wanted one of lora, hycam, coded"),
         ({"baselines": ["hycam"]}, "baselines: 'hycam' is the reference"),
         ({"baselines": ["moelora"]}, "baselines: 'moelora', wanted one of"),
