@@ -22,6 +22,19 @@ RECIPE_FIELDS = (
     "evaluation",
 )
 
+# Those of a study's recipe that a run's has not.
+STUDY_FIELDS = (
+    "seeds",
+    "folds",
+    "backbones",
+    "methods",
+    "learning_rates",
+    "reference",
+    "baselines",
+    "families",
+    "keep",
+)
+
 # What `hycam plan` can count.
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
@@ -86,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--engine", choices=ENGINES, help="instead of the one that the recipe's trainer section names")
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of a table")
 
+    compare = _add(
+        commands, "compare", "train and measure several methods under equal conditions, and write the tables"
+    )
+    compare.add_argument(
+        "study", help="study: a YAML file, the folder of a study, or the name of one that ships (study_small, study_7b)"
+    )
+
     env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
     env.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -124,7 +144,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not argument.startswith("--") or ("." not in name and name not in RECIPE_FIELDS):
+        if not argument.startswith("--") or ("." not in name and name not in RECIPE_FIELDS + STUDY_FIELDS):
             own.append(argument)
             continue
         if not equals:

@@ -188,7 +188,12 @@ class Recipe:
 
 def packaged_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that ship."""
-    folder = importlib.resources.files("hycam") / "recipes"
+    return packaged_yaml("recipes")
+
+
+def packaged_yaml(*folders: str) -> dict[str, Path]:
+    """Name -> file of the YAML files in a folder of the package."""
+    folder = importlib.resources.files("hycam").joinpath(*folders)
     return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
@@ -211,12 +216,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
 
 def find_recipe(name_or_path: str) -> Path:
     """The file of a recipe."""
+    return find_yaml(name_or_path, "recipe.yaml", packaged_recipes())
+
+
+def find_yaml(name_or_path: str, inside: str, packaged: Mapping[str, Path]) -> Path:
+    """The file at a path, the one called `inside` of the folder there, or the packaged one of that name."""
     path = Path(name_or_path).expanduser()
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
+    if path.is_dir() and (path / inside).is_file():
+        return path / inside
     if path.is_file():
         return path
-    packaged = packaged_recipes()
     if name_or_path in packaged:
         return packaged[name_or_path]
     if path.suffix or len(path.parts) > 1:
@@ -230,7 +239,7 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
         raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
     _drop_other_method(values, overrides)
     for name, text in overrides:
-        _override(values, name, parse_yaml(text, f"--{name}"))
+        set_field(values, name, parse_yaml(text, f"--{name}"))
     reader = Reader(source, frozenset(name for name, _ in overrides))
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
@@ -273,8 +282,8 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set the dotted field `name` in nested mappings and lists; missing mappings are made."""
+def set_field(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted field, which the command line gave, in nested mappings and lists; missing mappings are made."""
     *parents, last = name.split(".")
     node: Any = values
     for depth, key in enumerate(parents):
