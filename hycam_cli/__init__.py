@@ -42,7 +42,8 @@ _RECIPE_HELP = "recipe: a YAML file, the folder of a run, or the name of one tha
 _OVERRIDES = """\
 Every field of the recipe can be set here too, as --section.field VALUE, VALUE being YAML:
   --seed 3   --output_dir runs/x   --trainer.learning_rate 1e-4   --tasks.0.max_rows 100
-  --method.num_experts 8   --early_stopping null   --tasks '[{name: dolly}, {name: mine, source: mine.jsonl}]'
+  --backbone llama-3.1-8b   --method.num_experts 8   --early_stopping null
+  --tasks '[{name: dolly}, {name: mine, source: mine.jsonl}]'
 Sections: backbone, method, tasks, data, trainer (any field of transformers.TrainingArguments),
 early_stopping, evaluation; and the plain fields seed and output_dir.
 """

@@ -197,6 +197,11 @@ def packaged_yaml(*folders: str) -> dict[str, Path]:
     return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
+def packaged_backbones() -> dict[str, dict[str, Any]]:
+    """Name -> section of the backbones that ship, which a recipe's `backbone` may name."""
+    return read_yaml(Path(str(importlib.resources.files("hycam") / "backbones.yaml")))
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe: a YAML file, a run's folder, or the bare name of one that ships.
 
@@ -238,9 +243,11 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     if not isinstance(values, dict):
         raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
     _drop_other_method(values, overrides)
+    reader = Reader(source, frozenset(name for name, _ in overrides))
+    _look_up_backbone(reader, values)
     for name, text in overrides:
         set_field(values, name, parse_yaml(text, f"--{name}"))
-    reader = Reader(source, frozenset(name for name, _ in overrides))
+        _look_up_backbone(reader, values)
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
     if "method" in sections:
@@ -254,6 +261,16 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     except (ValueError, TypeError) as error:
         reader.refuse("method", error, method_fields(recipe.method.name))
     return recipe
+
+
+def _look_up_backbone(reader: Reader, values: dict[str, Any]) -> None:
+    """Put the section of a backbone that ships in the place of its name."""
+    name = values.get("backbone")
+    if isinstance(name, str):
+        known = packaged_backbones()
+        if name not in known:
+            reader.fail("backbone", f"got {name!r}, wanted fields, or a name that ships{suggest(name, known)}")
+        values["backbone"] = known[name]
 
 
 def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
