@@ -107,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         "study", help="study: a YAML file, the folder of a study, or the name of one that ships (study_small, study_7b)"
     )
 
+    report = _add(
+        commands, "report", "figures and tables of a study, and what is measured of its models for them", epilog=None
+    )
+    report.add_argument("study", help="folder of a study; with its study.json alone everything is drawn from records")
+    report.add_argument("--output", metavar="FOLDER", help="the report's folder (default: report, in the study's)")
+    report.add_argument(
+        "--text", metavar="FILE", help="JSON lines with a text each: what the methods have forgotten of general text"
+    )
+
     env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
     env.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -174,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         parser.error(str(error))
     options = parser.parse_args(own)
-    if options.command == "env" and overrides:
+    if options.command in ("report", "env") and overrides:
         parser.error(f"unrecognized arguments: --{overrides[0][0]}")
     options.overrides = overrides
 
