@@ -1,4 +1,3 @@
-import subprocess
 import sys
 
 import pytest
@@ -108,7 +107,7 @@ def test_the_embedding_keeps_clusters_and_says_how_far_they_are():
 
 def test_the_silhouette_by_hand():
     """Rows 0 and 1 against 10 and 11 on a line: mean of 1 - a / b."""
-    states = {"a": torch.tensor([[0.0], [1.0]]), "b": torch.tensor([[10.0], [11.0]])}
+    states = {"a": torch.tensor([[0.0, 3.0], [1.0, 3.0]]), "b": torch.tensor([[10.0, 3.0], [11.0, 3.0]])}
     want = (2 * (1 - 1 / 10.5) + 2 * (1 - 1 / 9.5)) / 4
     assert embed_value_states(states)["silhouette"] == pytest.approx(want)
 
@@ -119,11 +118,9 @@ def test_one_task_has_no_silhouette_and_three_rows_no_embedding():
         embed_value_states({"a": torch.randn(3, 3)})
 
 
-def test_without_scikit_learn_the_extra_is_named():
-    code = (
-        "import sys; sys.modules['sklearn'] = None\n"
-        "import torch\nfrom hycam.analysis.value_states import embed_value_states\n"
-        "embed_value_states({'a': torch.zeros(5, 2)})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "scikit-learn is not installed, wanted: pip install 'hycam-kernels[analysis]'" in done.stderr
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(
+        InputError, match=r"scikit-learn is not installed, wanted: pip install 'hycam-kernels\[analysis\]'"
+    ):
+        embed_value_states({"a": torch.zeros(5, 2)})
