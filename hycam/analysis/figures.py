@@ -5,17 +5,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hycam.analysis.plots import plot_expert_load
-from hycam.analysis.study_plots import plot_method_curves, plot_sweep, plot_task_modulation, plot_value_states
+from matplotlib.figure import Figure
+
+from hycam.analysis.plots import expert_load, save
+from hycam.analysis.study_plots import method_curves, sweep, task_modulation, value_states
 from hycam.errors import InputError
 
 # `figure` in the data -> what draws it
-_PLOTS: dict[str, Callable[[Mapping[str, Any], Path], None]] = {
-    "loss_curves": lambda data, path: plot_method_curves(data["curves"], path),
-    "sweep": lambda data, path: plot_sweep(data["points"], data["label"], path),
-    "expert_load": lambda data, path: plot_expert_load(data["loads"], path),
-    "modulation": lambda data, path: plot_task_modulation(data["tasks"], data["features"], data["title"], path),
-    "value_states": lambda data, path: plot_value_states(data["embeddings"], data["title"], path),
+_FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "loss_curves": lambda data: method_curves(data["curves"]),
+    "sweep": lambda data: sweep(data["points"], data["label"]),
+    "expert_load": lambda data: expert_load(data["loads"]),
+    "modulation": lambda data: task_modulation(data["tasks"], data["features"], data["title"]),
+    "value_states": lambda data: value_states(data["embeddings"], data["title"]),
 }
 
 
@@ -30,10 +32,12 @@ def draw_figure(path: Path) -> list[Path]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        plot = _PLOTS[data["figure"]]
+        draw = _FIGURES[data["figure"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no figure's data: {error!r}; wanted `figure`: {', '.join(_PLOTS)}") from error
+        raise InputError(f"{path}: no figure's data: {error!r}; wanted `figure`: {', '.join(_FIGURES)}") from error
+    figure = draw(data)
     files = [path.with_name(f"{path.stem}.{suffix}") for suffix in ("png", "svg")]
     for file in files:
-        plot(data, file)
+        save(figure, file)
+        figure.set_layout_engine("none")  # the first has found the layout
     return files

@@ -67,11 +67,15 @@ def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
 
 
 def plot_expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """Write `expert_load` to a file, .png or .svg."""
+    save(expert_load(loads), path)
+
+
+def expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Mean expert weights per task and expert, one panel for each adapted layer.
 
     Args:
         loads: what `evaluate_expert_load` returns.
-        path: the file, .png or .svg.
 
     Raises:
         InputError: no task, or no layer.
@@ -98,7 +102,7 @@ def plot_expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]], path: s
     figure.supxlabel("expert")
     figure.supylabel("task")
     figure.colorbar(image, ax=panels, label="mean expert weight", aspect=30, pad=0.01)
-    save(figure, path)
+    return figure
 
 
 def _annotate(axes: Axes, values: list[list[float]], highest: float) -> None:

@@ -1,28 +1,26 @@
-"""Figures over several runs, as PNG or SVG by the file's name, each drawn from plain values alone."""
+"""Figures over several runs, each from plain values alone."""
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hycam.analysis.plots import layer_label, save, token_label
+from hycam.analysis.plots import layer_label, token_label
 from hycam.errors import InputError
 
 _LINE_STYLES = ("-", "--", ":")
 _COLORS = 10
 
 
-def plot_method_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]], path: str | Path) -> None:
+def method_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]) -> Figure:
     """Training and validation loss of each method over the optimiser's steps: the mean over runs, and its spread.
 
     Args:
         curves: method -> `training` and `validation`, each with `step`, `mean` and `std`, lists of one length; a `std`
             that is None, of a single run, has no band.
-        path: the file, .png or .svg.
 
     Raises:
         InputError: no method has a point.
@@ -38,7 +36,7 @@ def plot_method_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[A
         axes.grid(alpha=0.3)
     panels[1].legend(fontsize="small")
     figure.suptitle("Loss per method: mean over the runs, shaded by one standard deviation")
-    save(figure, path)
+    return figure
 
 
 def _band(axes: Axes, curve: Mapping[str, Sequence[Any]], index: int, label: str) -> None:
@@ -49,13 +47,12 @@ def _band(axes: Axes, curve: Mapping[str, Sequence[Any]], index: int, label: str
     axes.fill_between(curve["step"], mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
 
 
-def plot_sweep(points: Sequence[Mapping[str, Any]], label: str, path: str | Path) -> None:
+def sweep(points: Sequence[Mapping[str, Any]], label: str) -> Figure:
     """Test perplexity against a setting, with one standard deviation over runs.
 
     Args:
         points: each with `value`, `mean` and `std` (None for a single run).
         label: the setting, for the axis.
-        path: the file, .png or .svg.
 
     Raises:
         InputError: no point.
@@ -71,16 +68,15 @@ def plot_sweep(points: Sequence[Mapping[str, Any]], label: str, path: str | Path
     axes.set_xticks(values, [str(value) for value in values])
     axes.set(title=f"Test perplexity by {label}", xlabel=label, ylabel="perplexity, all tasks")
     axes.grid(alpha=0.3)
-    save(figure, path)
+    return figure
 
 
-def plot_value_states(embeddings: Mapping[str, Mapping[str, Any]], title: str, path: str | Path) -> None:
+def value_states(embeddings: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     """Scatter plots of embedded rows coloured by task, one panel for each model.
 
     Args:
         embeddings: model -> what `embed_value_states` returns.
         title: of the figure: which layer.
-        path: the file, .png or .svg.
 
     Raises:
         InputError: no model.
@@ -100,19 +96,16 @@ def plot_value_states(embeddings: Mapping[str, Mapping[str, Any]], title: str, p
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
     figure.suptitle(title)
-    save(figure, path)
+    return figure
 
 
-def plot_task_modulation(
-    tasks: Mapping[str, Mapping[str, Any]], features: Sequence[int], title: str, path: str | Path
-) -> None:
+def task_modulation(tasks: Mapping[str, Mapping[str, Any]], features: Sequence[int], title: str) -> Figure:
     """A_fusion (equation 11) over tokens and features: a row of panels for each task, a column for each layer.
 
     Args:
         tasks: task -> `tokens`, their texts, and `layers`: module path -> [tokens][features] values.
         features: the index of each feature that is shown.
         title: of the figure.
-        path: the file, .png or .svg.
 
     Raises:
         InputError: no task, or no layer.
@@ -142,4 +135,4 @@ def plot_task_modulation(
     figure.supylabel("token")
     label = "modulation (0: as in the backbone)"
     figure.colorbar(image, ax=grid.ravel().tolist(), label=label, aspect=40, extend="both")
-    save(figure, path)
+    return figure

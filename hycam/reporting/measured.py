@@ -20,7 +20,7 @@ from hycam.analysis.value_states import embed_value_states, pooled_value_states
 from hycam.commands.selection import Selection, load_selected_model, load_selected_tokenizer
 from hycam.data import IGNORED_LABEL, Collator
 from hycam.data.cache import file_digest
-from hycam.training.folder import RECORD_FILE
+from hycam.training.folder import RECIPE_FILE, RECORD_FILE
 from hycam.training.measure import own_draws
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import RESULTS_FILE, trained_folder
@@ -54,7 +54,7 @@ class RunFolder:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """What tells this run from another: its recipe and its numbers, which no other weights give."""
-        return {"recipe": self.recipe.to_dict(), "results": file_digest(self.path / RESULTS_FILE)}
+        return {name: file_digest(self.path / name) for name in (RECIPE_FILE, RESULTS_FILE)}
 
     @cached_property
     def token_inputs(self) -> dict[str, Any]:

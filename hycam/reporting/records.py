@@ -48,7 +48,7 @@ def cell_folder(cell: Cell) -> str:
 
 
 def loss_curves(cells: Mapping[str, Sequence[Cell]]) -> dict[str, dict[str, dict[str, list[Any]]]]:
-    """Mean and standard deviation of every method's losses over its runs, for `plot_method_curves`.
+    """Mean and standard deviation of every method's losses over its runs, for `method_curves`.
 
     A step counts where all runs of the method have it: of runs that stopped early, up to the first stop.
     """
@@ -73,7 +73,7 @@ def mean_curve(curves: Iterable[Curve]) -> dict[str, list[Any]]:
 
 
 def sweep_points(table: Table, backbone: str) -> list[dict[str, Any]]:
-    """For `plot_sweep`: the number of experts and the perplexity of a backbone's rows in the sweep's table."""
+    """For `sweep`: the number of experts and the perplexity of a backbone's rows in the sweep's table."""
     perplexity = table.columns.index("PPL")
     points = []
     for row in table.rows:

@@ -134,8 +134,8 @@ def test_the_released_code_to_float32_rounding():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_released_decoder_layer(training):
-    """The whole layer's output and gradients, in float64: the modulated residual stream, and the MLP of that; the forward
-    takes the best expert of the noisy logits, in evaluation too, the backward goes through their softmax.
+    """The whole layer's output and gradients, in float64: the modulated residual stream, and the MLP of that. The
+    forward takes the best expert of the noisy logits, in evaluation too, the backward goes through their softmax.
     """
     model = adapted("released_code", torch.float64).train(training)
     block = model.get_base_model().model.layers[0]

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hycam.reporting.measured as measured
-from hycam.analysis.figures import draw_figure
 from hycam.errors import InputError
 from hycam.reporting import Report, write_report
 from hycam.study.recipe import Study
@@ -143,8 +142,14 @@ def test_the_curves_are_those_of_the_runs(first: tuple[Path, Report, list[str]])
     assert [point["value"] for point in points] == [2, 3]
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures' data without their pictures, which take seconds."""
+    monkeypatch.setattr("hycam.reporting.report.draw_figure", lambda path: [])
+
+
 def test_a_second_report_measures_nothing_and_gives_the_same_files(
-    first: tuple[Path, Report, list[str]], monkeypatch: pytest.MonkeyPatch
+    first: tuple[Path, Report, list[str]], undrawn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _, _ = first
     before = contents(folder / "report")
@@ -167,15 +172,7 @@ def test_records_alone_give_the_same_files(
     assert contents(tmp_path / "report") == contents(folder / "report")
 
 
-def test_each_figure_from_its_own_file_alone(first: tuple[Path, Report, list[str]], tmp_path: Path) -> None:
-    folder, _, _ = first
-    for name in FIGURES:
-        shutil.copy(folder / f"report/figures/{name}.json", tmp_path)
-        for path in draw_figure(tmp_path / f"{name}.json"):
-            assert path.read_bytes() == (folder / "report/figures" / path.name).read_bytes()
-
-
-def test_without_measurements_it_says_what_is_left_out(study: Path) -> None:
+def test_without_measurements_it_says_what_is_left_out(study: Path, undrawn: None) -> None:
     shutil.rmtree(study / "cells")
     made, said = report(study, texts=False)
     assert said == []
@@ -191,12 +188,11 @@ def test_without_measurements_it_says_what_is_left_out(study: Path) -> None:
     assert "table2" in names and not {"table1", "forgetting", "routing"} & set(names)
 
 
-def test_what_changed_is_measured_again(first: tuple[Path, Report, list[str]], study: Path) -> None:
+def test_what_changed_is_measured_again(first: tuple[Path, Report, list[str]], study: Path, undrawn: None) -> None:
     folder, _, _ = first
     shutil.copytree(folder / "report", study / "report")
     old = (study / "report/data/forgetting.json").read_text()
-    # recipes name their folders, and this is another: as inputs they say where a run lies, not what it is
-    assert report(study)[1] == []
+    assert report(study)[1] == [], "another folder is no other study"
     cell = "cells/tiny/lora/fold0-seed0"
     results = json.loads((study / cell / "results.json").read_text())
     results["test"]["adapted"]["overall"]["nll"] += 1
@@ -208,7 +204,7 @@ def test_what_changed_is_measured_again(first: tuple[Path, Report, list[str]], s
     assert (study / "report/data/forgetting.json").read_text() != old
 
 
-def test_weights_that_are_gone_are_named(study: Path) -> None:
+def test_weights_that_are_gone_are_named(study: Path, undrawn: None) -> None:
     shutil.rmtree(study / "cells/tiny/full/fold0-seed0/model")
     made, _ = report(study)
     assert made.missing == ["forgetting of cells/tiny/full/fold0-seed0: its run is not there, or its weights are not"]
