@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hycam.analysis.plots import layer_label, token_label
 from hycam.errors import InputError
@@ -32,7 +33,8 @@ def method_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]
     for axes, kind in zip(panels, ("training", "validation"), strict=True):
         for index, (method, kinds) in enumerate(curves.items()):
             _band(axes, kinds[kind], index, method)
-        axes.set(title=f"{kind} loss", xlabel="optimiser step", ylabel="loss (nats per response token)")
+        axes.set(title=f"{kind} loss", xlabel="optimiser step", ylabel="loss (nats per token that it is taken on)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[1].legend(fontsize="small")
     figure.suptitle("Loss per method: mean over the runs, shaded by one standard deviation")

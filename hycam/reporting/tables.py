@@ -61,7 +61,7 @@ def _forgetting(backbones: CellsOfBackbones, measurements: Measurements) -> Tabl
                 start, end = Number(before["perplexity"], None, 3), Number.of(summarise(after), 3)
                 rows.append(Row(backbone, [method, start, end, Number.of(change, 2), str(len(after))]))
     notes = [
-        "Perplexity of general text that no method was trained on, by the backbone alone and after each method: mean ± "
+        "Perplexity of the general text that was given, by the backbone alone and after each method: mean ± "
         "sample standard deviation over folds and seeds. Texts are cut into windows of data.max_length tokens.",
     ]
     columns = ["method", "PPL before", "PPL after", "change, %", "runs"]
