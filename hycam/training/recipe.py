@@ -244,10 +244,11 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
         raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
     _drop_other_method(values, overrides)
     reader = Reader(source, frozenset(name for name, _ in overrides))
-    _look_up_backbone(reader, values)
+    if "backbone" in values:
+        values["backbone"] = backbone_section(reader, values["backbone"], "backbone")
     for name, text in overrides:
-        set_field(values, name, parse_yaml(text, f"--{name}"))
-        _look_up_backbone(reader, values)
+        value = parse_yaml(text, f"--{name}")
+        set_field(values, name, backbone_section(reader, value, name) if name == "backbone" else value)
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
     if "method" in sections:
@@ -263,14 +264,14 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     return recipe
 
 
-def _look_up_backbone(reader: Reader, values: dict[str, Any]) -> None:
-    """Put the section of a backbone that ships in the place of its name."""
-    name = values.get("backbone")
-    if isinstance(name, str):
-        known = packaged_backbones()
-        if name not in known:
-            reader.fail("backbone", f"got {name!r}, wanted fields, or a name that ships{suggest(name, known)}")
-        values["backbone"] = known[name]
+def backbone_section(reader: Reader, value: Any, path: str) -> Any:
+    """`value`, or the section of the backbone that ships by the name `value`."""
+    if not isinstance(value, str):
+        return value
+    known = packaged_backbones()
+    if value not in known:
+        reader.fail(path, f"got {value!r}, wanted fields, or a name that ships{suggest(value, known)}")
+    return known[value]
 
 
 def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:

@@ -41,3 +41,9 @@ def study(finished: Study, tmp_path: Path) -> Path:
     """A copy of the study's folder of a test's own."""
     shutil.copytree(finished.output_path, tmp_path / "study")
     return tmp_path / "study"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures' data without their pictures, which take seconds."""
+    monkeypatch.setattr("hycam.reporting.report.draw_figure", lambda path: [])

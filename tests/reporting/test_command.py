@@ -8,13 +8,15 @@ import pytest
 from hycam_cli import main
 
 
-def test_from_records_into_another_folder(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_records_into_another_folder(
+    study: Path, undrawn: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(study / "cells")
     assert main(["report", str(study), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed[:2]] == ["left out", "left out"]
     assert printed[-1].endswith(f"files of figures and tables: {tmp_path / 'out'}")
-    assert (tmp_path / "out/figures/loss_curves-tiny.svg").is_file()
+    assert (tmp_path / "out/figures/loss_curves-tiny.json").is_file()
     assert not (study / "report").exists()
 
 

@@ -142,12 +142,6 @@ def test_the_curves_are_those_of_the_runs(first: tuple[Path, Report, list[str]])
     assert [point["value"] for point in points] == [2, 3]
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures' data without their pictures, which take seconds."""
-    monkeypatch.setattr("hycam.reporting.report.draw_figure", lambda path: [])
-
-
 def test_a_second_report_measures_nothing_and_gives_the_same_files(
     first: tuple[Path, Report, list[str]], undrawn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

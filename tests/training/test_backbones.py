@@ -7,6 +7,7 @@ import yaml
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 from hycam.errors import InputError
+from hycam.study.recipe import load_study, parse_study
 from hycam.training.backbone import build_model
 from hycam.training.recipe import Recipe, load_recipe, packaged_backbones, parse_recipe
 from hycam.training.run import adapted
@@ -102,6 +103,16 @@ def test_an_unknown_name_is_reported_with_the_nearest() -> None:
         load_recipe("paper", [("backbone", "llama-3.1-8")])
     with pytest.raises(InputError, match=r"my\.yaml: backbone: got 'gpt', wanted fields, or a name that ships"):
         parse_recipe({"backbone": "gpt"}, "my.yaml")
+
+
+def test_a_study_names_them_too() -> None:
+    values = {"backbones": {"small": "qwen-2.5-0.5b"}, "methods": {"hycam": {}}, "tasks": [{"name": "dolly"}]}
+    study = parse_study(values, "my.yaml")
+    recipe = study.recipe("small", "hycam", fold=0, seed=0, learning_rate=1e-4, folder="x")
+    assert recipe.backbone == load_recipe("paper", [("backbone", "qwen-2.5-0.5b")]).backbone
+    assert load_study("study_7b").backbones["llama-2-7b"]["name_or_path"] == "meta-llama/Llama-2-7b-hf"
+    with pytest.raises(InputError, match=r"my\.yaml: backbones\.small: got 'qwen-2\.5', wanted fields, or a name that"):
+        parse_study(values | {"backbones": {"small": "qwen-2.5"}}, "my.yaml")
 
 
 def test_a_list_of_them_is_no_backbone() -> None:
