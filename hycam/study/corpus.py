@@ -3,7 +3,8 @@
     python -m hycam.study.corpus DATA OUTPUT [--rows 300]
 
 DATA holds the files below in the sets' native fields. OUTPUT gets `<task>.jsonl`, the tasks' rows as instruction, input
-and output; `corpus.jsonl`, lines with a `text`, for `backbone.scratch.corpus`; and `parts.json`, the counts.
+and output; `corpus.jsonl`, lines with a `text`, for `backbone.scratch.corpus`; `general.jsonl`, more such lines that
+neither the backbone nor a task has, for `hycam report --text`; and `parts.json`, the counts.
 """
 
 import argparse
@@ -26,6 +27,9 @@ TASKS = {
     "webgpt_standin": TaskConfig("webgpt_standin", "webgpt_standin.jsonl", format="webgpt"),
 }
 _TEXT_ONLY = TaskConfig("medical_qa_standin", "medical_qa_standin.json", format="icliniq")
+
+# Documents that measure what a method has forgotten: those with the lowest hashes of all sets together.
+_GENERAL = 300
 
 Row = Mapping[str, str]
 
@@ -63,7 +67,8 @@ def write_parts(data: Path, output: Path, count: int) -> dict[str, Any]:
     """Read the sets in `data`, part them, and write the files.
 
     Returns:
-        What `parts.json` holds: rows per task, documents per set, and the SHA-256 of every file.
+        What `parts.json` holds: rows per task, documents per set, how many of all are general text, and the SHA-256 of
+        every file.
 
     Raises:
         InputError: a file that is missing or can't be read, with its name.
@@ -75,14 +80,16 @@ def write_parts(data: Path, output: Path, count: int) -> dict[str, Any]:
         dataset = load_task(TaskConfig(name, str(data / str(task.source)), format=task.format))
         sets[name] = [{field: row[field] for field in UNIFIED_FIELDS} for row in dataset]
     tasks, texts = hold_apart(sets, count)
-    documents = sorted((row for rows in texts.values() for row in rows), key=_digest)
+    documents = [
+        {"text": "\n\n".join(row[field].strip() for field in UNIFIED_FIELDS if row[field].strip())}
+        for row in sorted((row for rows in texts.values() for row in rows), key=_digest)
+    ]
     files = {f"{name}.jsonl": _lines(rows) for name, rows in tasks.items()}
-    files["corpus.jsonl"] = _lines(
-        {"text": "\n\n".join(row[field].strip() for field in UNIFIED_FIELDS if row[field].strip())} for row in documents
-    )
+    files |= {"general.jsonl": _lines(documents[:_GENERAL]), "corpus.jsonl": _lines(documents[_GENERAL:])}
     parts = {
         "tasks": {name: len(rows) for name, rows in tasks.items()},
         "documents": {name: len(rows) for name, rows in texts.items()},
+        "general": len(documents[:_GENERAL]),
         "sha256": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
     }
     output.mkdir(parents=True, exist_ok=True)

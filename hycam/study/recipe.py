@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hycam.training.recipe import (
     BackboneConfig,
     Recipe,
+    backbone_section,
     find_yaml,
     packaged_yaml,
     parse_recipe,
@@ -232,6 +233,10 @@ def parse_study(values: Any, source: str, overrides: Sequence[tuple[str, str]] =
         section, _, key = name.partition(".")
         if isinstance(sections.get(section), Mapping) and key in sections[section]:
             reader.fail(name, f"set `{_SET_BY_STUDY[name]}` of the study")
+    if isinstance(sections.get("backbones"), Mapping):
+        sections["backbones"] = {
+            name: backbone_section(reader, entry, f"backbones.{name}") for name, entry in sections["backbones"].items()
+        }
     if isinstance(sections.get("methods"), Mapping):
         sections["methods"] = {name: _grouped(entry) for name, entry in sections["methods"].items()}
     study: Study = reader.build(Study, sections)

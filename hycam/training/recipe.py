@@ -197,6 +197,11 @@ def packaged_yaml(*folders: str) -> dict[str, Path]:
     return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
 
 
+def packaged_backbones() -> dict[str, dict[str, Any]]:
+    """Name -> section of the backbones that ship, which a recipe's `backbone` may name."""
+    return read_yaml(Path(str(importlib.resources.files("hycam") / "backbones.yaml")))
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe: a YAML file, a run's folder, or the bare name of one that ships.
 
@@ -238,9 +243,12 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     if not isinstance(values, dict):
         raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
     _drop_other_method(values, overrides)
-    for name, text in overrides:
-        set_field(values, name, parse_yaml(text, f"--{name}"))
     reader = Reader(source, frozenset(name for name, _ in overrides))
+    if "backbone" in values:
+        values["backbone"] = backbone_section(reader, values["backbone"], "backbone")
+    for name, text in overrides:
+        value = parse_yaml(text, f"--{name}")
+        set_field(values, name, backbone_section(reader, value, name) if name == "backbone" else value)
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
     if "method" in sections:
@@ -254,6 +262,16 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     except (ValueError, TypeError) as error:
         reader.refuse("method", error, method_fields(recipe.method.name))
     return recipe
+
+
+def backbone_section(reader: Reader, value: Any, path: str) -> Any:
+    """`value`, or the section of the backbone that ships by the name `value`."""
+    if not isinstance(value, str):
+        return value
+    known = packaged_backbones()
+    if value not in known:
+        reader.fail(path, f"got {value!r}, wanted fields, or a name that ships{suggest(value, known)}")
+    return known[value]
 
 
 def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:

@@ -15,7 +15,7 @@ import hycam_cli
 from hycam_cli import main, split_overrides
 from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows
 
-COMMANDS = ["train", "eval", "generate", "plan", "env"]
+COMMANDS = ["train", "eval", "generate", "plan", "report", "env"]
 
 
 def _python(code: str, *arguments: str) -> list[str]:
@@ -82,6 +82,8 @@ def test_help_imports_no_torch_and_is_quick() -> None:
         (["train", "--seed"], "--seed: expected a value"),
         (["generate"], "one of the arguments --prompt --file is required"),
         (["env", "--seed", "3"], "unrecognized arguments: --seed"),
+        (["report"], "the following arguments are required: study"),
+        (["report", "runs/study", "--seed", "3"], "unrecognized arguments: --seed"),
         (["eval", "--split", "tests"], "invalid choice: 'tests'"),
     ],
 )

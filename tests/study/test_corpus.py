@@ -53,6 +53,11 @@ def test_the_real_sets_are_held_apart(tmp_path: Path) -> None:
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in TASKS
     }
     taken = {field.strip() for rows in tasks.values() for row in rows for field in row.values()} - {""}
-    documents = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    corpus, general = (
+        [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("corpus", "general")
+    )
+    documents = corpus + general
+    assert len(general) == parts["general"] == 300
     assert len(documents) == sum(parts["documents"].values())
     assert taken.isdisjoint(paragraph.strip() for text in documents for paragraph in [text, *text.split("\n\n")])

@@ -153,6 +153,6 @@ def test_the_shipped_studies() -> None:
     small, large = load_study("study_small"), load_study("study_7b")
     assert (small.seeds, small.folds) == ([0, 1, 2], [0])
     assert {task["name"] for task in small.tasks} == {"auto_cot", "icliniq", "dolly", "code_alpaca", "webgpt_standin"}
-    paper = large.recipe("llama2_7b", "hycam", fold=0, seed=0, learning_rate=2e-5, folder="x")
+    paper = large.recipe("llama-2-7b", "hycam", fold=0, seed=0, learning_rate=2e-5, folder="x")
     assert paper.method.adapter_config().r == 64 and paper.data.max_length == 1200
     assert large.folds == [0, 1, 2, 3, 4] and 2e-5 in large.learning_rates
