@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from . import norm_triton_backend, triton_backend
 from .aot_calls import calls
-from .inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, ModulationInputs, NormProjectInputs
+from .inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, ModulationInputs, NormProjectInputs, NormSaved
 from .kernels.decode import decode_forward
 from .kernels.launch import Launcher
 from .kernels.tables import families, load_table, with_candidates
@@ -143,7 +143,7 @@ def record(family: str) -> Recorder:
         if isinstance(x, NormProjectInputs):
             hidden, v, logits, mean, rstd = norm_triton_backend.run_forward(x, recorder)
             needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
-            norm_triton_backend.run_backward(hidden, v, logits, x, hidden, mean, rstd, needs, recorder)
+            norm_triton_backend.run_backward(hidden, v, logits, x, NormSaved(hidden, mean, rstd), needs, recorder)
             continue
         if triton_backend.decodes(x):
             decode_forward(recorder, x)

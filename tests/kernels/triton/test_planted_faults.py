@@ -82,6 +82,9 @@ FAULTS = {
     ),
     "row grad: V's scale dropped": (BACKWARD, "(weight * scale)[:, None]", "weight[:, None]"),
     "row grad: p's sum of one block": (BACKWARD, "d_p[expert] + tl.sum", "tl.sum"),
+    "row grad: bias dropped": (BACKWARD, "z += bias.to(tl.float32)[None, :]", "z += 0.0"),
+    "row grad: bias of the first columns": (BACKWARD, "(expert * d + start)", "(expert * d)"),
+    "row grad: split ignored": (BACKWARD, "partial_rows = split.to(tl.int64) * tokens + rows", "partial_rows = rows"),
     "v grad: split end ignored": (BACKWARD, "tl.minimum((split + 1) * columns, d)", "d"),
     "v grad: weight dropped": (
         BACKWARD,
@@ -103,6 +106,7 @@ FAULTS = {
     ),
     "projections: gradient of V dropped": (BACKEND, 'grads["given_v"] = d_v', "pass"),
     "projections: gradient of the logits dropped": (BACKEND, 'grads["given_logits"] = d_logits', "pass"),
+    "projections: decoded": (BACKEND, "x.shape[0] <= MAX_DECODE_TOKENS and x.given_v is None", "x.shape[0] <= 64"),
     "token mean: second expert row": (ROUTER, "partial_sums + NUM_EXPERTS + offsets", "partial_sums + offsets"),
     "token mean: divided by all tokens": (ROUTER, "return tl.load(count).to(tl.float32)", "return 1.0 * 77"),
     "router backward: one partial sum": (ROUTER, "for _ in range(partials):", "for _ in range(1):"),
