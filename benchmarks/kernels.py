@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hycam_kernels import norm_triton_backend, triton_backend
-from hycam_kernels.inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, NormProjectInputs
+from hycam_kernels.inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
 from hycam_kernels.kernels.cost import Cost
 from hycam_kernels.kernels.decode import decode_down_cost, decode_forward, decode_fusion_cost
 from hycam_kernels.kernels.fusion_backward import b_grad_cost, row_grad_cost, stream_grad_cost, v_grad_cost
@@ -117,7 +117,7 @@ def norm_calls(launch: Launcher, shape: Shape, dtype: torch.dtype, device: torch
         raise WrongResultError(f"norm_project: relative error {error:.3g} against float64: not timed")
     needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
     grad_hidden, grad_v, grad_logits = (torch.randn_like(tensor) for tensor in (hidden, v, logits))
-    norm_triton_backend.run_backward(grad_hidden, grad_v, grad_logits, x, hidden, mean, rstd, needs, launch)
+    norm_triton_backend.run_backward(grad_hidden, grad_v, grad_logits, x, NormSaved(hidden, mean, rstd), needs, launch)
 
 
 def measure_kernels(

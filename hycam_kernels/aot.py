@@ -1,6 +1,6 @@
 """Offline build of every kernel, in every configuration that ships, for every GPU family: no GPU and no driver needed.
 
-``python -m hycam_kernels.aot [--targets sm_90 gfx942 ...] [--json FILE]``
+``python -m hycam_kernels.aot [--targets sm_90 gfx942 ...] [--once] [--json FILE]``
 
 The backend runs on tensors without data, so that each launch is recorded with exactly the types, strides and constants
 that a real call would give triton; each distinct one is compiled and its binary read. Exit status 1 where a kernel
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import norm_triton_backend, triton_backend
-from .inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, ModulationInputs, NormProjectInputs
+from .aot_calls import calls
+from .inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, ModulationInputs, NormProjectInputs, NormSaved
 from .kernels.decode import decode_forward
 from .kernels.launch import Launcher
 from .kernels.tables import families, load_table, with_candidates
@@ -55,9 +56,10 @@ _OPTIONS = ("num_warps", "num_stages")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel with the types and constants of a call. ``arguments`` and ``config`` are sorted item tuples."""
+    """One kernel with the types and constants of a call; ``tiles`` are the constants that its table's row gives."""
 
     kernel: Any
+    tiles: tuple[tuple[str, int], ...]
     signature: tuple[tuple[str, str], ...]
     aligned: frozenset[str]
     constants: tuple[tuple[str, Any], ...]
@@ -67,14 +69,25 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
-    def description(self) -> dict[str, Any]:
-        """What tells this configuration from the kernel's others: dtype, constants, warps and stages."""
+    @property
+    def dtype(self) -> str:
         types = dict(self.signature)
         inputs = (types.get(name, "") for name in ("hidden", "v", "s"))
-        dtype = next((kind[1:] for kind in inputs if kind.startswith("*")), "fp32")
+        return next((kind[1:] for kind in inputs if kind.startswith("*")), "fp32")
+
+    @property
+    def absent(self) -> list[str]:
+        """The optional tensors that the call doesn't give."""
+        return sorted(name for name, value in self.constants if value is None)
+
+    def description(self) -> dict[str, Any]:
+        """What tells this build from the kernel's others: dtype, constants, warps and stages."""
         used = {name: value for name, value in self.constants if name.isupper()}
-        optional = sorted(name for name, value in self.constants if value is None)
-        return {"dtype": dtype} | used | dict(self.options) | {"absent": optional}
+        return {"dtype": self.dtype} | used | dict(self.options) | {"absent": self.absent}
+
+    def configuration(self) -> tuple:
+        """What a table's row says of it: kernel, dtype, tiles, warps and stages."""
+        return self.name, self.dtype, self.tiles, self.options
 
 
 class Recorder(Launcher):
@@ -117,138 +130,20 @@ def _specialise(kernel, config: dict[str, int], arguments: dict[str, Any]) -> La
             signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
             if value % 16 == 0:
                 aligned.add(name)
-    return Launch(kernel, tuple(signature.items()), frozenset(aligned), tuple(constants.items()), options)
-
-
-def _calls() -> Iterator[ModulationInputs | NormProjectInputs]:
-    """Calls of every kind, over the ranks, token counts, sizes and dtypes that the tables tell apart."""
-    yield from _training_calls()
-    yield from _decoding_calls()
-    yield from _norm_calls()
-
-
-def _training_calls() -> Iterator[ModulationInputs]:
-    """The paper's op and the released code's."""
-    for dtype, tokens, rank in itertools.product((torch.bfloat16, torch.float32), (512, 2400, 8192), (64, 256)):
-        yield _call(tokens, rank, dtype)
-    for experts, tokens in itertools.product((1, 16), (512, 2400, 8192)):
-        yield _call(tokens, 64, torch.bfloat16, experts=experts)
-    for rank in (16, 64, 256):
-        yield _call(2400, rank, torch.bfloat16, released=True)
-    yield _call(2400, 16, torch.bfloat16)
-    yield _call(2400, 64, torch.float32, released=True)
-    yield _call(2400, 64, torch.float16)
-    yield _call(2400, 64, torch.bfloat16, shared=False)
-    yield _call(2400, 0, torch.bfloat16)
-    for tokens, rank in itertools.product((2400, 8192), (16, 64, 256)):
-        yield _call(tokens, rank, torch.bfloat16, keep=False)
-        yield _call(tokens, rank, torch.bfloat16, released=True, keep=False)
-    yield _call(8192, 64, torch.bfloat16, experts=16, keep=False)
-    yield _call(2400, 0, torch.bfloat16, keep=False)
-    yield _call(2400, 64, torch.float16, keep=False)
-    yield _call(2400, 64, torch.bfloat16, projected=True)
-
-
-def _decoding_calls() -> Iterator[ModulationInputs]:
-    """The same with few tokens and no gradients."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for tokens, d in ((1, 2048), (1, 4096), (16, 4096), (32, 4096), (64, 4096)):
-            yield _call(tokens, 64, dtype, d=d, needs_grad=False)
-        yield _call(16, 256, dtype, needs_grad=False)
-        yield _call(64, 256, dtype, needs_grad=False)
-        yield _call(1, 0, dtype, needs_grad=False)
-        yield _call(64, 64, dtype, released=True, needs_grad=False)
-    yield _call(16, 64, torch.float16, needs_grad=False)
-
-
-def _call(
-    tokens: int,
-    rank: int,
-    dtype: torch.dtype,
-    *,
-    d=4096,
-    experts=5,
-    released=False,
-    shared=True,
-    needs_grad=True,
-    keep=True,
-    projected=False,
-) -> ModulationInputs:
-    """A call on meta tensors; rank 0 leaves the experts out, ``released`` adds all that the released code does,
-    ``projected`` gives V and the logits."""
-
-    def tensor(*shape: int, given: bool = True) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device="meta") if given else None
-
-    E, r = experts, rank
-    expert_bias = released and rank > 0
-    projects = rank > 0 and not projected
-    return ModulationInputs(
-        hidden=torch.empty(tokens, d, dtype=dtype, device="meta"),
-        attn_output=torch.empty(tokens, d, dtype=dtype, device="meta"),
-        shared_weight=tensor(d, d, given=shared),
-        lora_a=tensor(E, r, d, given=projects),
-        lora_n=tensor(E, r, r, given=projects),
-        lora_b=tensor(E, d, r, given=rank > 0),
-        router_weight=tensor(E, d, given=projects),
-        shared_bias=tensor(d, given=released and shared),
-        lora_a_bias=tensor(E, r, given=expert_bias),
-        lora_n_bias=tensor(E, r, given=expert_bias),
-        lora_b_bias=tensor(E, d, given=expert_bias),
-        router_bias=tensor(E, given=expert_bias),
-        expert_weight=None,
-        residual=tensor(tokens, d, given=released),
-        given_v=tensor(tokens, E * r, given=projected),
-        given_logits=torch.empty(tokens, E, device="meta") if projected else None,
-        gumbel=None,
-        seed=torch.empty((), dtype=torch.int64, device="meta") if rank else None,
-        token_mask=torch.empty(tokens, dtype=torch.bool, device="meta") if released else None,
-        tau=0.5,
-        hard=released,
-        scale=0.5 if released else 1.0,
-        compute_dtype=dtype,
-        keep=needs_grad and keep,
-        needs_grad=needs_grad,
-        backend="triton",
-    )
-
-
-def _norm_calls() -> Iterator[NormProjectInputs]:
-    """`norm_project` of both kinds."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for kind in ("rms", "layer"):
-            for tokens, d in ((2400, 2048), (8192, 4096), (8192, 8192)):
-                yield _norm_call(tokens, d, dtype, kind)
-    yield _norm_call(2400, 4096, torch.float16, "rms")
-
-
-def _norm_call(tokens: int, d: int, dtype: torch.dtype, kind: str, *, experts=5, rank=64) -> NormProjectInputs:
-    def tensor(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    return NormProjectInputs(
-        hidden_in=tensor(tokens, d),
-        norm_weight=tensor(d),
-        norm_bias=tensor(d) if kind == "layer" else None,
-        lora_a=tensor(experts, rank, d),
-        lora_n=tensor(experts, rank, rank),
-        router_weight=tensor(experts, d),
-        eps=1e-6,
-        kind=kind,
-        compute_dtype=dtype,
-        backend="triton",
+    return Launch(
+        kernel, tuple(config.items()), tuple(signature.items()), frozenset(aligned), tuple(constants.items()), options
     )
 
 
 def record(family: str) -> Recorder:
-    """Every distinct launch of both passes over the calls above, without the tables' candidates and with them."""
+    """Every distinct launch of both passes over `aot_calls`, without the tables' candidates and with them."""
     recorder = Recorder(family)
     tables = (load_table(family), with_candidates(load_table(family)))
-    for recorder.table, x in itertools.product(tables, _calls()):
+    for recorder.table, x in itertools.product(tables, calls()):
         if isinstance(x, NormProjectInputs):
             hidden, v, logits, mean, rstd = norm_triton_backend.run_forward(x, recorder)
             needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
-            norm_triton_backend.run_backward(hidden, v, logits, x, hidden, mean, rstd, needs, recorder)
+            norm_triton_backend.run_backward(hidden, v, logits, x, NormSaved(hidden, mean, rstd), needs, recorder)
             continue
         if triton_backend.decodes(x):
             decode_forward(recorder, x)
@@ -257,6 +152,16 @@ def record(family: str) -> Recorder:
             needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
             triton_backend.run_backward(out, load, router_prob, x, saved, needs, recorder)
     return recorder
+
+
+def one_of_each_configuration(launches: Iterable[Launch]) -> list[Launch]:
+    """Of the launches with the same dtype, tiles, warps and stages the one with the most tensors, the hungriest."""
+    chosen: dict[tuple, Launch] = {}
+    for launch in launches:
+        configuration = launch.configuration()
+        if configuration not in chosen or len(launch.absent) < len(chosen[configuration].absent):
+            chosen[configuration] = launch
+    return list(chosen.values())
 
 
 def build(launch: Launch, target: str) -> dict[str, Any]:
@@ -331,6 +236,11 @@ def fault(row: dict[str, Any]) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m hycam_kernels.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--targets", nargs="+", choices=families(), default=families(), metavar="TARGET")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="build each configuration in the call with the most tensors alone, not in all calls",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the builds as a list of objects")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -342,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     for target in options.targets:
         recorder = record(target)
         faults += [f"{target} {kernel}: no call uses row {index}" for kernel, index in recorder.unused_rows()]
-        for launch in recorder.launches:
+        for launch in one_of_each_configuration(recorder.launches) if options.once else recorder.launches:
             try:
                 row = build(launch, target)
             except Exception as error:  # whatever the compiler raises is a fault of this build alone

@@ -127,3 +127,19 @@ class NormProjectInputs(NamedTuple):
 
 # Names of the tensors that can get a gradient, as in DIFFERENTIABLE.
 NORM_DIFFERENTIABLE = NormProjectInputs._fields[: NormProjectInputs._fields.index("eps")]
+
+
+class NormSaved(NamedTuple):
+    """What the forward of `hycam::norm_project` keeps for the backward beside its inputs."""
+
+    hidden: Tensor  # [T, d]  h
+    mean: Tensor  # [T]  mu; 0 elements for an RMSNorm
+    rstd: Tensor  # [T]  rho
+
+
+def empty_gradients(x: ModulationInputs | NormProjectInputs, names: tuple[str, ...], needs: list[bool]) -> list[Tensor]:
+    """Contiguous tensors like those of these names, of unset values; 0 elements where ``needs`` is false."""
+    return [
+        torch.empty_like(getattr(x, name), memory_format=torch.contiguous_format) if needed else x[0].new_empty(0)
+        for name, needed in zip(names, needs, strict=True)
+    ]

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from . import torch_backend, triton_backend
 from .checks import check_arguments, split_projections
-from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
+from .inputs import DIFFERENTIABLE, ModulationInputs, Saved, empty_gradients
 from .output import HyCAMOutput
 from .philox import as_seed_tensor
 
@@ -283,12 +283,7 @@ def _modulation_decode_fake(*args) -> tuple[Tensor, ...]:
 @torch.library.register_fake("hycam::modulation_backward", lib=_library)
 def _modulation_backward_fake(grad_out, grad_load, grad_router_prob, *args) -> list[Tensor]:
     inputs, _, needs = _split_backward_args(args)
-    return [
-        torch.empty_like(getattr(inputs, name), memory_format=torch.contiguous_format)
-        if needed
-        else inputs.hidden.new_empty(0)
-        for name, needed in zip(DIFFERENTIABLE, needs, strict=True)
-    ]
+    return empty_gradients(inputs, DIFFERENTIABLE, needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:

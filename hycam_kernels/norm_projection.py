@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import norm_torch_backend, norm_triton_backend
 from .checks import check_norm_arguments
-from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs
+from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, empty_gradients
 from .modulation import compute_dtype
 from .output import NormProjectOutput
 
@@ -102,7 +102,7 @@ _INPUT_SCHEMA = (
     "float eps, str kind, ScalarType compute_dtype, str backend"
 )
 _GRAD_SCHEMA = "Tensor? grad_hidden, Tensor? grad_v, Tensor? grad_logits"
-_SAVED_SCHEMA = "Tensor hidden, Tensor mean, Tensor rstd"
+_SAVED_SCHEMA = ", ".join(f"Tensor {name}" for name in NormSaved._fields)
 _library.define(f"norm_project({_INPUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"norm_project_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_SCHEMA}, bool[] needs) -> Tensor[]")
 
@@ -122,12 +122,12 @@ def _norm_project(*args) -> tuple[Tensor, ...]:
 def _norm_project_backward(grad_hidden, grad_v, grad_logits, *args) -> list[Tensor]:
     inputs, saved, needs = _split_backward_args(args)
     with torch.autocast(inputs.hidden_in.device.type, enabled=False):
-        return _backend(inputs).backward(grad_hidden, grad_v, grad_logits, inputs, *saved, needs)
+        return _backend(inputs).backward(grad_hidden, grad_v, grad_logits, inputs, saved, needs)
 
 
-def _split_backward_args(args: tuple) -> tuple[NormProjectInputs, tuple[Tensor, ...], list[bool]]:
+def _split_backward_args(args: tuple) -> tuple[NormProjectInputs, NormSaved, list[bool]]:
     at = len(NormProjectInputs._fields)
-    return NormProjectInputs(*args[:at]), args[at:-1], args[-1]
+    return NormProjectInputs(*args[:at]), NormSaved(*args[at:-1]), args[-1]
 
 
 @torch.library.register_fake("hycam::norm_project", lib=_library)
@@ -150,12 +150,7 @@ def _norm_project_fake(*args) -> tuple[Tensor, ...]:
 @torch.library.register_fake("hycam::norm_project_backward", lib=_library)
 def _norm_project_backward_fake(grad_hidden, grad_v, grad_logits, *args) -> list[Tensor]:
     inputs, _, needs = _split_backward_args(args)
-    return [
-        torch.empty_like(getattr(inputs, name), memory_format=torch.contiguous_format)
-        if needed
-        else inputs.hidden_in.new_empty(0)
-        for name, needed in zip(NORM_DIFFERENTIABLE, needs, strict=True)
-    ]
+    return empty_gradients(inputs, NORM_DIFFERENTIABLE, needs)
 
 
 def _setup_context(ctx, inputs, output) -> None:

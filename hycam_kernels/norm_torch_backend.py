@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs
+from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
 from .torch_backend import finish, fold_weights
 
 
@@ -48,9 +48,7 @@ def backward(
     grad_v: Tensor | None,
     grad_logits: Tensor | None,
     x: NormProjectInputs,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: NormSaved,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of the tensors in `NORM_DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where not needed."""
@@ -59,8 +57,13 @@ def backward(
     if need["hidden_in"] or need["norm_weight"] or need["norm_bias"]:
         gradient = hidden_gradient(grad_hidden, grad_v, grad_logits, x)
         if gradient is not None:
-            grads |= _norm_backward(gradient.to(x.norm_dtype), x, mean, rstd, need)
-    grads |= projection_gradients(grad_v, grad_logits, x, hidden, need)
+            grads |= _norm_backward(gradient.to(x.norm_dtype), x, saved, need)
+    operand = saved.hidden.to(x.compute_dtype)
+    if grad_v is not None:
+        grads |= low_rank_gradients(grad_v, x, operand, need)
+    if grad_logits is not None and need["router_weight"]:
+        # a token's share of the balance loss is below float16's smallest number
+        grads["router_weight"] = grad_logits.T @ operand.to(x.sum_dtype)
     return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
 
 
@@ -82,31 +85,29 @@ def _add_product(to: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(to, a, b) if to.dtype == a.dtype else to + a @ b
 
 
-def projection_gradients(
-    grad_v: Tensor | None, grad_logits: Tensor | None, x: NormProjectInputs, hidden: Tensor, need: dict[str, bool]
+def low_rank_gradients(
+    grad_v: Tensor, x: NormProjectInputs, operand: Tensor, need: dict[str, bool]
 ) -> dict[str, Tensor]:
-    """Gradients of A, N and W_r, as far as they are needed and there is one."""
+    """Gradients of A and N as far as they are needed; ``operand`` is h in the compute dtype."""
+    if not (need["lora_a"] or need["lora_n"]):
+        return {}
+    d_folded = (grad_v.T @ operand).to(x.sum_dtype).view_as(x.lora_a)
     grads = {}
-    operand = hidden.to(x.compute_dtype)
-    if grad_v is not None and (need["lora_a"] or need["lora_n"]):
-        d_folded = (grad_v.T @ operand).to(x.sum_dtype).view_as(x.lora_a)
-        if need["lora_a"]:
-            grads["lora_a"] = x.lora_n.to(x.sum_dtype).mT @ d_folded
-        if need["lora_n"]:
-            grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
-    if grad_logits is not None and need["router_weight"]:
-        # a token's share of the balance loss is below float16's smallest number
-        grads["router_weight"] = grad_logits.T @ operand.to(x.sum_dtype)
+    if need["lora_a"]:
+        grads["lora_a"] = x.lora_n.to(x.sum_dtype).mT @ d_folded
+    if need["lora_n"]:
+        grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
     return grads
 
 
 def _norm_backward(
-    gradient: Tensor, x: NormProjectInputs, mean: Tensor, rstd: Tensor, need: dict[str, bool]
+    gradient: Tensor, x: NormProjectInputs, saved: NormSaved, need: dict[str, bool]
 ) -> dict[str, Tensor]:
     grads = {}
+    rstd = saved.rstd[:, None]
     values = x.hidden_in.to(x.norm_dtype)
-    centred = values if x.kind == "rms" else values - mean[:, None]
-    normalised = centred * rstd[:, None]
+    centred = values if x.kind == "rms" else values - saved.mean[:, None]
+    normalised = centred * rstd
     if need["norm_weight"]:
         grads["norm_weight"] = (gradient * normalised).sum(0)
     if need["norm_bias"]:
@@ -116,5 +117,5 @@ def _norm_backward(
         inner = weighted - normalised * (weighted * normalised).mean(-1, keepdim=True)
         if x.kind == "layer":
             inner = inner - weighted.mean(-1, keepdim=True)
-        grads["hidden_in"] = inner * rstd[:, None]
+        grads["hidden_in"] = inner * rstd
     return grads

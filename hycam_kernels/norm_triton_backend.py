@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs
+from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
+from .norm_torch_backend import low_rank_gradients
 from .torch_backend import finish, fold_weights
 from .triton_backend import DTYPES, environment_refusal, launcher
 
@@ -42,16 +43,12 @@ def backward(
     grad_v: Tensor | None,
     grad_logits: Tensor | None,
     x: NormProjectInputs,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: NormSaved,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of the tensors in `NORM_DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where not needed."""
     with torch.cuda.device_of(x.hidden_in):
-        return run_backward(
-            grad_hidden, grad_v, grad_logits, x, hidden, mean, rstd, needs, launcher(x.hidden_in.device)
-        )
+        return run_backward(grad_hidden, grad_v, grad_logits, x, saved, needs, launcher(x.hidden_in.device))
 
 
 def run_forward(x: NormProjectInputs, launch: "Launcher") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -66,9 +63,7 @@ def run_backward(
     grad_v: Tensor | None,
     grad_logits: Tensor | None,
     x: NormProjectInputs,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: NormSaved,
     needs: list[bool],
     launch: "Launcher",
 ) -> list[Tensor]:
@@ -82,12 +77,10 @@ def run_backward(
     if need["hidden_in"] or need["norm_weight"] or need["norm_bias"]:
         gradient = _hidden_gradient(x, grad_hidden, d_rows)
         if gradient is not None and gradient.shape[0]:
-            grads |= norm_backward(launch, x, gradient, mean, rstd, need)
-    operand = hidden.to(x.compute_dtype)
-    if grad_v is not None and (need["lora_a"] or need["lora_n"]):
-        d_folded = (grad_v.T @ operand).to(torch.float32).view_as(x.lora_a)
-        grads["lora_a"] = x.lora_n.to(torch.float32).mT @ d_folded
-        grads["lora_n"] = d_folded @ x.lora_a.to(torch.float32).mT
+            grads |= norm_backward(launch, x, gradient, saved.mean, saved.rstd, need)
+    operand = saved.hidden.to(x.compute_dtype)
+    if grad_v is not None:
+        grads |= low_rank_gradients(grad_v, x, operand, need)
     if grad_logits is not None and need["router_weight"]:
         grads["router_weight"] = router_weight_grad(launch, x, grad_logits, operand)
     return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
-from .torch_backend import fold, unfold_grads
+from .torch_backend import finish, fold, unfold_grads
 
 if TYPE_CHECKING:
     from .kernels.launch import Launcher
@@ -238,7 +238,7 @@ def run_backward(
     if need["hidden"]:
         grads["hidden"] = _sum_of_products(products)
 
-    return [_finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
 
 
 _READ_BY_ELEMENT = ("shared_bias", "lora_b", "lora_b_bias", "router_weight", "router_bias")
@@ -280,9 +280,3 @@ def _sum_of_products(products: list[tuple[Tensor, Tensor]]) -> Tensor | None:
     for d_output, weight in products:
         total = d_output @ weight if total is None else total.addmm_(d_output, weight)
     return total
-
-
-def _finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
-    if not needed or of is None:
-        return torch.empty(0)
-    return torch.zeros_like(of) if grad is None else grad.to(of.dtype)

@@ -41,24 +41,9 @@ class FusionBackward:
         self.launch = launch
         self.x = x
         self.s = s
-        self.arguments = {
+        self.arguments = launch.fusion_arguments(x, v, lora_b, weights) | {
             "grad_out": grad_out,
-            "v": v,
-            "lora_b": lora_b,
-            "lora_b_bias": x.lora_b_bias,
-            "weights": weights,
-            "attn_output": x.attn_output,
-            "residual": x.residual,
-            "tokens": grad_out.shape[0],
-            "d": grad_out.shape[1],
             "stride_grad": row_stride(grad_out),
-            "stride_v": row_stride(v),
-            "stride_attn": row_stride(x.attn_output),
-            "stride_residual": row_stride(x.residual),
-            "scale": x.scale,
-            "NUM_EXPERTS": x.num_experts,
-            "RANK": x.rank,
-            **launch.arithmetic(x),
         }
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -153,7 +153,9 @@ def row_grad_kernel(
             b_tile = load_b(lora_b, expert, cols, col_mask, 0, d, RANK, BLOCK_R)
             z = tl.dot(v_tile, tl.trans(b_tile), input_precision=PRECISION)
             if lora_b_bias is not None:
-                z += load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[None, :]
+                # one uniform base per expert: as expert * d + cols the addresses cost 70 registers, and spill
+                bias = tl.load(lora_b_bias + (expert * d + start) + tl.arange(0, BLOCK_D), mask=col_mask, other=0.0)
+                z += bias.to(tl.float32)[None, :]
             z *= scale
             weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
             gate = sigmoid(z, FAST_RECIPROCAL)

@@ -81,5 +81,28 @@ class Launcher:
             "PRECISION": "tf32" if reduced and self.has_tf32 else "ieee",
         }
 
+    def fusion_arguments(
+        self, x: ModulationInputs, v: Tensor | None, lora_b: Tensor | None, weights: Tensor
+    ) -> dict[str, Any]:
+        """What all fusion kernels take; V [T, E r], contiguous B [E, d, r] and the used p [T, E]."""
+        tokens, d = x.shape
+        return {
+            "v": v,
+            "lora_b": lora_b,
+            "lora_b_bias": x.lora_b_bias,
+            "weights": weights,
+            "attn_output": x.attn_output,
+            "residual": x.residual,
+            "tokens": tokens,
+            "d": d,
+            "stride_v": row_stride(v),
+            "stride_attn": row_stride(x.attn_output),
+            "stride_residual": row_stride(x.residual),
+            "scale": x.scale,
+            "NUM_EXPERTS": x.num_experts,
+            "RANK": x.rank,
+            **self.arithmetic(x),
+        }
+
     def __call__(self, kernel, grid: tuple[int, ...], config: Mapping[str, int], **arguments) -> None:
         kernel[grid](**arguments, **config)

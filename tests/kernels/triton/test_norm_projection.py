@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hycam_kernels import NormProjectOutput, norm_project, norm_triton_backend, triton_backend
-from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs
+from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
 from tests.kernels.cases import assert_as_good_as_eager, errors, leaves
 from tests.kernels.norm_cases import NormCase, norm_reference_results, run_norm
 from tests.kernels.triton.guards import GuardedAllocations, Guards
@@ -216,7 +216,7 @@ def test_touches_no_memory_but_its_own(name, dtype, device):
     def both_passes(arguments: dict, grads: list[Tensor]) -> list[Tensor]:
         x = NormProjectInputs(**arguments, compute_dtype=dtype, backend="triton")
         hidden, v, logits, mean, rstd = norm_triton_backend.forward(x)
-        return [hidden, v, logits, *norm_triton_backend.backward(*grads, x, hidden, mean, rstd, needs)]
+        return [hidden, v, logits, *norm_triton_backend.backward(*grads, x, NormSaved(hidden, mean, rstd), needs)]
 
     guards = Guards()
     guarded = {
