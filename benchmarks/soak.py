@@ -31,6 +31,8 @@ PROCESSES = 2
 # What is logged of training and validation, beside times, speeds and memory.
 COMPARED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "balance_loss", "eval_loss", "eval_perplexity")
 _POLL = 0.05
+# Seconds that a process waits for another: one that is killed before the two have met isn't missed earlier.
+_WAIT = 120
 
 
 class SoakError(Exception):
@@ -151,6 +153,7 @@ def prepare(folder: Path, steps: int, limit: float) -> Soak:
             "save_strategy": "steps",
             "save_steps": every,
             "load_best_model_at_end": False,  # it would tie checkpoints to evaluations
+            "ddp_timeout": _WAIT,
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": True,
