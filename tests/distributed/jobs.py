@@ -129,8 +129,7 @@ def gradient(folder: Path, *, engine: str, checkpointing: str, accumulation: int
     _check_parted(trainer, engine)
     trainer.save_model(str(folder))
     assert trainer.state.global_step == 1
-    if not trainer_fields["bf16"]:  # with it DeepSpeed has cast the whole model, and rounds as no plain one does
-        _check_file(trainer, folder, dtype)
+    _check_file(trainer, folder, dtype)
     torch.save(trainer.kept, folder / f"rank{trainer.args.process_index}.pt")
     return 0
 
@@ -149,7 +148,7 @@ def _check_parted(trainer: HyCAMTrainer, engine: str) -> None:
 
 
 def _check_file(trainer: HyCAMTrainer, folder: Path, dtype: str) -> None:
-    """The file's weights in a plain model give the engine's model's very logits."""
+    """The file's weights, in a plain model as it loads, give the engine's model's very logits."""
     trainer.accelerator.wait_for_everyone()
     batch = {"input_ids": torch.arange(3, 40)[None]}
     with torch.no_grad():
