@@ -31,8 +31,9 @@ PROCESSES = 2
 # What is logged of training and validation, beside times, speeds and memory.
 COMPARED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "balance_loss", "eval_loss", "eval_perplexity")
 _POLL = 0.05
-# Seconds that a process waits for another: one that is killed before the two have met isn't missed earlier.
-_WAIT = 120
+# Seconds that a process has to end by itself after the other was killed, before it is killed too, as a launcher does
+# it: one that has not met the other yet would wait for trainer.ddp_timeout.
+_GRACE = 20.0
 
 
 class SoakError(Exception):
@@ -65,17 +66,19 @@ class Soak:
         started = time.monotonic()
         processes = [self._process(name, rank, port) for port in [free_port()] for rank in range(PROCESSES)]
         try:
-            killed = False
+            killed: float | None = None
             while any(process.poll() is None for process in processes):
                 seconds = time.monotonic() - started
-                if kill_after is not None and not killed and seconds >= kill_after:
+                if kill_after is not None and killed is None and seconds >= kill_after:
                     for rank in victims:
                         processes[rank].kill()
-                    killed = True
+                    killed = seconds
+                if killed is not None and seconds > killed + _GRACE:
+                    break
                 if seconds > (kill_after or 0.0) + self.limit:
                     raise SoakError(f"{name}: still running after {seconds:.0f} s\n{self._tail(name)}")
                 failed = any(process.poll() not in (None, 0) for process in processes)
-                if failed and not killed:
+                if failed and killed is None:
                     self._reap(processes)
                     raise SoakError(f"{name}: exit status {[p.returncode for p in processes]}\n{self._tail(name)}")
                 time.sleep(_POLL)
@@ -153,7 +156,6 @@ def prepare(folder: Path, steps: int, limit: float) -> Soak:
             "save_strategy": "steps",
             "save_steps": every,
             "load_best_model_at_end": False,  # it would tie checkpoints to evaluations
-            "ddp_timeout": _WAIT,
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": True,

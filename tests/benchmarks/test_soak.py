@@ -60,7 +60,7 @@ def _processes(monkeypatch, code):
 
 
 def test_kills_the_chosen_ranks_and_leaves_nobody_behind(tmp_path, monkeypatch):
-    own = _processes(monkeypatch, "import time; time.sleep(60)")(tmp_path, tmp_path / "recipe.yaml", 0.5)
+    own = _processes(monkeypatch, "import time; time.sleep(60)")(tmp_path, tmp_path / "recipe.yaml", 5.0)
     killed = []
     reap = Soak._reap
 
@@ -70,9 +70,17 @@ def test_kills_the_chosen_ranks_and_leaves_nobody_behind(tmp_path, monkeypatch):
         killed.append([process.returncode for process in processes])
 
     monkeypatch.setattr(Soak, "_reap", staticmethod(noting))
-    with pytest.raises(SoakError, match="still running"):  # rank 0 waits for the dead rank 1 too long
-        own.attempt("run", 0.2, [1])
+    monkeypatch.setattr(soak, "_GRACE", 0.3)
+    done, seconds = own.attempt("run", 0.2, [1])
+    assert not done
+    assert seconds > 0.5
     assert killed == [[None, -signal.SIGKILL], [-signal.SIGKILL] * 2]
+
+
+def test_a_run_that_hangs_is_an_error(tmp_path, monkeypatch):
+    own = _processes(monkeypatch, "import time; time.sleep(60)")(tmp_path, tmp_path / "recipe.yaml", 0.5)
+    with pytest.raises(SoakError, match=r"still running[\s\S]*the end"):
+        own.attempt("run", None)
 
 
 def test_a_run_that_fails_by_itself_is_an_error(tmp_path, monkeypatch):
