@@ -167,15 +167,15 @@ def prepare(folder: Path, steps: int, limit: float) -> Soak:
     return Soak(folder, recipe, limit)
 
 
-def soak(prepared: Soak, record: Record, budget: Budget, seed: int) -> bool:
-    """The undisturbed run and disturbed ones while the budget lasts; whether all of them came out alike."""
+def soak(prepared: Soak, record: Record, seconds_disturbed: float, seed: int) -> bool:
+    """The undisturbed run, then disturbed ones for so many seconds; whether all of them came out alike."""
     done, seconds = prepared.attempt("undisturbed", None)
     if not done:
         raise SoakError("undisturbed: not done")
     wanted = prepared.outcome("undisturbed")
     last = [line["loss"] for line in wanted["losses"] if "loss" in line][-1]
     record.add({"group": "undisturbed", "seconds": seconds, "final_loss": last, **wanted})
-    chance = random.Random(seed)
+    chance, budget = random.Random(seed), Budget(seconds_disturbed)
     survived, alike = 0, True
     for number in range(1, sys.maxsize):
         entry = disturbed_run(prepared, f"disturbed-{number}", budget, seconds, chance)
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(Path(folder), options.steps, options.limit)
         try:
-            alike = soak(prepared, record, Budget(60 * options.minutes), options.seed)
+            alike = soak(prepared, record, 60 * options.minutes, options.seed)
         except SoakError as error:
             record.content["error"] = str(error)
             record.write()

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import soak
-from benchmarks.record import Budget, Record
+from benchmarks.record import Record
 from benchmarks.soak import Soak, SoakError, main
 
 
@@ -31,7 +31,7 @@ class Scripted(Soak):
 def test_counts_kills_of_runs_that_came_out_alike(tmp_path):
     record = Record(tmp_path / "record.json", {})
     scripted = Scripted(tmp_path)
-    assert soak.soak(scripted, record, Budget(0.0), seed=0)
+    assert soak.soak(scripted, record, 0.0, seed=0)
     assert record.content["kills_survived"] == 2
     assert [len(entry["kills"]) for entry in record.entries[1:]] == [2]
     # the time is up, so nothing is killed any more
@@ -40,7 +40,7 @@ def test_counts_kills_of_runs_that_came_out_alike(tmp_path):
 
 def test_another_loss_fails(tmp_path):
     record = Record(tmp_path / "record.json", {})
-    assert not soak.soak(Scripted(tmp_path, losses=(1.0, 1.0 + 1e-12)), record, Budget(60.0), seed=0)
+    assert not soak.soak(Scripted(tmp_path, losses=(1.0, 1.0 + 1e-12)), record, 60.0, seed=0)
     assert record.content["kills_survived"] == 0
     assert record.entries[1]["alike"] is False
     assert record.entries[1]["found"]["losses"][0]["loss"] != 1.0

@@ -178,5 +178,5 @@ def test_a_process_that_never_comes_is_told(monkeypatch: pytest.MonkeyPatch, ran
     place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(RunStoppedError, match="did not answer within trainer.ddp_timeout"), timeouts_told():
+    with pytest.raises(RunStoppedError, match=r"did not answer within trainer\.ddp_timeout"), timeouts_told():
         join_processes({"use_cpu": True, "ddp_timeout": 1})
