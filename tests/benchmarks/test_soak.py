@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import soak
-from benchmarks.record import Record
+from benchmarks.record import ROOT, Record
 from benchmarks.soak import Soak, SoakError, main
 
 
@@ -87,6 +87,16 @@ def test_a_run_that_fails_by_itself_is_an_error(tmp_path, monkeypatch):
     own = _processes(monkeypatch, "import sys; sys.exit(3)")(tmp_path, tmp_path / "recipe.yaml", 5.0)
     with pytest.raises(SoakError, match=r"exit status .*3[\s\S]*the end"):
         own.attempt("run", None)
+
+
+def test_the_page_says_what_the_record_says():
+    record = json.loads((ROOT / "benchmarks" / "results" / "soak.json").read_text())
+    assert record["alike"]
+    assert not record["git"]["dirty"]
+    assert record["minutes"] == 30
+    runs = [entry for entry in record["entries"] if entry["group"] == "disturbed"]
+    kills = sum(len(run["kills"]) for run in runs)
+    assert f"{len(runs)} runs survived {kills} kills" in (ROOT / "docs" / "scale.md").read_text()
 
 
 @pytest.mark.slow
