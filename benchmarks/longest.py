@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from hycam.live_bytes import LiveBytes
+
 from .backbones import ModelShape
 from .measure import Session, describe, dtype_name
-from .memory import LiveBytes, release
+from .memory import release
 from .training import PLAIN, Setting, TrainingStep, adapted, loss_of, token_ids
 
 CAPACITY = 80 * 10**9

@@ -1,54 +1,12 @@
 """Bytes that a pass needs: kept for the backward, by count or by the device's allocator, and the allocator's peak."""
 
 import gc
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .peers import Arguments, Outputs, leaves, upstream
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make inside the block while they live, on any device, fake tensors too.
-
-    What an operator takes and gives back inside itself is not seen.
-
-    Args:
-        outside: tensors whose storages don't count.
-
-    Attributes:
-        live: bytes at this moment.
-        peak: the most so far.
-    """
-
-    def __init__(self, outside: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in outside)
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 def release(device: torch.device) -> None:
@@ -62,7 +20,7 @@ def kept_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> in
     """Bytes that stay for the backward after a forward, the arguments and the outputs left out.
 
     On CUDA what the allocator holds more than before; on a CPU the storages that autograd saves (torch.compile refuses
-    to work under a dispatch mode such as `LiveBytes`).
+    to work under a dispatch mode such as `hycam.live_bytes.LiveBytes`).
     """
     if arguments["hidden"].device.type == "cuda":
         torch.cuda.synchronize()

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hycam import HyCAMAttention
+from hycam.live_bytes import LiveBytes
 
 from .backbones import ModelShape, build, randomise_zeros
 from .checks import ROUNDING, WrongResultError, compare, generator_state, results
-from .memory import LiveBytes
 from .methods import HYCAM, METHODS
 from .peers import Arguments, Outputs, Peer
 from .timing import Work

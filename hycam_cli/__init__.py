@@ -22,6 +22,19 @@ RECIPE_FIELDS = (
     "evaluation",
 )
 
+# Those of a study's recipe that a run's has not.
+STUDY_FIELDS = (
+    "seeds",
+    "folds",
+    "backbones",
+    "methods",
+    "learning_rates",
+    "reference",
+    "baselines",
+    "families",
+    "keep",
+)
+
 # What `hycam plan` can count.
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
@@ -29,7 +42,8 @@ _RECIPE_HELP = "recipe: a YAML file, the folder of a run, or the name of one tha
 _OVERRIDES = """\
 Every field of the recipe can be set here too, as --section.field VALUE, VALUE being YAML:
   --seed 3   --output_dir runs/x   --trainer.learning_rate 1e-4   --tasks.0.max_rows 100
-  --method.num_experts 8   --early_stopping null   --tasks '[{name: dolly}, {name: mine, source: mine.jsonl}]'
+  --backbone llama-3.1-8b   --method.num_experts 8   --early_stopping null
+  --tasks '[{name: dolly}, {name: mine, source: mine.jsonl}]'
 Sections: backbone, method, tasks, data, trainer (any field of transformers.TrainingArguments),
 early_stopping, evaluation; and the plain fields seed and output_dir.
 """
@@ -86,6 +100,22 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--engine", choices=ENGINES, help="instead of the one that the recipe's trainer section names")
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of a table")
 
+    compare = _add(
+        commands, "compare", "train and measure several methods under equal conditions, and write the tables"
+    )
+    compare.add_argument(
+        "study", help="study: a YAML file, the folder of a study, or the name of one that ships (study_small, study_7b)"
+    )
+
+    report = _add(
+        commands, "report", "figures and tables of a study, and what is measured of its models for them", epilog=None
+    )
+    report.add_argument("study", help="folder of a study; with its study.json alone everything is drawn from records")
+    report.add_argument("--output", metavar="FOLDER", help="the report's folder (default: report, in the study's)")
+    report.add_argument(
+        "--text", metavar="FILE", help="JSON lines with a text each: what the methods have forgotten of general text"
+    )
+
     env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
     env.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -124,7 +154,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not argument.startswith("--") or ("." not in name and name not in RECIPE_FIELDS):
+        if not argument.startswith("--") or ("." not in name and name not in RECIPE_FIELDS + STUDY_FIELDS):
             own.append(argument)
             continue
         if not equals:
@@ -153,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         parser.error(str(error))
     options = parser.parse_args(own)
-    if options.command == "env" and overrides:
+    if options.command in ("report", "env") and overrides:
         parser.error(f"unrecognized arguments: --{overrides[0][0]}")
     options.overrides = overrides
 

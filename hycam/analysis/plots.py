@@ -1,10 +1,13 @@
-"""Plots of a run as PNG files. Each function draws one figure of its own: nothing touches matplotlib's global state."""
+"""Plots of a run, as PNG or SVG by the file's name. Each function draws one figure of its own: pyplot's global state is
+never touched.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,7 +27,7 @@ def plot_loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> 
     Args:
         metrics: log events with `step` and `loss`, or `step`, `eval_loss` and `eval_<task>_loss`, as in a run's
             `metrics.jsonl`; others are passed over. A loss that is None (not finite) leaves a gap.
-        path: the PNG file.
+        path: the file, .png or .svg.
 
     Raises:
         InputError: no event has a loss.
@@ -49,7 +52,14 @@ def plot_loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> 
     axes.set(title="Loss during training", xlabel="optimiser step", ylabel="loss (nats per response token)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=_DPI)
+    save(figure, path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure; the same figure gives the same file."""
+    # an SVG's ids are random and it has its date, unless told otherwise
+    with matplotlib.rc_context({"svg.hashsalt": "hycam"}):
+        figure.savefig(path, dpi=_DPI, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -57,11 +67,15 @@ def _curve(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
 
 
 def plot_expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """Write `expert_load` to a file, .png or .svg."""
+    save(expert_load(loads), path)
+
+
+def expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Mean expert weights per task and expert, one panel for each adapted layer.
 
     Args:
         loads: what `evaluate_expert_load` returns.
-        path: the PNG file.
 
     Raises:
         InputError: no task, or no layer.
@@ -77,7 +91,7 @@ def plot_expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]], path: s
     for axes, layer in zip(panels, layers, strict=True):
         values = [list(loads[task][layer]) for task in tasks]
         image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-        axes.set_title(_layer_label(layer), fontsize="medium")
+        axes.set_title(layer_label(layer), fontsize="medium")
         axes.set_xticks(range(experts), [str(expert + 1) for expert in range(experts)])
         axes.set_yticks(range(len(tasks)), tasks, parse_math=False)
         if len(layers) <= _MOST_ANNOTATED_PANELS:
@@ -88,7 +102,7 @@ def plot_expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]], path: s
     figure.supxlabel("expert")
     figure.supylabel("task")
     figure.colorbar(image, ax=panels, label="mean expert weight", aspect=30, pad=0.01)
-    figure.savefig(path, dpi=_DPI)
+    return figure
 
 
 def _annotate(axes: Axes, values: list[list[float]], highest: float) -> None:
@@ -104,7 +118,7 @@ def plot_modulation(modulation: Mapping[str, torch.Tensor], tokens: Sequence[str
     Args:
         modulation: layer -> [tokens, features], any float dtype.
         tokens: the text of each token.
-        path: the PNG file.
+        path: the file, .png or .svg.
 
     Raises:
         InputError: no layer, or a layer with another number of tokens.
@@ -127,9 +141,9 @@ def plot_modulation(modulation: Mapping[str, torch.Tensor], tokens: Sequence[str
         image = axes.imshow(
             tensor.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
         )
-        axes.set_title(_layer_label(layer), fontsize="medium")
+        axes.set_title(layer_label(layer), fontsize="medium")
         positions = range(0, len(tokens), every)
-        labels = [_token_label(tokens[position]) for position in positions]
+        labels = [token_label(tokens[position]) for position in positions]
         axes.set_yticks(positions, labels, fontsize=7, family="monospace", parse_math=False)
     for axes in panels:
         axes.label_outer()
@@ -137,16 +151,16 @@ def plot_modulation(modulation: Mapping[str, torch.Tensor], tokens: Sequence[str
     figure.supxlabel("feature")
     figure.supylabel("token")
     figure.colorbar(image, ax=panels, label="modulation (0: as in the backbone)", aspect=30, pad=0.01, extend="both")
-    figure.savefig(path, dpi=_DPI)
+    save(figure, path)
 
 
-def _token_label(token: str) -> str:
+def token_label(token: str) -> str:
     """A token's text on one line: blanks and line ends visible, long ones cut."""
     shown = token.replace(" ", "\N{OPEN BOX}").replace("\n", "\\n").replace("\t", "\\t")
     return shown if len(shown) <= _LABEL_LENGTH else shown[: _LABEL_LENGTH - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _layer_label(path: str) -> str:
+def layer_label(path: str) -> str:
     """`layer 3` of `model.layers.3.self_attn`; a path without a number stays as it is."""
     numbers = [part for part in path.split(".") if part.isdecimal()]
     return f"layer {numbers[-1]}" if numbers else path

@@ -11,7 +11,7 @@ from hycam.errors import InputError
 from hycam.training.backbone import check_max_length, load_backbone_config
 from hycam.training.callbacks import finite
 from hycam.training.measure import measure
-from hycam.training.tasks import load_rows, prompts_that_fit, tokenize_split
+from hycam.training.tasks import load_rows, prompts_that_fit, responses_alone, tokenize_split
 
 
 def run(options: Namespace) -> None:
@@ -27,7 +27,7 @@ def run(options: Namespace) -> None:
     name, tokenizer = load_selected_tokenizer(selection)
     config = load_backbone_config(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)
-    tokenized = tokenize_split(rows, options.split, tokenizer, recipe.data)
+    tokenized = tokenize_split(rows, options.split, tokenizer, responses_alone(recipe.data))
     prompts = None
     if not options.no_generation:
         prompts = prompts_that_fit(rows, options.split, tokenizer, config, recipe.data, recipe.evaluation)

@@ -5,16 +5,13 @@ that would be trained takes seconds, whatever its family and size.
 """
 
 import contextlib
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+
+from hycam.live_bytes import LiveBytes
 
 
 @dataclass(frozen=True)
@@ -45,44 +42,11 @@ def trace_activations(model: nn.Module, batch: Mapping[str, Tensor], autocast: t
         parameter.grad = torch.empty_like(parameter)
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     precision = torch.autocast("cpu", dtype=autocast) if autocast is not None else contextlib.nullcontext()
-    with _LiveBytes([*model.parameters(), *model.buffers(), *gradients, *batch.values()]) as live:
+    with LiveBytes([*model.parameters(), *model.buffers(), *gradients, *batch.values()]) as count:
         with precision:
             loss = model(**batch, use_cache=False).loss
-        saved = live.now
+        saved = count.live
         loss.backward()
     for parameter in trained:
         parameter.grad = None
-    return Activations(saved, live.peak)
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators make, for as long as a tensor holds them.
-
-    Args:
-        known: tensors whose storages don't count.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._seen = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in known})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        self._seen[storage] = None
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.now -= size
+    return Activations(saved, count.peak)

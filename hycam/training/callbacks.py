@@ -148,8 +148,9 @@ class Throughput(TrainerCallback):
         """What the processes have counted together, and begin anew.
 
         Returns:
-            `tokens_per_second` of all processes (without padding), `padding_share` of the positions, `peak_bytes`: the
-            most memory that a process has had since it began: allocated on its accelerator, resident on a CPU.
+            `tokens_per_second` of all processes (without padding), `padding_share` of the positions, `seconds` that the
+            steps took, validation and checkpoints left out, and `peak_bytes`: the most memory that a process has had
+            since it began: allocated on its accelerator, resident on a CPU.
         """
         sums = torch.tensor([self.tokens, self.positions], dtype=torch.float64, device=device)
         largest = torch.tensor([self.seconds, _peak_bytes(device)], dtype=torch.float64, device=device)
@@ -158,7 +159,12 @@ class Throughput(TrainerCallback):
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         (tokens, positions), (seconds, peak) = sums.tolist(), largest.tolist()
         self._clear()
-        return {"tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / positions, "peak_bytes": peak}
+        return {
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - tokens / positions,
+            "seconds": seconds,
+            "peak_bytes": peak,
+        }
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from hycam.methods import MoeLoraConfig, MultiLoraConfig, RiemannianPrecondition
 from hycam.methods.low_rank import ALL_LINEAR, check_low_rank
 from hycam.methods.optimizer import check_delta, check_gate_lr_ratio
 from hycam.training.schema import Reader
+from hycam_kernels import explain_backend
 
 MethodName = Literal["hycam", "full", "lora", "multilora", "moelora", "riemoe"]
 
@@ -89,6 +91,22 @@ class MethodConfig:
     def delta(self) -> float:
         """What the Riemannian preconditioner adds to the diagonals."""
         return self.options.get("delta", 1e-6)
+
+    def check_backend(self, device: torch.device) -> None:
+        """Raise `InputError` where HyCAM's kernels are asked for on a device, or for experts, that they can't run."""
+        config = self.adapter_config()
+        if not isinstance(config, HyCAMConfig) or config.backend != "triton":
+            return
+        token = torch.zeros(1, 16, device=device)
+        weight = torch.zeros(1, 16, 16, device=device)
+        if config.experts == "full":
+            reason = explain_backend(
+                token, token, None, None, None, None, token, expert_weight=weight, backend="triton"
+            )
+        else:
+            reason = explain_backend(token, token, weight[0], None, None, None, None, backend="triton")
+        if not reason.startswith("triton"):
+            raise InputError(f"method.backend: got triton, wanted auto or torch: {reason.removeprefix('torch: ')}")
 
     def prepare_optimizer(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Give an optimizer that was just made what the method changes in it."""

@@ -188,8 +188,18 @@ class Recipe:
 
 def packaged_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that ship."""
-    folder = importlib.resources.files("hycam") / "recipes"
+    return packaged_yaml("recipes")
+
+
+def packaged_yaml(*folders: str) -> dict[str, Path]:
+    """Name -> file of the YAML files in a folder of the package."""
+    folder = importlib.resources.files("hycam").joinpath(*folders)
     return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
+
+
+def packaged_backbones() -> dict[str, dict[str, Any]]:
+    """Name -> section of the backbones that ship, which a recipe's `backbone` may name."""
+    return read_yaml(Path(str(importlib.resources.files("hycam") / "backbones.yaml")))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
@@ -211,12 +221,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
 
 def find_recipe(name_or_path: str) -> Path:
     """The file of a recipe."""
+    return find_yaml(name_or_path, "recipe.yaml", packaged_recipes())
+
+
+def find_yaml(name_or_path: str, inside: str, packaged: Mapping[str, Path]) -> Path:
+    """The file at a path, the one called `inside` of the folder there, or the packaged one of that name."""
     path = Path(name_or_path).expanduser()
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
+    if path.is_dir() and (path / inside).is_file():
+        return path / inside
     if path.is_file():
         return path
-    packaged = packaged_recipes()
     if name_or_path in packaged:
         return packaged[name_or_path]
     if path.suffix or len(path.parts) > 1:
@@ -229,9 +243,12 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     if not isinstance(values, dict):
         raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
     _drop_other_method(values, overrides)
-    for name, text in overrides:
-        _override(values, name, parse_yaml(text, f"--{name}"))
     reader = Reader(source, frozenset(name for name, _ in overrides))
+    if "backbone" in values:
+        values["backbone"] = backbone_section(reader, values["backbone"], "backbone")
+    for name, text in overrides:
+        value = parse_yaml(text, f"--{name}")
+        set_field(values, name, backbone_section(reader, value, name) if name == "backbone" else value)
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
     if "method" in sections:
@@ -245,6 +262,16 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     except (ValueError, TypeError) as error:
         reader.refuse("method", error, method_fields(recipe.method.name))
     return recipe
+
+
+def backbone_section(reader: Reader, value: Any, path: str) -> Any:
+    """`value`, or the section of the backbone that ships by the name `value`."""
+    if not isinstance(value, str):
+        return value
+    known = packaged_backbones()
+    if value not in known:
+        reader.fail(path, f"got {value!r}, wanted fields, or a name that ships{suggest(value, known)}")
+    return known[value]
 
 
 def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
@@ -273,8 +300,8 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
     return values
 
 
-def _override(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set the dotted field `name` in nested mappings and lists; missing mappings are made."""
+def set_field(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted field, which the command line gave, in nested mappings and lists; missing mappings are made."""
     *parents, last = name.split(".")
     node: Any = values
     for depth, key in enumerate(parents):

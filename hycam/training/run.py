@@ -38,14 +38,21 @@ from hycam.training.backbone import (
     load_model,
     load_tokenizer,
 )
-from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics
+from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, write_whole
 from hycam.training.engines import timeouts_told
 from hycam.training.folder import check_folder, open_folder
 from hycam.training.measure import measure, own_draws
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
-from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, tokenize_split, training_set
+from hycam.training.tasks import (
+    TaskRows,
+    load_rows,
+    prompts_that_fit,
+    responses_alone,
+    tokenize_split,
+    training_set,
+)
 from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint, remove_unfinished
 
 ADAPTER_FOLDER = "adapter"
@@ -80,6 +87,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     announce: Callable[[str], object] = _silent,
+    test: bool = True,
+    base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the recipe's adapter, or its whole backbone, and measure it on the test split.
 
@@ -92,6 +101,9 @@ def train(
         resume: go on from the last whole checkpoint of the output folder; from the start where it has none.
         overwrite: delete the run that the output folder holds.
         announce: is told, in the main process, what the run is about to do: a line each.
+        test: measure the test split; without it the results have no `test` and no `expert_load`, and nothing is drawn.
+        base: the backbone's own metrics on this test split where they are known, as a run's `results["test"]["base"]`
+            has them; None: they are measured.
 
     Returns:
         What `results.json` holds.
@@ -118,16 +130,20 @@ def train(
             checkpoint = last_checkpoint(recipe.output_path) if resume else None
         if resume:
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
-        base = None
-        if not isinstance(model, PeftModel):  # training will change the backbone
+        if test and base is None and not isinstance(model, PeftModel):  # training will change the backbone
             device: Any = prepared.arguments.device
             base = _measure_test(recipe, prepared, model.to(device), "test, backbone")
         state = _fit(recipe, trainer, checkpoint)
     trainer.save_model(str(trained_folder(recipe)))
     if prepared.arguments.should_save and not isinstance(model, PeftModel):
         prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
-    results = _measure_run(recipe, prepared, model, base)
+    results = _describe_run(recipe, prepared, model)
     results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
+    if not test:
+        if prepared.arguments.should_save:
+            _write_json(recipe.output_path / RESULTS_FILE, results)
+        return results
+    results = _measure_run(recipe, prepared, model, base) | results
     row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
     # every process takes part in a forward of a model that is in parts
     is_hycam = recipe.method.name == "hycam"
@@ -156,6 +172,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     check_sharding(
         recipe.method, sharded=bool(arguments.deepspeed or arguments.fsdp), zero3=is_deepspeed_zero3_enabled()
     )
+    recipe.method.check_backend(arguments.device)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     with _first_of_machine(recipe, arguments):
@@ -166,9 +183,12 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
     tokenizer = load_tokenizer(recipe.backbone, name)
+    measured = responses_alone(recipe.data)
     with _first_of_machine(recipe, arguments):
         tokenized = {
-            split: tokenize_split(rows, split, tokenizer, recipe.data) for split in ("train", "validation", "test")
+            "train": tokenize_split(rows, "train", tokenizer, recipe.data),
+            "validation": tokenize_split(rows, "validation", tokenizer, measured),
+            "test": tokenize_split(rows, "test", tokenizer, measured),
         }
     prompts = None
     if recipe.evaluation.generation:
@@ -325,6 +345,22 @@ def _measure_test(
     )
 
 
+def _describe_run(recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel) -> dict[str, Any]:
+    """What was trained, on how much, with what."""
+    trainable, total = _parameter_counts(model)
+    return {
+        "rows": {
+            split: {name: len(dataset) for name, dataset in tasks.items()}
+            for split, tasks in prepared.tokenized.items()
+        },
+        "parameters": {"trainable": trainable, "total": total},
+        "backbone": prepared.backbone,
+        "recipe": recipe.to_dict(),
+        "versions": package_versions(),
+        "devices": devices(),
+    }
+
+
 def _measure_run(
     recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, base: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -338,19 +374,7 @@ def _measure_run(
         with model.disable_adapter():
             base = _measure_test(recipe, prepared, model, "test, backbone")
     adapted = _measure_test(recipe, prepared, model, "test, adapted")
-    trainable, total = _parameter_counts(model)
-    results: dict[str, Any] = {
-        "test": {"base": base, "adapted": adapted},
-        "rows": {
-            split: {name: len(dataset) for name, dataset in tasks.items()}
-            for split, tasks in prepared.tokenized.items()
-        },
-        "parameters": {"trainable": trainable, "total": total},
-        "backbone": prepared.backbone,
-        "recipe": recipe.to_dict(),
-        "versions": package_versions(),
-        "devices": devices(),
-    }
+    results: dict[str, Any] = {"test": {"base": base, "adapted": adapted}}
     config = recipe.method.adapter_config()
     if isinstance(config, HyCAMConfig) and config.experts != "none":
         collator = Collator(prepared.tokenizer.pad_token_id)
@@ -379,4 +403,4 @@ def _draw(
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(finite(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n")

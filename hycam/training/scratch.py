@@ -20,6 +20,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from hycam.data.documents import read_documents
 from hycam.data.synthetic import general_text
 from hycam.errors import InputError
 
@@ -132,28 +133,7 @@ def train_scratch_backbone(config: ScratchConfig, output_dir: str | Path, seed: 
 def _documents(config: ScratchConfig, seed: int) -> list[str]:
     if config.corpus == "synthetic":
         return general_text(config.num_documents, seed)
-    path = Path(config.corpus).expanduser()
-    documents: list[str] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if len(documents) == config.num_documents:
-                    break
-                documents.append(_text(line, f"{path}:{number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read as the backbone's corpus: {error}") from error
-    return documents
-
-
-def _text(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{where}: text: {text!r} given, text is wanted")
-    return text
+    return read_documents(config.corpus, config.num_documents)
 
 
 def _fingerprint(config: ScratchConfig, seed: int, documents: list[str]) -> str:

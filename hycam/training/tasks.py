@@ -1,5 +1,6 @@
 """The tasks of a recipe, as text rows per split and as token rows."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -54,6 +55,11 @@ def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, Task
             raise InputError(f"tasks: {task.name}: {error}") from error
         rows[task.name] = TaskRows(task_id, splits | {"all": dataset}, rows_digest(dataset))
     return rows
+
+
+def responses_alone(config: DataConfig) -> DataConfig:
+    """The settings for rows that are measured: a perplexity is that of responses, whatever the loss is on."""
+    return dataclasses.replace(config, train_on_prompt=False)
 
 
 def tokenize_split(

@@ -47,14 +47,14 @@ def test_adapting_an_offloaded_model(tmp_path):
     assert torch.equal(model.eval()(**batch()).logits, want)
 
 
-def run_sharded(*arguments, port):
+def run_sharded(*arguments):
     run = subprocess.run(
         [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--nproc_per_node=2",
-            f"--master_port={port}",
+            "--standalone",
             str(WORKER),
             *arguments,
         ],
@@ -72,13 +72,13 @@ def run_sharded(*arguments, port):
 
 
 def test_fsdp2_has_the_gradients_of_one_process():
-    assert run_sharded("fsdp2", "none", port=29611) < 1e-5
+    assert run_sharded("fsdp2", "none") < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
 def test_fsdp2_with_checkpointing(checkpointing):
-    assert run_sharded("fsdp2", checkpointing, port=29612) < 1e-5
+    assert run_sharded("fsdp2", checkpointing) < 1e-5
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_fsdp2_with_checkpointing(checkpointing):
 def test_sharded_with_fused_norms(kind, norms):
     if kind == "zero3":
         pytest.importorskip("deepspeed")
-    assert run_sharded(kind, "non-reentrant", "fuse_norm", *norms, port=29614) < 1e-5
+    assert run_sharded(kind, "non-reentrant", "fuse_norm", *norms) < 1e-5
 
 
 @pytest.mark.slow
@@ -95,4 +95,4 @@ def test_sharded_with_fused_norms(kind, norms):
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_zero_has_the_weights_of_one_process(stage, checkpointing):
     pytest.importorskip("deepspeed")
-    assert run_sharded(stage, checkpointing, port=29613) < 1e-5
+    assert run_sharded(stage, checkpointing) < 1e-5

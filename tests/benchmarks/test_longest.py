@@ -8,9 +8,9 @@ import torch
 from benchmarks import longest
 from benchmarks.backbones import ModelShape
 from benchmarks.longest import counted_bytes, counted_longest, extrapolate, largest, measured_longest
-from benchmarks.memory import LiveBytes
 from benchmarks.methods import METHODS
 from benchmarks.training import Setting, adapted, loss_of, token_ids
+from hycam.live_bytes import LiveBytes
 
 SHAPE = ModelShape("tiny-llama", 1, 64, num_experts=2, rank=4)
 CPU = torch.device("cpu")

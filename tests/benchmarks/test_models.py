@@ -12,12 +12,12 @@ from benchmarks import end_to_end, methods, models
 from benchmarks.backbones import CONFIGS, ModelShape, build
 from benchmarks.checks import WrongResultError
 from benchmarks.generation import Generation, check_generation
-from benchmarks.memory import LiveBytes
 from benchmarks.methods import METHODS, EagerHyCAMAttention
 from benchmarks.models import measure_attention, measure_generation, measure_steps
 from benchmarks.record import Budget, Record
 from benchmarks.training import Setting, TrainingStep, adapted, check_attention, check_step
 from hycam import HyCAMAttention
+from hycam.live_bytes import LiveBytes
 from hycam_kernels import hycam_modulation
 from tests.benchmarks.fakes import make_session
 

@@ -123,7 +123,7 @@ def test_reads_a_corpus_of_json_lines(tmp_path):
         ('{"text": "a"}\n{"txt": "b"}\n', r"corpus\.jsonl:2: text: None given"),
         ('["a"]\n', r"corpus\.jsonl:1: text: None given"),
         ('{"text": "short"}\n', "tokens in 1 documents, wanted at least batch_size x sequence_length = 128"),
-        (None, "can't be read as the backbone's corpus: .*No such file"),
+        (None, "can't be read as JSON Lines of text: .*No such file"),
     ],
 )
 def test_a_wrong_corpus_is_named(tmp_path, lines, message):

@@ -132,6 +132,43 @@ def test_the_released_code_to_float32_rounding():
     assert error <= 3 * rounding
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_released_decoder_layer(training):
+    """The whole layer's output and gradients, in float64: the modulated residual stream, and the MLP of that. The
+    forward takes the best expert of the noisy logits, in evaluation too, the backward goes through their softmax.
+    """
+    model = adapted("released_code", torch.float64).train(training)
+    block = model.get_base_model().model.layers[0]
+    hidden = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
+    output = {}
+    handle = block.register_forward_hook(lambda module, args, result: output.update(out=result))
+    _, h, h_att, noise = run(model, hidden, seed=7)
+    handle.remove()
+    layer = block.self_attn
+    trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
+
+    w = {name.removeprefix("hycam_").replace(".default", ""): p for name, p in layer.named_parameters()}
+    total = silu(h @ w["shared.weight"].T + w["shared.bias"])
+    logits = h @ w["router.weight"].T + w["router.bias"] + noise.view(2, 5, E)
+    soft = torch.softmax(logits / 0.5, -1)
+    hard = torch.nn.functional.one_hot(logits.argmax(-1), E) + soft - soft.detach()
+    for k in range(E):
+        v = (h @ w["lora_a"][k].T + w["lora_a_bias"][k]) @ w["lora_n"][k].T + w["lora_n_bias"][k]
+        z = v @ w["lora_b"][k].T + w["lora_b_bias"][k]
+        total = total + hard[..., k : k + 1] * silu(32 / R * z)
+    stream = (hidden + h_att) * (1 + total)
+    want = stream + block.mlp(block.post_attention_layernorm(stream))
+    torch.testing.assert_close(output["out"], want)
+    upstream = torch.randn_like(want)
+    leaves = [hidden, *trained.values()]
+    mine = torch.autograd.grad(output["out"], leaves, upstream, allow_unused=True, retain_graph=True)
+    theirs = torch.autograd.grad(want, leaves, upstream, allow_unused=True)
+    assert sum(grad is not None for grad in mine) == len(leaves) == 1 + 2 + 8
+    for got, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert not w["router.weight"].requires_grad and not w["router.bias"].requires_grad
+
+
 def test_the_released_codes_norms_are_trained_and_its_router_is_not():
     model = adapted("released_code").train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -111,6 +111,6 @@ def save_recipe(folder: Path, values: dict[str, Any]) -> Path:
 
 def logged_numbers(folder: Path) -> list[dict[str, Any]]:
     """Every logged number but those that a process counts from its own beginning."""
-    own = ("tokens_per_second", "padding_share", "peak_bytes")
+    own = ("tokens_per_second", "padding_share", "seconds", "peak_bytes")
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train_runtime" not in line]
     return [{key: value for key, value in line.items() if key not in own} for line in lines]

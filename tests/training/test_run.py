@@ -319,6 +319,11 @@ def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tasks": []}, "tasks: none given"),
         ({"tasks": [{"name": "nowhere", "source": "nowhere.jsonl"}]}, "nowhere.jsonl"),
         ({"data": {"max_length": 129}}, "data.max_length: 129 given, the backbone has 128 positions"),
+        (
+            {"method": {"backend": "triton"}},
+            "method.backend: got triton, wanted auto or torch: the triton backend can't run",
+        ),
+        ({"method": {"preset": "full_spec", "backend": "triton"}}, "method.backend: got triton, wanted auto or torch"),
         ({"backbone": {"name_or_path": "./no-such-backbone"}}, "backbone.name_or_path: ./no-such-backbone: can't be"),
         ({"backbone": {"revision": "v2"}}, "backbone.revision: got 'v2' for the folder"),
         ({"backbone": {"pad_token": "<none>"}}, "backbone.pad_token: '<none>' is no token of"),

@@ -1,0 +1,133 @@
+"""Which measurements a report needs: kept ones, or made where the study's runs are at hand."""
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from hycam.data.cache import digest
+from hycam.reporting.measured import (
+    RunFolder,
+    measure_modulation,
+    measure_text,
+    measure_tokens,
+    measure_value_states,
+    measurement_settings,
+)
+from hycam.reporting.records import Cell, Record, cell_folder, finished_cells
+from hycam.reporting.store import Store
+
+Values = dict[str, Any]
+
+
+class Measurements:
+    """A study's measurements beside its record.
+
+    Args:
+        study: its folder.
+        record: its `study.json`.
+        store: keeps the measurements.
+        announce: is told what is about to be measured, a line each.
+
+    Attributes:
+        runs: a cell's folder in the study's -> its run, of the cells whose folders are there.
+        tokens: backbone -> fold -> what `measure_tokens` returns.
+        text: a backbone's name or a cell's folder -> what `measure_text` returns.
+        value_states, modulation: backbone -> what `measure_value_states` and `measure_modulation` return of the first
+            run of the study's reference.
+        missing: what is neither kept nor could be measured, and why.
+    """
+
+    def __init__(self, study: Path, record: Record, store: Store, announce: Callable[[str], object]) -> None:
+        self.record = record
+        self.store = store
+        self.announce = announce
+        names = [cell_folder(cell) for cell in record["cells"] if cell["status"] == "done"]
+        self.runs = {name: RunFolder(study / name) for name in names if (study / name).is_dir()}
+        self.tokens: dict[str, dict[int, Values]] = {}
+        self.text: dict[str, Values] = {}
+        self.value_states: dict[str, Values] = {}
+        self.modulation: dict[str, Values] = {}
+        self.missing: list[str] = []
+
+    def make(self, backbone: str, texts: list[str] | None) -> None:
+        """All of a backbone's; without `texts` the forgetting is what is kept."""
+        by_method = finished_cells(self.record, backbone)
+        cells = [cell for of_method in by_method.values() for cell in of_method]
+        self._tokens(backbone, cells)
+        self._text(backbone, cells, texts)
+        study = self.record["study"]
+        reference = by_method.get(study["reference"])
+        if reference and study["methods"][study["reference"]].get("name", "hycam") == "hycam":
+            self._reference(reference[0])
+
+    def _tokens(self, backbone: str, cells: list[Cell]) -> None:
+        of_folds = self.tokens.setdefault(backbone, {})
+        for fold in sorted({cell["fold"] for cell in cells}):
+            run = self._any_run(cell for cell in cells if cell["fold"] == fold)
+            inputs = None if run is None else run.token_inputs
+            values = self._get("tokens", f"{backbone}/fold{fold}", run, inputs, measure_tokens)
+            if values is not None:
+                of_folds[fold] = values
+
+    def _text(self, backbone: str, cells: list[Cell], texts: list[str] | None) -> None:
+        if texts is None:
+            kept = self.store.all("forgetting")
+            names = [backbone, *map(cell_folder, cells)]
+            self.text |= {name: kept[name]["value"] for name in names if name in kept}
+            if backbone not in self.text:
+                self.missing.append(f"forgetting of {backbone}: no --text given")
+            return
+        run = self._any_run(cells)
+        given = {"texts": digest(texts)}
+        inputs = None if run is None else run.token_inputs["settings"] | given
+        base = functools.partial(measure_text, texts=texts, adapted=False)
+        adapted = functools.partial(measure_text, texts=texts, adapted=True)
+        values = {backbone: self._get("forgetting", backbone, run, inputs, base)}
+        for cell in cells:
+            run = self._with_weights(cell)
+            name, inputs = cell_folder(cell), None if run is None else run.inputs | given
+            values[name] = self._get("forgetting", name, run, inputs, adapted)
+        self.text |= {name: value for name, value in values.items() if value is not None}
+
+    def _reference(self, cell: Cell) -> None:
+        run = self._with_weights(cell)
+        model = functools.cache(lambda: run.model() if run is not None else None)
+        inputs = None if run is None else run.inputs | measurement_settings()
+        for kind, measure, kept in (
+            ("value_states", measure_value_states, self.value_states),
+            ("modulation", measure_modulation, self.modulation),
+        ):
+            bound = functools.partial(_with_model, measure, model)
+            values = self._get(kind, cell_folder(cell), run, inputs, bound)
+            if values is not None:
+                kept[cell["backbone"]] = values
+
+    def _any_run(self, cells: Iterable[Cell]) -> RunFolder | None:
+        return next((self.runs[name] for cell in cells if (name := cell_folder(cell)) in self.runs), None)
+
+    def _with_weights(self, cell: Cell) -> RunFolder | None:
+        run = self.runs.get(cell_folder(cell))
+        return run if run is not None and run.has_weights else None
+
+    def _get(
+        self,
+        kind: str,
+        key: str,
+        run: RunFolder | None,
+        inputs: Values | None,
+        measure: Callable[[RunFolder], Values],
+    ) -> Values | None:
+        def announced() -> Values:
+            assert run is not None
+            self.announce(f"measuring {kind}: {key}")
+            return measure(run)
+
+        values = self.store.get(kind, key, inputs, announced)
+        if values is None:
+            self.missing.append(f"{kind} of {key}: its run is not there, or its weights are not")
+        return values
+
+
+def _with_model(measure: Callable[[RunFolder, Any], Values], model: Callable[[], Any], run: RunFolder) -> Values:
+    return measure(run, model())

@@ -1,0 +1,173 @@
+"""`study.json`: what a study's finished runs measured, in one small file that the tables and figures are made of."""
+
+import json
+from typing import Any
+
+from hycam.errors import InputError
+from hycam.study.recipe import Study
+from hycam.study.units import (
+    Unit,
+    cells,
+    claim,
+    failure,
+    is_done,
+    lock_file,
+    results,
+    run_folder,
+    tuning,
+    weights,
+)
+from hycam.study.worker import DIVERGED
+from hycam.training.callbacks import finite, read_metrics, write_whole
+from hycam.training.folder import RECORD_FILE
+from hycam.training.run import METRICS_FILE
+
+STUDY_RECORD = "study.json"
+
+_TEST_METRICS = ("perplexity", "nll", "tokens", "bleu4", "rougeL", "rows", "too_long")
+
+
+def chosen_rate(study: Study, backbone: str, method: str) -> float | None:
+    """The rate of the method's grid with the lowest validation loss, the lower one of equals.
+
+    None while the grid isn't done, and where training broke down at all of its rates.
+    """
+    rates = study.rates(method)
+    if len(rates) == 1:
+        return rates[0]
+    runs = [run for run in tuning(study) if (run.backbone, run.method) == (backbone, method)]
+    if not all(is_done(study, run) for run in runs):
+        return None
+    losses = [(loss, run.tried_rate) for run in runs if (loss := validation_loss(study, run)) is not None]
+    return min(losses)[1] if losses else None
+
+
+def validation_loss(study: Study, unit: Unit) -> float | None:
+    """The validation loss of the weights that a finished run ended with; None where training broke down."""
+    measured = results(study, unit)
+    if measured is None or DIVERGED in measured:
+        return None
+    losses = [
+        line["eval_loss"]
+        for line in read_metrics(run_folder(study, unit) / METRICS_FILE)
+        if "eval_loss" in line and line["step"] > 0
+    ]
+    return min(losses) if study.trainer.get("load_best_model_at_end", True) else losses[-1]
+
+
+def write_record(study: Study) -> dict[str, Any]:
+    """Collect the record and write it whole, one process at a time."""
+    with claim(lock_file(study, "study"), wait=True):
+        record = collect(study)
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        write_whole(study.output_path / STUDY_RECORD, text)
+    return record
+
+
+def collect(study: Study) -> dict[str, Any]:
+    """The record of what the study's folder holds.
+
+    Returns:
+        `study`: the recipe. `planned`: the number of cells. `cells`: those that are done, or failed when they were last
+        tried. `tuning`: the runs of the learning-rate grids. `data`: per fold and task the rows of each split and the
+        SHA-256 of all. `backbones`: parameters, and the training of those from scratch. `versions`, `devices`: each
+        combination that a run was made with.
+
+    Raises:
+        InputError: two cells saw other rows.
+    """
+    collected = [entry for unit in cells(study) if (entry := _cell(study, unit)) is not None]
+    finished = {unit: values for unit in cells(study) if (values := results(study, unit)) is not None}
+    record = {
+        "study": study.to_dict(),
+        "planned": len(cells(study)),
+        "cells": collected,
+        "tuning": [entry for unit in tuning(study) if (entry := _tuning(study, unit)) is not None],
+        "data": _data(study),
+        "backbones": {name: entry for name in study.backbones if (entry := _backbone(study, name))},
+        "versions": _distinct([values["versions"] for values in finished.values()]),
+        "devices": _distinct([values["devices"] for values in finished.values()]),
+    }
+    plain: dict[str, Any] = finite(record)
+    return plain
+
+
+def _cell(study: Study, unit: Unit) -> dict[str, Any] | None:
+    name = {"backbone": unit.backbone, "method": unit.method, "fold": unit.fold, "seed": unit.seed}
+    measured = results(study, unit)
+    if measured is None:
+        error = failure(study, unit)
+        return None if error is None else name | {"status": "failed", "error": error}
+    lines = read_metrics(run_folder(study, unit) / METRICS_FILE)
+    entry = name | {
+        "status": "done",
+        "learning_rate": measured["recipe"]["trainer"]["learning_rate"],
+        "test": _test(measured["test"]["adapted"]),
+        "base": _test(measured["test"]["base"]),
+        "parameters": measured["parameters"],
+        "train_seconds": sum(line["seconds"] for line in lines if "seconds" in line),
+        "peak_bytes": max(line["peak_bytes"] for line in lines if "peak_bytes" in line),
+        "steps": measured["steps"],
+        "best_step": measured["best_step"],
+        "curves": {key: [[line["step"], line[key]] for line in lines if key in line] for key in ("loss", "eval_loss")},
+    }
+    if "expert_load" in measured:
+        entry["expert_load"] = measured["expert_load"]
+    return entry
+
+
+def _test(report: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a test split per task and overall; `loss` is the negative log-likelihood per token, in nats."""
+
+    def chosen(values: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: values[key] for key in _TEST_METRICS if key in values}
+        return {"loss": kept["nll"] / kept["tokens"]} | kept
+
+    return {
+        "tasks": {name: chosen(values) for name, values in report["tasks"].items()},
+        "overall": chosen(report["overall"]),
+    }
+
+
+def _tuning(study: Study, unit: Unit) -> dict[str, Any] | None:
+    name = {"backbone": unit.backbone, "method": unit.method, "learning_rate": unit.tried_rate}
+    measured = results(study, unit)
+    if measured is None:
+        error = failure(study, unit)
+        return None if error is None else name | {"status": "failed", "error": error}
+    if DIVERGED in measured:
+        return name | {"status": DIVERGED, "error": measured[DIVERGED], "validation_loss": None}
+    numbers = {key: measured[key] for key in ("steps", "best_step")}
+    return name | {"status": "done", "validation_loss": validation_loss(study, unit), **numbers}
+
+
+def _data(study: Study) -> dict[str, Any]:
+    """Per fold, the fingerprint of every task's rows, which is one for all cells."""
+    data: dict[str, Any] = {}
+    first: dict[str, Unit] = {}
+    for unit in cells(study):
+        path = run_folder(study, unit) / RECORD_FILE
+        if not path.is_file():
+            continue
+        seen = json.loads(path.read_text(encoding="utf-8"))["data"]
+        fold = str(unit.fold)
+        if seen != data.setdefault(fold, seen):
+            task = next(name for name in seen if seen[name] != data[fold].get(name))
+            raise InputError(f"{unit.folder}: the rows of {task} are not those of {first[fold].folder}")
+        first.setdefault(fold, unit)
+    return data
+
+
+def _backbone(study: Study, name: str) -> dict[str, Any]:
+    if study.backbones[name].get("scratch") is None:
+        return {"name_or_path": study.backbones[name]["name_or_path"]}
+    folder = weights(study, name)
+    if folder is None:
+        return {}
+    path = study.output_path / "backbones" / name / folder.rpartition("/")[2] / "training.json"
+    training: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return training
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    return [value for index, value in enumerate(values) if value not in values[:index]]

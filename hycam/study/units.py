@@ -1,0 +1,193 @@
+"""What a study consists of: backbones to train, learning rates to try, and cells, each with a folder and a lock."""
+
+import dataclasses
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hycam.study.recipe import Study
+from hycam.training.callbacks import write_whole
+from hycam.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RESULTS_FILE
+
+# A study's backbone is no method's: all runs share it, whatever their own seeds are.
+BACKBONE_SEED = 0
+
+_WORK_FOLDER = "work"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of a study's work.
+
+    Attributes:
+        backbone: its name.
+        method: its name; None: the unit trains the backbone from scratch.
+        fold, seed: of the run.
+        tried_rate: the learning rate that the run tries out on the validation split; None: the run is a cell of the
+            tables, at the rate that was chosen.
+    """
+
+    backbone: str
+    method: str | None = None
+    fold: int = 0
+    seed: int = 0
+    tried_rate: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where it leaves its files, in the study's folder."""
+        if self.method is None:
+            return f"backbones/{self.backbone}"
+        if self.tried_rate is not None:
+            return f"tuning/{self.backbone}/{self.method}/lr-{self.tried_rate:g}"
+        return f"cells/{self.backbone}/{self.method}/fold{self.fold}-seed{self.seed}"
+
+
+def units(study: Study) -> list[Unit]:
+    """All of a study's work, in the order in which it is taken up: what others need comes first."""
+    trained = [Unit(name) for name, section in study.backbones.items() if section.get("scratch") is not None]
+    return [*trained, *tuning(study), *cells(study)]
+
+
+def tuning(study: Study) -> list[Unit]:
+    """The runs that choose the learning rates; none for a method with one rate."""
+    return [
+        Unit(backbone, method, study.folds[0], study.seeds[0], rate)
+        for backbone in study.backbones
+        for method in study.methods
+        if len(study.rates(method)) > 1
+        for rate in study.rates(method)
+    ]
+
+
+def cells(study: Study) -> list[Unit]:
+    """The runs that the tables are made of; a seed's runs of all methods follow each other."""
+    return [
+        Unit(backbone, method, fold, seed)
+        for backbone in study.backbones
+        for fold in study.folds
+        for seed in study.seeds
+        for method in study.methods
+    ]
+
+
+def run_folder(study: Study, unit: Unit) -> Path:
+    return study.output_path / unit.folder
+
+
+def results(study: Study, unit: Unit) -> dict[str, Any] | None:
+    """What a finished run measured, None while it isn't finished."""
+    path = run_folder(study, unit) / RESULTS_FILE
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return values
+
+
+def weights(study: Study, backbone: str) -> str | None:
+    """The folder of the weights that the study trained for a backbone with its present settings, None before."""
+    folder = Path(study.output_dir) / Unit(backbone).folder
+    settings = dataclasses.asdict(study.scratch(backbone))
+    for record in sorted(folder.expanduser().glob("backbone-*/training.json")):
+        if ".unfinished" not in record.parent.name:
+            training = json.loads(record.read_text(encoding="utf-8"))
+            if (training["settings"], training["seed"]) == (settings, BACKBONE_SEED):
+                return str(folder / record.parent.name)
+    return None
+
+
+def is_done(study: Study, unit: Unit) -> bool:
+    if unit.method is None:
+        return weights(study, unit.backbone) is not None
+    return (run_folder(study, unit) / RESULTS_FILE).is_file()
+
+
+def prune(study: Study, unit: Unit) -> None:
+    """Remove what a finished run needs no more: checkpoints, and weights that the study doesn't keep.
+
+    Of the runs that tried learning rates, numbers alone stay, once the cell that goes on from one of them is done.
+    """
+    folder = run_folder(study, unit)
+    if unit.method is None or not is_done(study, unit):
+        return
+    if unit.tried_rate is not None:
+        if not is_done(study, Unit(unit.backbone, unit.method, unit.fold, unit.seed)):
+            return
+        dropped = {ADAPTER_FOLDER, MODEL_FOLDER}
+    else:
+        kept = {"models": {ADAPTER_FOLDER, MODEL_FOLDER}, "adapters": {ADAPTER_FOLDER}, "nothing": set()}[study.keep]
+        dropped = {ADAPTER_FOLDER, MODEL_FOLDER} - kept
+    for entry in [*folder.glob("checkpoint-*"), *(folder / name for name in dropped)]:
+        shutil.rmtree(entry, ignore_errors=True)  # another process of the study may be at it
+
+
+def log_file(study: Study, unit: Unit) -> Path:
+    """Where the run's terminal output goes."""
+    return study.output_path / _WORK_FOLDER / f"{unit.folder}.log"
+
+
+def lock_file(study: Study, name: str) -> Path:
+    return study.output_path / _WORK_FOLDER / f"{name}.lock"
+
+
+@contextmanager
+def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a file's lock, which ends with the process at the latest.
+
+    Args:
+        wait: until the lock is free.
+
+    Yields:
+        Whether this process has it; without `wait` another one may.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a process holds the file's lock."""
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def record_failure(study: Study, unit: Unit, error: str) -> None:
+    path = _failure_file(study, unit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"error": error, "time": time.time()}) + "\n")
+
+
+def failure(study: Study, unit: Unit, since: float = 0.0) -> str | None:
+    """The error of the unit's last attempt, None where there was none after the time `since` (seconds of the epoch)."""
+    path = _failure_file(study, unit)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return str(record["error"]) if record["time"] >= since else None
+
+
+def forget_failure(study: Study, unit: Unit) -> None:
+    _failure_file(study, unit).unlink(missing_ok=True)
+
+
+def _failure_file(study: Study, unit: Unit) -> Path:
+    return study.output_path / _WORK_FOLDER / f"{unit.folder}.failed"
