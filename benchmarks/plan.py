@@ -1,7 +1,7 @@
-"""The memory table of `docs/memory.md`: ``python -m benchmarks.plan`` plans anew, ``--check`` compares the page alone.
+"""The memory tables of the docs: ``python -m benchmarks.plan`` plans anew, ``--check`` compares the pages alone.
 
 Three shapes are planned, from configurations written here, for every engine on 1, 8 and 64 GPUs. The record lies in
-``benchmarks/results/memory.json``; the page's tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are drawn
+``benchmarks/results/memory.json``; the pages' tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are drawn
 from it.
 """
 
@@ -22,7 +22,7 @@ from hycam.training.recipe import parse_recipe
 from .record import ROOT, Entry, Record, environment
 from .tables import markdown
 
-PAGE = ROOT / "docs" / "memory.md"
+PAGES = (ROOT / "docs" / "scale.md", ROOT / "docs" / "memory.md")
 RECORD = ROOT / "benchmarks" / "results" / "memory.json"
 WORLD_SIZES = (1, 8, 64)
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -157,19 +157,22 @@ def fill(page: str, record: Entry) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page isn't up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page isn't up to date")
     options = parser.parse_args(arguments)
     if not options.check:
         record = Record(RECORD, environment() | {"versions": package_versions()})
         measure(record)
-    before = PAGE.read_text(encoding="utf-8")
-    after = fill(before, json.loads(Path(RECORD).read_text(encoding="utf-8")))
-    if not options.check:
-        PAGE.write_text(after, encoding="utf-8")
-    elif after != before:
-        print(f"{PAGE} isn't what the record says: run `python -m benchmarks.plan`", file=sys.stderr)
-        return 1
-    return 0
+    content = json.loads(Path(RECORD).read_text(encoding="utf-8"))
+    stale = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = fill(before, content)
+        if not options.check:
+            page.write_text(after, encoding="utf-8")
+        elif after != before:
+            print(f"{page} isn't what the record says: run `python -m benchmarks.plan`", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ PROCESSES = 2
 # What is logged of training and validation, beside times, speeds and memory.
 COMPARED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "balance_loss", "eval_loss", "eval_perplexity")
 _POLL = 0.05
+# Seconds that a process has to end by itself after the other was killed, before it is killed too, as a launcher does
+# it: one that has not met the other yet would wait for trainer.ddp_timeout.
+_GRACE = 20.0
 
 
 class SoakError(Exception):
@@ -63,17 +66,19 @@ class Soak:
         started = time.monotonic()
         processes = [self._process(name, rank, port) for port in [free_port()] for rank in range(PROCESSES)]
         try:
-            killed = False
+            killed: float | None = None
             while any(process.poll() is None for process in processes):
                 seconds = time.monotonic() - started
-                if kill_after is not None and not killed and seconds >= kill_after:
+                if kill_after is not None and killed is None and seconds >= kill_after:
                     for rank in victims:
                         processes[rank].kill()
-                    killed = True
+                    killed = seconds
+                if killed is not None and seconds > killed + _GRACE:
+                    break
                 if seconds > (kill_after or 0.0) + self.limit:
                     raise SoakError(f"{name}: still running after {seconds:.0f} s\n{self._tail(name)}")
                 failed = any(process.poll() not in (None, 0) for process in processes)
-                if failed and not killed:
+                if failed and killed is None:
                     self._reap(processes)
                     raise SoakError(f"{name}: exit status {[p.returncode for p in processes]}\n{self._tail(name)}")
                 time.sleep(_POLL)
@@ -162,15 +167,15 @@ def prepare(folder: Path, steps: int, limit: float) -> Soak:
     return Soak(folder, recipe, limit)
 
 
-def soak(prepared: Soak, record: Record, budget: Budget, seed: int) -> bool:
-    """The undisturbed run and disturbed ones while the budget lasts; whether all of them came out alike."""
+def soak(prepared: Soak, record: Record, seconds_disturbed: float, seed: int) -> bool:
+    """The undisturbed run, then disturbed ones for so many seconds; whether all of them came out alike."""
     done, seconds = prepared.attempt("undisturbed", None)
     if not done:
         raise SoakError("undisturbed: not done")
     wanted = prepared.outcome("undisturbed")
     last = [line["loss"] for line in wanted["losses"] if "loss" in line][-1]
     record.add({"group": "undisturbed", "seconds": seconds, "final_loss": last, **wanted})
-    chance = random.Random(seed)
+    chance, budget = random.Random(seed), Budget(seconds_disturbed)
     survived, alike = 0, True
     for number in range(1, sys.maxsize):
         entry = disturbed_run(prepared, f"disturbed-{number}", budget, seconds, chance)
@@ -218,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(Path(folder), options.steps, options.limit)
         try:
-            alike = soak(prepared, record, Budget(60 * options.minutes), options.seed)
+            alike = soak(prepared, record, 60 * options.minutes, options.seed)
         except SoakError as error:
             record.content["error"] = str(error)
             record.write()

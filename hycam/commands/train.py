@@ -1,6 +1,9 @@
 """`hycam train`."""
 
+import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
+from functools import partial
 
 from accelerate import PartialState
 
@@ -13,7 +16,10 @@ from hycam.training.run import train
 def run(options: Namespace) -> None:
     recipe = load_recipe(options.recipe or "demo", options.overrides)
     again = options.recipe is None and not options.resume and holds_run_of(recipe)
-    results = train(recipe, resume=options.resume, overwrite=options.overwrite or again, announce=print)
+    announce = partial(print, file=sys.stdout)
+    # stdout is for the results; the Trainer's log and DeepSpeed's warnings go there of themselves
+    with redirect_stdout(sys.stderr):
+        results = train(recipe, resume=options.resume, overwrite=options.overwrite or again, announce=announce)
     if not PartialState().is_main_process:
         return
     show(metrics_table("test split", results["test"]))

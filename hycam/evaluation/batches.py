@@ -33,19 +33,34 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def iterate_batches(
-    dataset: Dataset, collator: Collate, batch_size: int, device: torch.device
+    dataset: Dataset, collator: Collate, batch_size: int, device: torch.device, *, rank: int = 0, processes: int = 1
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yield (rows, model inputs on `device`).
 
     The longest rows come first: batches have little padding, and one that is too large fails at once.
+
+    Of several processes each takes its batch of every round, and the rows are those of the whole round. A process that
+    the last round has no batch for gets the round's first with all labels -100: a forward of a model that is in parts
+    needs every process.
     """
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size} given, at least 1 is wanted")
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for start in range(0, len(order), batch_size):
-        rows = [dataset[row] for row in order[start : start + batch_size]]
-        yield len(rows), {name: tensor.to(device) for name, tensor in collator(rows).items()}
+    for start in range(0, len(order), batch_size * processes):
+        turn = order[start : start + batch_size * processes]
+        own = turn[rank * batch_size : (rank + 1) * batch_size]
+        batch = dict(collator([dataset[row] for row in own or turn[:batch_size]]))
+        if not own:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        yield len(turn), {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def place_in_group() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def device_of(model: nn.Module) -> torch.device:

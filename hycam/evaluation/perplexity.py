@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from hycam.errors import InputError
-from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, unwrap
+from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, place_in_group, unwrap
 
 # Logits are raised to float32 this many tokens at a time, which bounds the memory beside the model's output.
 _TOKENS_AT_ONCE = 1024
@@ -45,11 +45,11 @@ def evaluate_perplexity(
     *,
     batch_size: int = 8,
     progress: Callable[[int], object] | None = None,
+    distributed: bool = False,
 ) -> dict[str, Any]:
     """exp(total negative log-likelihood / number of response tokens), per task and over all tasks' tokens.
 
-    Each response token counts once and equally, whatever the batches are; sums are float64. Under
-    DistributedDataParallel the calling process evaluates every row by itself.
+    Each response token counts once and equally, whatever the batches are; sums are float64.
 
     Args:
         model: a causal language model: a backbone, a PEFT model, or either inside DistributedDataParallel.
@@ -57,6 +57,8 @@ def evaluate_perplexity(
         collator: turns rows into model inputs, padded (`attention_mask`) or packed (`position_ids`).
         batch_size: rows in a forward pass.
         progress: called with the number of rows done after each batch.
+        distributed: every process of the default group calls this with the same rows; they part the batches between
+            them, and each returns the whole result. Else the calling process evaluates every row by itself.
 
     Returns:
         `{"tasks": {name: {"nll", "tokens", "perplexity"}}, "overall": {...}}`; `nll` is the sum, in nats.
@@ -68,23 +70,26 @@ def evaluate_perplexity(
         raise InputError("tasks: none given, at least one is wanted")
     bare = unwrap(model)
     device = device_of(bare)
+    rank, processes = place_in_group() if distributed else (0, 1)
     sums: dict[str, tuple[float, int]] = {}
     with evaluation_mode(bare):
         for name, dataset in tasks.items():
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            tokens = 0
-            for rows, batch in iterate_batches(dataset, collator, batch_size, device):
+            total = torch.zeros(2, dtype=torch.float64, device=device)
+            for rows, batch in iterate_batches(dataset, collator, batch_size, device, rank=rank, processes=processes):
                 labels = batch.pop("labels")
                 # With a cache, transformers would not read the packed sequences off position_ids.
                 logits = bare(**batch, use_cache=False).logits
                 nll = token_nll(logits, labels.to(logits.device), batch.get("position_ids"))
-                total += nll.sum(dtype=torch.float64).to(device)
-                tokens += nll.numel()
+                total[0] += nll.sum(dtype=torch.float64).to(device)
+                total[1] += nll.numel()
                 if progress is not None:
                     progress(rows)
+            if processes > 1:
+                torch.distributed.all_reduce(total)
+            nll_sum, tokens = total.tolist()
             if tokens == 0:
                 raise InputError(f"tasks: {name!r} has no response token to score, at least one is wanted")
-            sums[name] = (total.item(), tokens)
+            sums[name] = (nll_sum, int(tokens))
     overall = (math.fsum(nll for nll, _ in sums.values()), sum(tokens for _, tokens in sums.values()))
     return {"tasks": {name: _result(*sum_) for name, sum_ in sums.items()}, "overall": _result(*overall)}
 

@@ -67,12 +67,12 @@ def check_checkpointing(arguments: TrainingArguments) -> None:
 
 @contextmanager
 def timeouts_told() -> Iterator[None]:
-    """Turn a collective that failed or timed out into one line that says so."""
+    """Turn a collective, or a first meeting, that failed or timed out into one line that says so."""
     try:
         yield
     except RuntimeError as error:
         # gloo raises a plain one
-        if not isinstance(error, torch.distributed.DistBackendError) and "gloo" not in str(error):
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         raise RunStoppedError(
             "another process ended, hangs, or did not answer within trainer.ddp_timeout; the last good checkpoint is "

@@ -38,7 +38,7 @@ def measure(
     seed: int,
     description: str,
 ) -> dict[str, Any]:
-    """Metrics per task and overall.
+    """Metrics per task and overall. Of several processes every one calls this.
 
     Args:
         tokenized: token rows per task, for the perplexity.
@@ -68,7 +68,12 @@ def _perplexity(
     total = sum(len(rows) for rows in tokenized.values())
     with tqdm(total=total, desc=description, unit="row", leave=False) as bar:
         return evaluate_perplexity(
-            model, tokenized, collator, batch_size=config.batch_size, progress=lambda done: bar.update(done)
+            model,
+            tokenized,
+            collator,
+            batch_size=config.batch_size,
+            progress=lambda done: bar.update(done),
+            distributed=True,
         )
 
 

@@ -171,6 +171,7 @@ class HyCAMTrainer(Trainer):
                         self.evaluation_collator,
                         batch_size=self.args.per_device_eval_batch_size,
                         progress=progress,
+                        distributed=True,
                     )
             except _EvaluationInterruptedError:
                 self._save_checkpoint(self.adapted, trial=None)

@@ -1,4 +1,4 @@
-"""The memory page says what the record says, and the record what the planner says."""
+"""The pages say what the memory record says, and the record what the planner says."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import plan
-from benchmarks.plan import PAGE, RECORD, TABLES, WORLD_SIZES, fill, main
+from benchmarks.plan import PAGES, RECORD, TABLES, WORLD_SIZES, fill, main
 
 
 @pytest.fixture(scope="module")
@@ -14,15 +14,16 @@ def record():
     return json.loads(RECORD.read_text())
 
 
-def test_the_page_is_what_the_record_says(record, monkeypatch, tmp_path, capsys):
-    assert fill(PAGE.read_text(), record) == PAGE.read_text()
+def test_the_pages_are_what_the_record_says(record, monkeypatch, tmp_path, capsys):
+    texts = [page.read_text() for page in PAGES]
+    assert [fill(text, record) for text in texts] == texts
     assert main(["--check"]) == 0
-    assert sorted(re.findall(r"<!-- table: ([\w-]+) -->", PAGE.read_text())) == sorted(TABLES)
+    assert sorted(re.findall(r"<!-- table: ([\w-]+) -->", "".join(texts))) == sorted(TABLES)
     other = tmp_path / "memory.json"
     other.write_text(RECORD.read_text().replace('"sum": 1', '"sum": 2'))
     monkeypatch.setattr(plan, "RECORD", other)
     assert main(["--check"]) == 1
-    assert "run `python -m benchmarks.plan`" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("run `python -m benchmarks.plan`") == len(PAGES)
 
 
 def test_the_record_is_what_the_planner_says(record):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import soak
-from benchmarks.record import Budget, Record
+from benchmarks.record import ROOT, Record
 from benchmarks.soak import Soak, SoakError, main
 
 
@@ -31,7 +31,7 @@ class Scripted(Soak):
 def test_counts_kills_of_runs_that_came_out_alike(tmp_path):
     record = Record(tmp_path / "record.json", {})
     scripted = Scripted(tmp_path)
-    assert soak.soak(scripted, record, Budget(0.0), seed=0)
+    assert soak.soak(scripted, record, 0.0, seed=0)
     assert record.content["kills_survived"] == 2
     assert [len(entry["kills"]) for entry in record.entries[1:]] == [2]
     # the time is up, so nothing is killed any more
@@ -40,7 +40,7 @@ def test_counts_kills_of_runs_that_came_out_alike(tmp_path):
 
 def test_another_loss_fails(tmp_path):
     record = Record(tmp_path / "record.json", {})
-    assert not soak.soak(Scripted(tmp_path, losses=(1.0, 1.0 + 1e-12)), record, Budget(60.0), seed=0)
+    assert not soak.soak(Scripted(tmp_path, losses=(1.0, 1.0 + 1e-12)), record, 60.0, seed=0)
     assert record.content["kills_survived"] == 0
     assert record.entries[1]["alike"] is False
     assert record.entries[1]["found"]["losses"][0]["loss"] != 1.0
@@ -60,7 +60,7 @@ def _processes(monkeypatch, code):
 
 
 def test_kills_the_chosen_ranks_and_leaves_nobody_behind(tmp_path, monkeypatch):
-    own = _processes(monkeypatch, "import time; time.sleep(60)")(tmp_path, tmp_path / "recipe.yaml", 0.5)
+    own = _processes(monkeypatch, "import time; time.sleep(60)")(tmp_path, tmp_path / "recipe.yaml", 5.0)
     killed = []
     reap = Soak._reap
 
@@ -70,15 +70,33 @@ def test_kills_the_chosen_ranks_and_leaves_nobody_behind(tmp_path, monkeypatch):
         killed.append([process.returncode for process in processes])
 
     monkeypatch.setattr(Soak, "_reap", staticmethod(noting))
-    with pytest.raises(SoakError, match="still running"):  # rank 0 waits for the dead rank 1 too long
-        own.attempt("run", 0.2, [1])
+    monkeypatch.setattr(soak, "_GRACE", 0.3)
+    done, seconds = own.attempt("run", 0.2, [1])
+    assert not done
+    assert seconds > 0.5
     assert killed == [[None, -signal.SIGKILL], [-signal.SIGKILL] * 2]
+
+
+def test_a_run_that_hangs_is_an_error(tmp_path, monkeypatch):
+    own = _processes(monkeypatch, "import time; time.sleep(60)")(tmp_path, tmp_path / "recipe.yaml", 0.5)
+    with pytest.raises(SoakError, match=r"still running[\s\S]*the end"):
+        own.attempt("run", None)
 
 
 def test_a_run_that_fails_by_itself_is_an_error(tmp_path, monkeypatch):
     own = _processes(monkeypatch, "import sys; sys.exit(3)")(tmp_path, tmp_path / "recipe.yaml", 5.0)
     with pytest.raises(SoakError, match=r"exit status .*3[\s\S]*the end"):
         own.attempt("run", None)
+
+
+def test_the_page_says_what_the_record_says():
+    record = json.loads((ROOT / "benchmarks" / "results" / "soak.json").read_text())
+    assert record["alike"]
+    assert not record["git"]["dirty"]
+    assert record["minutes"] == 30
+    runs = [entry for entry in record["entries"] if entry["group"] == "disturbed"]
+    kills = sum(len(run["kills"]) for run in runs)
+    assert f"{len(runs)} runs survived {kills} kills" in (ROOT / "docs" / "scale.md").read_text()
 
 
 @pytest.mark.slow

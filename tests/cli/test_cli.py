@@ -290,7 +290,7 @@ def test_sigterm_to_the_process(run: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         _python(_MAIN, "train", str(recipe)),
         env=_ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -300,8 +300,11 @@ def test_sigterm_to_the_process(run: Path, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
+    # other packages' messages, the Trainer's log among them, aren't on stdout
+    assert len(output.splitlines()) == 1
+    assert "parameters are trained" in output
     last = errors.strip().splitlines()[-1]
     assert last.startswith("hycam: error: stopped by SIGTERM after step ")
     assert last.endswith(f"go on with: hycam train {tmp_path / 'run'} --resume")

@@ -180,7 +180,7 @@ def run(source, cache):
     config = DataConfig(max_length=356, cache_dir=cache)
     rows = load_rows([TaskConfig("big", source=source)], config)
     tokens = {split: tokenize_split(rows, split, tokenizer, config) for split in ("train", "validation", "test")}
-    return rows, tokens, training_set(tokens["train"], config)
+    return rows, tokens, training_set(tokens["train"], config, seed=0)
 
 folder, cached = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)

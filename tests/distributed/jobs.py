@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hycam.data import Collator
+from hycam.evaluation import evaluate_perplexity
 from hycam.training.callbacks import SaveOnSignal
-from hycam.training.engines import packaged_engines
+from hycam.training.engines import join_processes, packaged_engines
 from hycam.training.recipe import BackboneConfig, Recipe
 from hycam.training.trainer import HyCAMTrainer
 from hycam_cli import main
@@ -129,8 +130,7 @@ def gradient(folder: Path, *, engine: str, checkpointing: str, accumulation: int
     _check_parted(trainer, engine)
     trainer.save_model(str(folder))
     assert trainer.state.global_step == 1
-    if not trainer_fields["bf16"]:  # with it DeepSpeed has cast the whole model, and rounds as no plain one does
-        _check_file(trainer, folder, dtype)
+    _check_file(trainer, folder, dtype)
     torch.save(trainer.kept, folder / f"rank{trainer.args.process_index}.pt")
     return 0
 
@@ -149,7 +149,7 @@ def _check_parted(trainer: HyCAMTrainer, engine: str) -> None:
 
 
 def _check_file(trainer: HyCAMTrainer, folder: Path, dtype: str) -> None:
-    """The file's weights in a plain model give the engine's model's very logits."""
+    """The file's weights, in a plain model as it loads, give the engine's model's very logits."""
     trainer.accelerator.wait_for_everyone()
     batch = {"input_ids": torch.arange(3, 40)[None]}
     with torch.no_grad():
@@ -197,4 +197,26 @@ def _plant(fault: dict[str, Any]) -> list[tuple[Any, str, Any]]:
     return [(HyCAMTrainer, "training_step", step)]
 
 
-JOBS = {"gradient": gradient, "hycam": hycam}
+def evaluate(folder: Path, *, row_counts: dict[str, int], batch_size: int) -> int:
+    """A perplexity that the processes part, beside one that each makes by itself; and the rows of each forward."""
+    join_processes({"use_cpu": True})
+    model = step_model("float32")
+    tasks = {name: step_rows(2).select(range(count)) for name, count in row_counts.items()}
+    forwards: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: forwards.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    progress: list[int] = []
+    found = {}
+    for distributed in (False, True):
+        forwards.clear()
+        progress.clear()
+        found[str(distributed)] = evaluate_perplexity(
+            model, tasks, Collator(_PAD), batch_size=batch_size, progress=progress.append, distributed=distributed
+        )
+    values = {"found": found, "forwards": forwards, "progress": progress}
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(values), encoding="utf-8")
+    return 0
+
+
+JOBS = {"evaluate": evaluate, "gradient": gradient, "hycam": hycam}

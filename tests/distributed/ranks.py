@@ -51,7 +51,7 @@ def launch(command: list[str], folder: Path, *, timeout: float = 280) -> subproc
     """A launcher's command in `folder`, with this checkout importable and the tools of this environment on the path."""
     tools = Path(sys.executable).parent
     return subprocess.run(
-        [str(tools / command[0]), *command[1:]],
+        command,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
         cwd=folder,

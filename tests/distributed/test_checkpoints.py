@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hycam.errors import InputError
+from hycam.errors import InputError, RunStoppedError
 from hycam.training.callbacks import read_metrics
+from hycam.training.engines import join_processes, timeouts_told
 from hycam.training.recipe import load_recipe
 from hycam.training.run import train
 from hycam.training.trainer import last_checkpoint
 from tests.distributed.jobs import engine_fields
-from tests.distributed.ranks import WORLD_SIZE, log_of, run_jobs
+from tests.distributed.ranks import WORLD_SIZE, free_port, log_of, run_jobs
 from tests.training.runs import recipe_values, save_backbone, save_recipe
 
 pytest.importorskip("deepspeed")
@@ -170,3 +171,12 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(tmp_path: Path, backbo
     )
     # so long before the other process ended by itself
     assert "Timed out waiting 6000ms" in message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_comes_is_told(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RunStoppedError, match=r"did not answer within trainer\.ddp_timeout"), timeouts_told():
+        join_processes({"use_cpu": True, "ddp_timeout": 1})

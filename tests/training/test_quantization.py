@@ -38,7 +38,7 @@ def linear_weights(model):
     return [layer.self_attn.base_layer.q_proj.weight for layer in model.get_base_model().model.layers]
 
 
-@pytest.mark.parametrize("kind", map(needs, KINDS))
+@pytest.mark.parametrize("kind", [needs(kind) for kind in KINDS])
 def test_a_run_on_a_quantised_backbone(tmp_path, wide_backbone, kind):
     values = recipe_values(tmp_path, wide_backbone, backbone={"quantization": kind, "dtype": "bfloat16"})
     recipe = load_recipe(str(save_recipe(tmp_path, values)))
@@ -57,7 +57,7 @@ def test_a_run_on_a_quantised_backbone(tmp_path, wide_backbone, kind):
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
 
 
-@pytest.mark.parametrize("kind", map(needs, KINDS))
+@pytest.mark.parametrize("kind", [needs(kind) for kind in KINDS])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_and_dtypes(wide_backbone, kind, checkpointing):
     values = {
