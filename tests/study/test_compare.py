@@ -253,6 +253,19 @@ def test_processes_share_the_work(tmp_path: Path, backbone: Path) -> None:
     assert all(lines)
 
 
+def test_a_folder_takes_one_study_at_a_time(study: Study) -> None:
+    """Units may be added between calls, but not while another process works by the study that it has read."""
+    before = _content(study.output_path)
+    added = load_study(str(study.output_path), [("seeds", "[0, 1, 2]")])
+    with claim(lock_file(study, "session"), shared=True):
+        with pytest.raises(InputError, match=r"study.yaml: another process works on it with other values of seeds"):
+            compare(added)
+        compare(study, lambda line: None)
+    assert {name: content for name, (_, content) in _content(study.output_path).items()} == {
+        name: content for name, (_, content) in before.items()
+    }
+
+
 def test_every_method_sees_the_same_batches(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, labels, order and number of steps, over more than an epoch."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
