@@ -208,7 +208,7 @@ def test_what_needs_a_failed_backbone_fails_with_its_reason(tmp_path: Path, back
     assert cell["error"].startswith("it needs backbones/tiny, which failed: backbone.scratch: corpus: ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_study_goes_on(tmp_path: Path, backbone: Path, number: signal.Signals) -> None:
     """Whatever ends the process, its worker saves and stops, and the next call resumes the run where it was."""
     long = {"max_steps": 80, "eval_steps": 10, "save_steps": 10}
@@ -216,8 +216,8 @@ def test_a_stopped_study_goes_on(tmp_path: Path, backbone: Path, number: signal.
     unit = cells(study)[0]
     folder, lock = run_folder(study, unit), lock_file(study, unit.folder)
     process = _started(_call_main, ["compare", str(tmp_path / "tiny.yaml")])
-    _wait(lambda: list(folder.glob("checkpoint-*")))
-    assert process.pid is not None
+    _wait(lambda: list(folder.glob("checkpoint-*")) or not process.is_alive())
+    assert process.pid is not None and process.is_alive()
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number)
