@@ -167,9 +167,9 @@ class _Runner:
         began = time.monotonic()
         outcome, message = work_apart(self._order(unit), self._watch)
         self._worker = None
-        if outcome == "stopped" or self.received is not None:
-            name = message if outcome == "stopped" else self.received.name if self.received else ""
-            raise _stopped(self.study, signal.Signals[name])
+        if outcome == "stopped":
+            raise _stopped(self.study, self.received or signal.Signals[message])
+        self._check_signal()
         if outcome == "taken":
             return False
         if outcome == "failed":

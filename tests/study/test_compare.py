@@ -283,7 +283,7 @@ def test_every_method_sees_the_same_batches(tmp_path: Path, backbone: Path, monk
         "hycam": {"r": 2},
         "released_code": {"preset": "released_code", "r": 2, "data": {"train_on_prompt": True}},
     }
-    steps = {"max_steps": 15, "eval_steps": 15, "save_steps": 15}
+    steps = {"max_steps": 15, "eval_steps": 15, "save_steps": 15, "logging_steps": 10}
     study = _study(tmp_path, backbone, methods=methods, trainer=steps, tasks=[
         {"name": "colours", "source": str(save_rows(tmp_path / "colours.jsonl", rows(60)))}
     ])  # fmt: skip
@@ -291,6 +291,8 @@ def test_every_method_sees_the_same_batches(tmp_path: Path, backbone: Path, monk
     for method in methods:
         recipe = study.recipe("tiny", method, fold=0, seed=1, learning_rate=1e-3, folder=method)
         train(recipe, test=False)
+        timed = [line["step"] for line in read_metrics(recipe.output_path / "metrics.jsonl") if "seconds" in line]
+        assert timed == [10, 15]  # no step is left out of the time, those after the last log neither
         seen[method], batches = batches[:], batches
         batches.clear()
     reference = seen.pop("full")
