@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -59,15 +59,32 @@ def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str
         InputError: the folder holds runs of other recipes or rows.
         RunStoppedError: a signal; the run in progress has saved a checkpoint, and the same call goes on.
     """
-    _check_folder(study)
-    study.output_path.mkdir(parents=True, exist_ok=True)
-    with claim(lock_file(study, "study"), wait=True):
-        write_whole(study.output_path / STUDY_FILE, yaml.safe_dump(study.to_dict(), sort_keys=False))
     runner = _Runner(study, announce)
-    with runner.stoppable():
+    with _open_folder(study), runner.stoppable():
         while runner.step():
             pass
     return write_record(study)
+
+
+@contextmanager
+def _open_folder(study: Study) -> Iterator[None]:
+    """Make the folder the study's, for as long as this process works on it.
+
+    Raises:
+        InputError: it holds a run of another recipe, or another process works on another study in it.
+    """
+    path, session = study.output_path / STUDY_FILE, lock_file(study, "session")
+    with ExitStack() as stack:
+        with claim(lock_file(study, "study"), wait=True):
+            _check_folder(study)
+            if path.is_file() and is_claimed(session, shared=True):
+                running, own = ({**values, "output_dir": ""} for values in (read_yaml(path), study.to_dict()))
+                changed = differing_fields(running, own)
+                if changed:
+                    raise InputError(f"{path}: another process works on it with other values of {', '.join(changed)}")
+            write_whole(path, yaml.safe_dump(study.to_dict(), sort_keys=False))
+            stack.enter_context(claim(session, wait=True, shared=True))
+        yield
 
 
 class _Runner:
@@ -150,9 +167,9 @@ class _Runner:
         began = time.monotonic()
         outcome, message = work_apart(self._order(unit), self._watch)
         self._worker = None
-        if outcome == "stopped" or self.received is not None:
-            name = message if outcome == "stopped" else self.received.name if self.received else ""
-            raise _stopped(self.study, signal.Signals[name])
+        if outcome == "stopped":
+            raise _stopped(self.study, self.received or signal.Signals[message])
+        self._check_signal()
         if outcome == "taken":
             return False
         if outcome == "failed":

@@ -138,11 +138,12 @@ def lock_file(study: Study, name: str) -> Path:
 
 
 @contextmanager
-def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def claim(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[bool]:
     """Hold a file's lock, which ends with the process at the latest.
 
     Args:
         wait: until the lock is free.
+        shared: beside others that share it, instead of alone.
 
     Yields:
         Whether this process has it; without `wait` another one may.
@@ -150,23 +151,17 @@ def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
         yield True
 
 
-def is_claimed(path: Path) -> bool:
-    """Whether a process holds the file's lock."""
-    if not path.is_file():
-        return False
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def is_claimed(path: Path, *, shared: bool = False) -> bool:
+    """Whether a process holds the file's lock; also one that shares it, with `shared`."""
+    with claim(path, shared=not shared) as free:
+        return not free
 
 
 def record_failure(study: Study, unit: Unit, error: str) -> None:

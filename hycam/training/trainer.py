@@ -196,6 +196,7 @@ class HyCAMTrainer(Trainer):
             layers = layer_statistics(self.adapted).values()
             if layers:
                 logs["balance_loss"] = sum(layer["balance_loss"] for layer in layers) / len(layers)
+        if "loss" in logs or ("train_runtime" in logs and self.throughput.positions):  # the end, after steps not logged
             logs |= self.throughput.take(self.args.device)
         super().log(logs, start_time)
 

@@ -208,7 +208,7 @@ def test_what_needs_a_failed_backbone_fails_with_its_reason(tmp_path: Path, back
     assert cell["error"].startswith("it needs backbones/tiny, which failed: backbone.scratch: corpus: ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_study_goes_on(tmp_path: Path, backbone: Path, number: signal.Signals) -> None:
     """Whatever ends the process, its worker saves and stops, and the next call resumes the run where it was."""
     long = {"max_steps": 80, "eval_steps": 10, "save_steps": 10}
@@ -216,8 +216,8 @@ def test_a_stopped_study_goes_on(tmp_path: Path, backbone: Path, number: signal.
     unit = cells(study)[0]
     folder, lock = run_folder(study, unit), lock_file(study, unit.folder)
     process = _started(_call_main, ["compare", str(tmp_path / "tiny.yaml")])
-    _wait(lambda: list(folder.glob("checkpoint-*")))
-    assert process.pid is not None
+    _wait(lambda: list(folder.glob("checkpoint-*")) or not process.is_alive())
+    assert process.pid is not None and process.is_alive()
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number)
@@ -253,6 +253,19 @@ def test_processes_share_the_work(tmp_path: Path, backbone: Path) -> None:
     assert all(lines)
 
 
+def test_a_folder_takes_one_study_at_a_time(study: Study) -> None:
+    """Units may be added between calls, but not while another process works by the study that it has read."""
+    before = _content(study.output_path)
+    added = load_study(str(study.output_path), [("seeds", "[0, 1, 2]")])
+    with claim(lock_file(study, "session"), shared=True):
+        with pytest.raises(InputError, match=r"study.yaml: another process works on it with other values of seeds"):
+            compare(added)
+        compare(study, lambda line: None)
+    assert {name: content for name, (_, content) in _content(study.output_path).items()} == {
+        name: content for name, (_, content) in before.items()
+    }
+
+
 def test_every_method_sees_the_same_batches(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, labels, order and number of steps, over more than an epoch."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -270,7 +283,7 @@ def test_every_method_sees_the_same_batches(tmp_path: Path, backbone: Path, monk
         "hycam": {"r": 2},
         "released_code": {"preset": "released_code", "r": 2, "data": {"train_on_prompt": True}},
     }
-    steps = {"max_steps": 15, "eval_steps": 15, "save_steps": 15}
+    steps = {"max_steps": 15, "eval_steps": 15, "save_steps": 15, "logging_steps": 10}
     study = _study(tmp_path, backbone, methods=methods, trainer=steps, tasks=[
         {"name": "colours", "source": str(save_rows(tmp_path / "colours.jsonl", rows(60)))}
     ])  # fmt: skip
@@ -278,6 +291,8 @@ def test_every_method_sees_the_same_batches(tmp_path: Path, backbone: Path, monk
     for method in methods:
         recipe = study.recipe("tiny", method, fold=0, seed=1, learning_rate=1e-3, folder=method)
         train(recipe, test=False)
+        timed = [line["step"] for line in read_metrics(recipe.output_path / "metrics.jsonl") if "seconds" in line]
+        assert timed == [10, 15]  # no step is left out of the time, those after the last log neither
         seen[method], batches = batches[:], batches
         batches.clear()
     reference = seen.pop("full")
