@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hycam.data.cache import digest
-from hycam.reporting.measured import (
+from hycam.reporting.records import Cell, Record, cell_folder, finished_cells
+from hycam.reporting.runs import (
     RunFolder,
     measure_modulation,
     measure_text,
@@ -14,7 +15,6 @@ from hycam.reporting.measured import (
     measure_value_states,
     measurement_settings,
 )
-from hycam.reporting.records import Cell, Record, cell_folder, finished_cells
 from hycam.reporting.store import Store
 
 Values = dict[str, Any]

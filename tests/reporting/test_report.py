@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hycam.reporting.measured as measured
+import hycam.reporting.runs as runs
 from hycam.errors import InputError
 from hycam.reporting import Report, write_report
 from hycam.study.recipe import Study
@@ -87,10 +87,10 @@ def test_the_forgetting_is_the_perplexity_of_the_loaded_models(first: tuple[Path
         return math.exp(nll / tokens)
 
     base = perplexity(AutoModelForCausalLM.from_pretrained(backbone))
-    runs = {"full": [0], "lora": [0], "hycam": [0, 1], "three": [0]}
+    seeds = {"full": [0], "lora": [0], "hycam": [0, 1], "three": [0]}
     for method, (_, before, after, change, count) in rows.items():
         values = []
-        for seed in runs[method]:
+        for seed in seeds[method]:
             cell = folder / f"cells/tiny/{method}/fold0-seed{seed}"
             if method == "full":
                 model = AutoModelForCausalLM.from_pretrained(cell / "model")
@@ -147,7 +147,7 @@ def test_a_second_report_measures_nothing_and_gives_the_same_files(
 ) -> None:
     folder, _, _ = first
     before = contents(folder / "report")
-    monkeypatch.setattr(measured, "load_selected_model", no_model)
+    monkeypatch.setattr(runs, "load_selected_model", no_model)
     assert report(folder)[1] == []
     assert contents(folder / "report") == before
 
@@ -159,8 +159,8 @@ def test_records_alone_give_the_same_files(
     folder, _, _ = first
     shutil.copy(folder / "study.json", tmp_path)
     shutil.copytree(folder / "report/data", tmp_path / "report/data")
-    monkeypatch.setattr(measured, "load_selected_model", no_model)
-    monkeypatch.setattr(measured, "load_selected_tokenizer", no_model)
+    monkeypatch.setattr(runs, "load_selected_model", no_model)
+    monkeypatch.setattr(runs, "load_selected_tokenizer", no_model)
     made, said = report(tmp_path, texts=False)
     assert (made.missing, said) == ([], [])
     assert contents(tmp_path / "report") == contents(folder / "report")
@@ -222,7 +222,7 @@ def test_weights_that_are_gone_are_named(study: Path, undrawn: None) -> None:
     ],
 )
 def test_wrong_input_is_named(study: Path, break_: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "load_selected_model", no_model)
+    monkeypatch.setattr(runs, "load_selected_model", no_model)
     break_(study)
     with pytest.raises(InputError, match=message):
         report(study)

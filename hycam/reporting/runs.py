@@ -1,6 +1,5 @@
-"""What a study's report measures with models and tokenizers, each measurement kept in a `Store`."""
+"""A study's runs, read again, and what a report measures of their models and tokenizers."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from hycam.training.folder import RECIPE_FILE, RECORD_FILE
 from hycam.training.measure import own_draws
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import RESULTS_FILE, trained_folder
-from hycam.training.tasks import TaskRows, load_rows, row_cache, tokenize_split
+from hycam.training.tasks import TaskRows, load_rows, responses_alone, row_cache, tokenize_split
 
 # Fig. 2: rows of each task's test split, and the layer whose value states they have. Fig. 4: tokens around the
 # beginning of a task's first response, and features evenly spaced over the layer's width.
@@ -74,8 +73,7 @@ class RunFolder:
     @cached_property
     def test_rows(self) -> dict[str, Dataset]:
         """Token rows of each task's test split, their labels on the responses."""
-        data = dataclasses.replace(self.recipe.data, train_on_prompt=False)
-        return tokenize_split(self.rows, "test", self.tokenizer, data)
+        return tokenize_split(self.rows, "test", self.tokenizer, responses_alone(self.recipe.data))
 
     @property
     def collator(self) -> Collator:
