@@ -205,6 +205,30 @@ def test_weights_that_are_gone_are_named(study: Path, undrawn: None) -> None:
     assert [row["cells"][0] for row in table(study, "forgetting")["rows"]] == ["lora", "hycam", "three"]
 
 
+def test_measurements_on_another_text_stand_in_no_table(study: Path, undrawn: None) -> None:
+    """A run whose weights are gone keeps what it had on the text of before."""
+    report(study)
+    shutil.rmtree(study / "cells/tiny/full/fold0-seed0")
+    with (study / "text.jsonl").open("a") as file:
+        file.write('{"text": "One more of it."}\n')
+    for texts in (True, False):
+        made, _ = report(study, texts=texts)
+        assert made.missing == ["forgetting of cells/tiny/full/fold0-seed0: measured on another text"]
+        assert [row["cells"][0] for row in table(study, "forgetting")["rows"]] == ["lora", "hycam", "three"]
+
+
+def test_a_study_that_was_moved_finds_the_backbone_that_it_trained(study: Path) -> None:
+    """Its runs name the folder where it was."""
+    name = json.loads((study / "study.json").read_text())["study"]["backbones"]["tiny"]["name_or_path"]
+    shutil.copytree(name, study / "backbones/tiny/backbone-1")
+    cell = study / "cells/tiny/lora/fold0-seed0"
+    text = (cell / "recipe.yaml").read_text()
+    (cell / "recipe.yaml").write_text(text.replace(name, "elsewhere/backbones/tiny/backbone-1"))
+    run = runs.RunFolder(cell, study / "backbones/tiny")
+    assert run.recipe.backbone.name_or_path == str(study / "backbones/tiny/backbone-1")
+    assert run.model().config.hidden_size == 32
+
+
 @pytest.mark.parametrize(
     ("break_", "message"),
     [
