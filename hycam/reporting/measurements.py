@@ -1,12 +1,13 @@
 """Which measurements a report needs: kept ones, or made where the study's runs are at hand."""
 
-import functools
 from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from hycam.data.cache import digest
-from hycam.reporting.measured import (
+from hycam.reporting.records import Cell, Record, cell_folder, finished_cells
+from hycam.reporting.runs import (
     RunFolder,
     measure_modulation,
     measure_text,
@@ -14,8 +15,8 @@ from hycam.reporting.measured import (
     measure_value_states,
     measurement_settings,
 )
-from hycam.reporting.records import Cell, Record, cell_folder, finished_cells
 from hycam.reporting.store import Store
+from hycam.study.units import Unit
 
 Values = dict[str, Any]
 
@@ -42,8 +43,11 @@ class Measurements:
         self.record = record
         self.store = store
         self.announce = announce
-        names = [cell_folder(cell) for cell in record["cells"] if cell["status"] == "done"]
-        self.runs = {name: RunFolder(study / name) for name in names if (study / name).is_dir()}
+        self.runs = {
+            name: RunFolder(study / name, study / Unit(cell["backbone"]).folder)
+            for cell in record["cells"]
+            if cell["status"] == "done" and (study / (name := cell_folder(cell))).is_dir()
+        }
         self.tokens: dict[str, dict[int, Values]] = {}
         self.text: dict[str, Values] = {}
         self.value_states: dict[str, Values] = {}
@@ -66,7 +70,8 @@ class Measurements:
         for fold in sorted({cell["fold"] for cell in cells}):
             run = self._any_run(cell for cell in cells if cell["fold"] == fold)
             inputs = None if run is None else run.token_inputs
-            values = self._get("tokens", f"{backbone}/fold{fold}", run, inputs, measure_tokens)
+            measure = None if run is None else partial(measure_tokens, run)
+            values = self._get("tokens", f"{backbone}/fold{fold}", inputs, measure)
             if values is not None:
                 of_folds[fold] = values
 
@@ -74,60 +79,59 @@ class Measurements:
         if texts is None:
             kept = self.store.all("forgetting")
             names = [backbone, *map(cell_folder, cells)]
-            self.text |= {name: kept[name]["value"] for name in names if name in kept}
-            if backbone not in self.text:
+            values = {name: kept[name]["value"] for name in names if name in kept}
+            if backbone not in values:
                 self.missing.append(f"forgetting of {backbone}: no --text given")
-            return
-        run = self._any_run(cells)
+                return
+        else:
+            values = self._measured_text(backbone, cells, texts)
+        for name, value in values.items():
+            if value["texts"] == values[backbone]["texts"]:
+                self.text[name] = value
+            else:
+                self.missing.append(f"forgetting of {name}: measured on another text")
+
+    def _measured_text(self, backbone: str, cells: list[Cell], texts: list[str]) -> dict[str, Values]:
         given = {"texts": digest(texts)}
+        run = self._any_run(cells)
         inputs = None if run is None else run.token_inputs["settings"] | given
-        base = functools.partial(measure_text, texts=texts, adapted=False)
-        adapted = functools.partial(measure_text, texts=texts, adapted=True)
-        values = {backbone: self._get("forgetting", backbone, run, inputs, base)}
+        base = None if run is None else partial(measure_text, run, texts, adapted=False)
+        values = {backbone: self._get("forgetting", backbone, inputs, base)}
         for cell in cells:
-            run = self._with_weights(cell)
-            name, inputs = cell_folder(cell), None if run is None else run.inputs | given
-            values[name] = self._get("forgetting", name, run, inputs, adapted)
-        self.text |= {name: value for name, value in values.items() if value is not None}
+            name = cell_folder(cell)
+            run = self.runs.get(name)
+            adapted = partial(measure_text, run, texts, adapted=True) if run is not None and run.has_weights else None
+            values[name] = self._get("forgetting", name, None if run is None else run.inputs | given, adapted)
+        return {name: value for name, value in values.items() if value is not None}
 
     def _reference(self, cell: Cell) -> None:
-        run = self._with_weights(cell)
-        model = functools.cache(lambda: run.model() if run is not None else None)
+        name = cell_folder(cell)
+        run = self.runs.get(name)
         inputs = None if run is None else run.inputs | measurement_settings()
-        for kind, measure, kept in (
+        model = cache(run.model) if run is not None and run.has_weights else None
+        for kind, measured, kept in (
             ("value_states", measure_value_states, self.value_states),
             ("modulation", measure_modulation, self.modulation),
         ):
-            bound = functools.partial(_with_model, measure, model)
-            values = self._get(kind, cell_folder(cell), run, inputs, bound)
+            values = self._get(kind, name, inputs, None if model is None else partial(_of_model, measured, run, model))
             if values is not None:
                 kept[cell["backbone"]] = values
 
     def _any_run(self, cells: Iterable[Cell]) -> RunFolder | None:
         return next((self.runs[name] for cell in cells if (name := cell_folder(cell)) in self.runs), None)
 
-    def _with_weights(self, cell: Cell) -> RunFolder | None:
-        run = self.runs.get(cell_folder(cell))
-        return run if run is not None and run.has_weights else None
-
-    def _get(
-        self,
-        kind: str,
-        key: str,
-        run: RunFolder | None,
-        inputs: Values | None,
-        measure: Callable[[RunFolder], Values],
-    ) -> Values | None:
+    def _get(self, kind: str, key: str, inputs: Values | None, measure: Callable[[], Values] | None) -> Values | None:
         def announced() -> Values:
-            assert run is not None
+            assert measure is not None
             self.announce(f"measuring {kind}: {key}")
-            return measure(run)
+            return measure()
 
-        values = self.store.get(kind, key, inputs, announced)
+        values = self.store.get(kind, key, inputs, None if measure is None else announced)
         if values is None:
             self.missing.append(f"{kind} of {key}: its run is not there, or its weights are not")
         return values
 
 
-def _with_model(measure: Callable[[RunFolder, Any], Values], model: Callable[[], Any], run: RunFolder) -> Values:
+def _of_model(measure: Callable[..., Values], run: RunFolder | None, model: Callable[[], Any]) -> Values:
+    """The measurement of a model that is loaded with the first."""
     return measure(run, model())

@@ -22,21 +22,26 @@ class Store:
         self.folder = folder
 
     def get(
-        self, kind: str, key: str, inputs: Mapping[str, Any] | None, measure: Callable[[], dict[str, Any]]
+        self, kind: str, key: str, inputs: Mapping[str, Any] | None, measure: Callable[[], dict[str, Any]] | None
     ) -> dict[str, Any] | None:
         """The measurement `key` of a kind: the kept one where its inputs are these, else made and kept.
 
         Args:
-            inputs: plain values that decide what `measure` gives; None where it can't be called, for want of models:
-                the kept measurement is taken as it is, None without one.
-            measure: makes it.
+            inputs: plain values that decide what `measure` gives; None where they aren't known: the kept measurement is
+                taken as it is.
+            measure: makes it; None where it can't be made.
+
+        Returns:
+            None where it is neither kept nor made.
 
         Raises:
             InputError: a file that holds no measurements.
         """
         kept = self.all(kind)
-        if inputs is None or (key in kept and kept[key]["inputs"] == digest(inputs)):
-            return kept[key]["value"] if key in kept else None
+        if key in kept and (inputs is None or kept[key]["inputs"] == digest(inputs)):
+            return kept[key]["value"]
+        if inputs is None or measure is None:
+            return None
         value = finite(measure())
         self.folder.mkdir(parents=True, exist_ok=True)
         # a long report that is stopped goes on where it was

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hycam.reporting.measured as measured
+import hycam.reporting.runs as runs
 from hycam.errors import InputError
 from hycam.reporting import Report, write_report
 from hycam.study.recipe import Study
@@ -87,10 +87,10 @@ def test_the_forgetting_is_the_perplexity_of_the_loaded_models(first: tuple[Path
         return math.exp(nll / tokens)
 
     base = perplexity(AutoModelForCausalLM.from_pretrained(backbone))
-    runs = {"full": [0], "lora": [0], "hycam": [0, 1], "three": [0]}
+    seeds = {"full": [0], "lora": [0], "hycam": [0, 1], "three": [0]}
     for method, (_, before, after, change, count) in rows.items():
         values = []
-        for seed in runs[method]:
+        for seed in seeds[method]:
             cell = folder / f"cells/tiny/{method}/fold0-seed{seed}"
             if method == "full":
                 model = AutoModelForCausalLM.from_pretrained(cell / "model")
@@ -147,7 +147,7 @@ def test_a_second_report_measures_nothing_and_gives_the_same_files(
 ) -> None:
     folder, _, _ = first
     before = contents(folder / "report")
-    monkeypatch.setattr(measured, "load_selected_model", no_model)
+    monkeypatch.setattr(runs, "load_selected_model", no_model)
     assert report(folder)[1] == []
     assert contents(folder / "report") == before
 
@@ -159,8 +159,8 @@ def test_records_alone_give_the_same_files(
     folder, _, _ = first
     shutil.copy(folder / "study.json", tmp_path)
     shutil.copytree(folder / "report/data", tmp_path / "report/data")
-    monkeypatch.setattr(measured, "load_selected_model", no_model)
-    monkeypatch.setattr(measured, "load_selected_tokenizer", no_model)
+    monkeypatch.setattr(runs, "load_selected_model", no_model)
+    monkeypatch.setattr(runs, "load_selected_tokenizer", no_model)
     made, said = report(tmp_path, texts=False)
     assert (made.missing, said) == ([], [])
     assert contents(tmp_path / "report") == contents(folder / "report")
@@ -205,6 +205,30 @@ def test_weights_that_are_gone_are_named(study: Path, undrawn: None) -> None:
     assert [row["cells"][0] for row in table(study, "forgetting")["rows"]] == ["lora", "hycam", "three"]
 
 
+def test_measurements_on_another_text_stand_in_no_table(study: Path, undrawn: None) -> None:
+    """A run whose weights are gone keeps what it had on the text of before."""
+    report(study)
+    shutil.rmtree(study / "cells/tiny/full/fold0-seed0")
+    with (study / "text.jsonl").open("a") as file:
+        file.write('{"text": "One more of it."}\n')
+    for texts in (True, False):
+        made, _ = report(study, texts=texts)
+        assert made.missing == ["forgetting of cells/tiny/full/fold0-seed0: measured on another text"]
+        assert [row["cells"][0] for row in table(study, "forgetting")["rows"]] == ["lora", "hycam", "three"]
+
+
+def test_a_study_that_was_moved_finds_the_backbone_that_it_trained(study: Path) -> None:
+    """Its runs name the folder where it was."""
+    name = json.loads((study / "study.json").read_text())["study"]["backbones"]["tiny"]["name_or_path"]
+    shutil.copytree(name, study / "backbones/tiny/backbone-1")
+    cell = study / "cells/tiny/lora/fold0-seed0"
+    text = (cell / "recipe.yaml").read_text()
+    (cell / "recipe.yaml").write_text(text.replace(name, "elsewhere/backbones/tiny/backbone-1"))
+    run = runs.RunFolder(cell, study / "backbones/tiny")
+    assert run.recipe.backbone.name_or_path == str(study / "backbones/tiny/backbone-1")
+    assert run.model().config.hidden_size == 32
+
+
 @pytest.mark.parametrize(
     ("break_", "message"),
     [
@@ -222,7 +246,7 @@ def test_weights_that_are_gone_are_named(study: Path, undrawn: None) -> None:
     ],
 )
 def test_wrong_input_is_named(study: Path, break_: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "load_selected_model", no_model)
+    monkeypatch.setattr(runs, "load_selected_model", no_model)
     break_(study)
     with pytest.raises(InputError, match=message):
         report(study)

@@ -1,6 +1,5 @@
-"""What a study's report measures with models and tokenizers, each measurement kept in a `Store`."""
+"""A study's runs, read again, and what a report measures of their models and tokenizers."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +18,12 @@ from hycam.analysis.token_statistics import token_statistics
 from hycam.analysis.value_states import embed_value_states, pooled_value_states
 from hycam.commands.selection import Selection, load_selected_model, load_selected_tokenizer
 from hycam.data import IGNORED_LABEL, Collator
-from hycam.data.cache import file_digest
+from hycam.data.cache import digest, file_digest
 from hycam.training.folder import RECIPE_FILE, RECORD_FILE
 from hycam.training.measure import own_draws
-from hycam.training.recipe import Recipe, load_recipe
+from hycam.training.recipe import Recipe, load_recipe, read_yaml
 from hycam.training.run import RESULTS_FILE, trained_folder
-from hycam.training.tasks import TaskRows, load_rows, row_cache, tokenize_split
+from hycam.training.tasks import TaskRows, load_rows, responses_alone, row_cache, tokenize_split
 
 # Fig. 2: rows of each task's test split, and the layer whose value states they have. Fig. 4: tokens around the
 # beginning of a task's first response, and features evenly spaced over the layer's width.
@@ -38,13 +37,24 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A finished run's folder, read again as far as it is needed."""
+    """A finished run's folder, read again as far as it is needed.
+
+    Attributes:
+        path: the folder.
+        backbones: where the study has what it trained from scratch for the run's backbone.
+    """
 
     path: Path
+    backbones: Path
 
     @cached_property
     def recipe(self) -> Recipe:
-        return load_recipe(str(self.path))
+        """The run's, with a backbone that the study trained where the study's folder is, which may have been moved."""
+        recipe = load_recipe(str(self.path))
+        backbone = self.backbones / Path(str(recipe.backbone.name_or_path)).name
+        if backbone.is_dir():
+            recipe.backbone.name_or_path = str(backbone)
+        return recipe
 
     @cached_property
     def has_weights(self) -> bool:
@@ -59,7 +69,7 @@ class RunFolder:
     @cached_property
     def token_inputs(self) -> dict[str, Any]:
         """What tells its token rows from others: the rows that the run began with, and who made tokens of them."""
-        recipe = self.recipe.to_dict()
+        recipe = read_yaml(self.path / RECIPE_FILE)
         rows = json.loads((self.path / RECORD_FILE).read_text(encoding="utf-8"))["data"]
         return {"rows": rows, "settings": {"backbone": recipe["backbone"], "data": recipe["data"]}}
 
@@ -74,8 +84,7 @@ class RunFolder:
     @cached_property
     def test_rows(self) -> dict[str, Dataset]:
         """Token rows of each task's test split, their labels on the responses."""
-        data = dataclasses.replace(self.recipe.data, train_on_prompt=False)
-        return tokenize_split(self.rows, "test", self.tokenizer, data)
+        return tokenize_split(self.rows, "test", self.tokenizer, responses_alone(self.recipe.data))
 
     @property
     def collator(self) -> Collator:
@@ -116,11 +125,16 @@ def measure_tokens(run: RunFolder) -> dict[str, Any]:
 
 
 def measure_text(run: RunFolder, texts: list[str], *, adapted: bool) -> dict[str, Any]:
-    """Perplexity of general text, by the trained model or by its backbone alone."""
+    """Perplexity of general text, by the trained model or by its backbone alone.
+
+    Returns:
+        What `text_perplexity` returns, and `texts`: a SHA-256 of the text.
+    """
     windows = text_windows(texts, run.tokenizer, run.recipe.data.max_length)
     model = run.model(adapted=adapted)
     with own_draws(run.recipe.seed, next(model.parameters()).device):
-        return text_perplexity(model, windows, run.collator.pad_token_id, batch_size=run.recipe.evaluation.batch_size)
+        result = text_perplexity(model, windows, run.collator.pad_token_id, batch_size=run.recipe.evaluation.batch_size)
+    return result | {"texts": digest(texts)}
 
 
 def measure_value_states(run: RunFolder, model: PeftModel) -> dict[str, Any]:
