@@ -1,0 +1,76 @@
+"""The study of `docs/study.md`, drawn from its committed records: ``python -m benchmarks.study [--check]``.
+
+`docs/study` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and the page's
+tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hycam.reporting import write_report
+
+from .record import ROOT
+
+PAGE = ROOT / "docs" / "study.md"
+STUDY = ROOT / "docs" / "study"
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def drawn(study: Path) -> dict[str, str]:
+    """Name -> Markdown of the tables that a report wrote, their titles left to the page."""
+    folder = study / "tables"
+    names = [table["name"] for table in json.loads((folder / "tables.json").read_text(encoding="utf-8"))]
+    bodies = re.split(r"^## .*\n", (folder / "tables.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {
+        name: re.sub(r"^### (.*)$", r"**\1**", body.strip(), flags=re.MULTILINE)
+        for name, body in zip(names, bodies, strict=True)
+    }
+
+
+def fill(page: str, study: Path) -> str:
+    """The page with every table of a report in its place. Raises `KeyError` where a marker names none."""
+    tables = drawn(study)
+    return _BLOCK.sub(lambda block: f"{block[1]}{tables[block['name']]}\n\n{block[3]}", page)
+
+
+def outdated(study: Path) -> list[str]:
+    """Tables and figures' data that the records don't give; pictures differ with the version that drew them."""
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder)
+        shutil.copy2(study / "study.json", again)
+        shutil.copytree(study / "data", again / "data")
+        write_report(again, again, announce=lambda line: None)
+        made = {path.relative_to(again): path.read_bytes() for path in _texts(again)}
+    found = {path.relative_to(study): path.read_bytes() for path in _texts(study)}
+    return sorted(str(name) for name in made.keys() | found.keys() if made.get(name) != found.get(name))
+
+
+def _texts(study: Path) -> list[Path]:
+    return [*(study / "tables").iterdir(), *(study / "figures").glob("*.json")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something isn't up to date")
+    options = parser.parse_args(arguments)
+    if not options.check:
+        write_report(STUDY, STUDY)
+    before = PAGE.read_text(encoding="utf-8")
+    after = fill(before, STUDY)
+    if not options.check:
+        PAGE.write_text(after, encoding="utf-8")
+        return 0
+    stale = outdated(STUDY) + ([PAGE.name] if after != before else [])
+    if stale:
+        print(f"{', '.join(stale)}: not what the records give, run `python -m benchmarks.study`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
