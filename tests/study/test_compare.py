@@ -49,7 +49,7 @@ def _write_lines(study: Study, output: Path) -> None:
         compare(study, lambda line: file.write(f"{line}\n"))
 
 
-def _wait(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def _wait(condition: Callable[[], object], seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
