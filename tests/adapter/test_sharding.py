@@ -1,6 +1,5 @@
 """Weights that are elsewhere when a forward begins: offloaded by accelerate, sharded by FSDP2 and DeepSpeed."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hycam import hotswap_adapter
 from tests.adapter.builders import adapted_model, batch, config, layers_of
+from tests.distributed.ranks import environment
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
@@ -63,7 +63,7 @@ def run_sharded(*arguments):
         timeout=280,
         check=False,
         cwd=WORKER.parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])},
+        env=environment(),
     )
     assert run.returncode == 0, run.stderr[-3000:]
     errors = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("error ")]

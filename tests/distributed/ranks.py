@@ -24,10 +24,9 @@ def run_jobs(folder: Path, jobs: list[dict[str, Any]], *, timeout: float = 280) 
     """Run the jobs; returns the exit status of each rank."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder)],
-        env=environment,
+        env=environment(),
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -47,13 +46,17 @@ def log_of(folder: Path, rank: int) -> str:
     return (folder / f"rank{rank}.log").read_text(encoding="utf-8", errors="replace")
 
 
+def environment() -> dict[str, str]:
+    """This checkout importable, and the tools of this environment first: each version of ninja compiles anew."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": path}
+
+
 def launch(command: list[str], folder: Path, *, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     """A launcher's command in `folder`, with this checkout importable and the tools of this environment on the path."""
-    tools = Path(sys.executable).parent
     return subprocess.run(
         command,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
+        env=environment(),
         cwd=folder,
         capture_output=True,
         text=True,

@@ -1,7 +1,6 @@
 """Planned bytes against those that the engines' own processes hold."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hycam.planning import engine_of, plan_memory
+from tests.distributed.ranks import environment
 from tests.planning.cases import config, deepspeed, recipe
 
 WORKER = Path(__file__).with_name("measured_worker.py")
@@ -24,7 +24,7 @@ def measure(processes, *cases, port):
         timeout=280,
         check=False,
         cwd=WORKER.parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])},
+        env=environment(),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line.split(" ", 1)[1]) for line in run.stdout.splitlines() if line.startswith("measured ")]
