@@ -18,6 +18,8 @@ CASES = {
     "sixteen-experts": Case((17,), 80, 16, 4, options={"seed": 3}),
     "rank-64": Case((130,), 200, 3, 64, options={"seed": 3}),
     "rank-over-a-block": Case((33,), 80, 2, 144, biases=True, residual=True, options={"seed": 3}),
+    "most-experts-of-rank-1": Case((9,), 33, 16, 1, options={"seed": 3}),
+    "rank-256": Case((9,), 48, 1, 256),
     "masked": Case((77,), 80, 3, 4, masked=True, options={"seed": 3}),
     "hard": Case((77,), 80, 3, 16, masked=True, options={"seed": 3, "hard": True}),
     "released": Case((77,), 96, 5, 16, biases=True, residual=True, options={"seed": 3, "hard": True, "scale": 8.0}),

@@ -27,6 +27,8 @@ CASES = {
     "many-experts": Case((33,), 80, 8, 4, masked=True, options={"seed": 3, "tau": 2.5}),
     "sixteen-experts": Case((17,), 80, 16, 5),
     "rank-over-a-block": Case((3,), 80, 2, 144, biases=True, residual=True),
+    "most-experts-of-rank-1": Case((9,), 33, 16, 1, options={"seed": 3}),
+    "rank-256": Case((9,), 48, 1, 256),
     "hard": Case((16,), 80, 3, 16, masked=True, options={"hard": True}),
     "released": Case((33,), 96, 5, 16, biases=True, residual=True, options={"seed": 3, "hard": True, "scale": 8.0}),
     "experts-only": Case((7,), 80, 3, 16, shared=False, biases=True),
