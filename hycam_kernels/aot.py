@@ -86,8 +86,10 @@ class Launch:
         return {"dtype": self.dtype} | used | dict(self.options) | {"absent": self.absent}
 
     def configuration(self) -> tuple:
-        """What a table's row says of it: kernel, dtype, tiles, warps and stages."""
-        return self.name, self.dtype, self.tiles, self.options
+        """Kernel, dtype, warps, stages and tiles: its table's row, and the blocks that follow from the sizes."""
+        row = dict(self.tiles)
+        tiles = tuple(item for item in self.constants if item[0] in row or item[0].startswith("BLOCK_"))
+        return self.name, self.dtype, tiles, self.options
 
 
 class Recorder(Launcher):
