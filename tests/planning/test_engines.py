@@ -15,9 +15,9 @@ WORKER = Path(__file__).with_name("measured_worker.py")
 TOLERANCE = 0.1
 
 
-def measure(processes, *cases, port):
+def measure(processes, *cases):
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}",
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
          str(WORKER), *cases],
         capture_output=True,
         text=True,
@@ -55,11 +55,11 @@ def check(measured, world_size):
 
 @pytest.mark.slow  # about 10 s, and what two processes hold is the stricter case
 def test_one_process_and_what_it_holds():
-    check(measure(1, "ddp:float32", "ddp:bfloat16", port=29651), 1)
+    check(measure(1, "ddp:float32", "ddp:bfloat16"), 1)
 
 
 def test_two_processes_without_deepspeed():
-    measured = measure(2, "ddp:float32", "fsdp2:float32", port=29652)
+    measured = measure(2, "ddp:float32", "fsdp2:float32")
     check(measured, 2)
     # really parted, whatever the plan says
     assert measured["fsdp2:float32"]["parameters"] < 0.55 * measured["ddp:float32"]["parameters"]
@@ -68,7 +68,7 @@ def test_two_processes_without_deepspeed():
 @pytest.mark.slow  # two processes that import DeepSpeed and train under three stages take half a minute
 def test_two_processes_with_deepspeed():
     pytest.importorskip("deepspeed")
-    measured = measure(2, "zero1:bfloat16", "zero2:bfloat16", "zero3:bfloat16", port=29653)
+    measured = measure(2, "zero1:bfloat16", "zero2:bfloat16", "zero3:bfloat16")
     check(measured, 2)
     assert measured["zero3:bfloat16"]["parameters"] < 0.55 * measured["zero2:bfloat16"]["parameters"]
     assert measured["zero2:bfloat16"]["gradients"] < 0.55 * measured["zero1:bfloat16"]["gradients"]
@@ -77,7 +77,7 @@ def test_two_processes_with_deepspeed():
 @pytest.mark.slow
 def test_two_processes_with_deepspeed_in_float32():
     pytest.importorskip("deepspeed")
-    check(measure(2, "zero1:float32", "zero2:float32", "zero3:float32", port=29654), 2)
+    check(measure(2, "zero1:float32", "zero2:float32", "zero3:float32"), 2)
 
 
 def test_deepspeeds_own_defaults():
