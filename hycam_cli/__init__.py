@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--text", metavar="FILE", help="JSON lines with a text each: what the methods have forgotten of general text"
     )
+    report.add_argument("--hide-text", action="store_true", help="no text of the study's rows in any figure")
 
     env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
     env.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -13,7 +13,7 @@ def run(options: Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output: {output} is a file, wanted a folder")
     texts = None if options.text is None else Path(options.text).expanduser()
-    report = write_report(study, output, texts=texts)
+    report = write_report(study, output, texts=texts, hide_text=options.hide_text)
     for line in report.missing:
         print(f"left out: {line}")
     print(f"{len(report.files)} files of figures and tables: {output}")

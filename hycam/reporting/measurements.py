@@ -29,6 +29,7 @@ class Measurements:
         record: its `study.json`.
         store: keeps the measurements.
         announce: is told what is about to be measured, a line each.
+        hide_text: measure the modulation without the rows' text.
 
     Attributes:
         runs: a cell's folder in the study's -> its run, of the cells whose folders are there.
@@ -39,10 +40,13 @@ class Measurements:
         missing: what is neither kept nor could be measured, and why.
     """
 
-    def __init__(self, study: Path, record: Record, store: Store, announce: Callable[[str], object]) -> None:
+    def __init__(
+        self, study: Path, record: Record, store: Store, announce: Callable[[str], object], *, hide_text: bool = False
+    ) -> None:
         self.record = record
         self.store = store
         self.announce = announce
+        self.hide_text = hide_text
         self.runs = {
             name: RunFolder(study / name, study / Unit(cell["backbone"]).folder)
             for cell in record["cells"]
@@ -107,12 +111,13 @@ class Measurements:
     def _reference(self, cell: Cell) -> None:
         name = cell_folder(cell)
         run = self.runs.get(name)
-        inputs = None if run is None else run.inputs | measurement_settings()
         model = cache(run.model) if run is not None and run.has_weights else None
-        for kind, measured, kept in (
-            ("value_states", measure_value_states, self.value_states),
-            ("modulation", measure_modulation, self.modulation),
+        hidden = {"hide_text": True} if self.hide_text else {}
+        for kind, measured, options, kept in (
+            ("value_states", measure_value_states, {}, self.value_states),
+            ("modulation", partial(measure_modulation, hide_text=self.hide_text), hidden, self.modulation),
         ):
+            inputs = None if run is None else run.inputs | measurement_settings() | options
             values = self._get(kind, name, inputs, None if model is None else partial(_of_model, measured, run, model))
             if values is not None:
                 kept[cell["backbone"]] = values

@@ -29,7 +29,12 @@ class Report:
 
 
 def write_report(
-    study: Path, output: Path, *, texts: Path | None = None, announce: Callable[[str], object] = print
+    study: Path,
+    output: Path,
+    *,
+    texts: Path | None = None,
+    hide_text: bool = False,
+    announce: Callable[[str], object] = print,
 ) -> Report:
     """Measure what the study's models are needed for, and write all figures and tables.
 
@@ -38,13 +43,14 @@ def write_report(
             them everything comes from `study.json` and what `output` holds from before.
         output: the report's folder: gets `data` (measurements), `figures` (PNG, SVG, each with its JSON) and `tables`.
         texts: JSON Lines file with general text, for the forgetting.
+        hide_text: keep the rows' text out of the figure of the modulation, for rows that may not be shown.
         announce: is told what is about to be measured, a line each.
 
     Raises:
         InputError: no study, no finished cell, a file that can't be read, or `texts` without any run.
     """
     record = read_record(study)
-    measurements = Measurements(study, record, Store(output / DATA_FOLDER), announce)
+    measurements = Measurements(study, record, Store(output / DATA_FOLDER), announce, hide_text=hide_text)
     if texts is not None and not measurements.runs:
         raise InputError(f"--text: {study} has no run to measure, wanted its folder cells")
     documents = None if texts is None else read_documents(texts)

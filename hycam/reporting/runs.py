@@ -165,8 +165,11 @@ def measure_value_states(run: RunFolder, model: PeftModel) -> dict[str, Any]:
     }
 
 
-def measure_modulation(run: RunFolder, model: nn.Module) -> dict[str, Any]:
+def measure_modulation(run: RunFolder, model: nn.Module, *, hide_text: bool = False) -> dict[str, Any]:
     """A_fusion of one test row of each task, from a few tokens before its response on.
+
+    Args:
+        hide_text: call the tokens by their place, counted from the response's first token, instead of by their text.
 
     Returns:
         `{"features": [...], "tasks": {name: {"tokens", "layers": {module path: [tokens][features]}}}}`.
@@ -181,7 +184,10 @@ def measure_modulation(run: RunFolder, model: nn.Module) -> dict[str, Any]:
         width = next(iter(modulation.values())).shape[-1]
         features = torch.linspace(0, width - 1, min(width, _MODULATION_FEATURES)).round().int().tolist()
         tasks[task] = {
-            "tokens": [str(run.tokenizer.decode([token])) for token in ids[start:end]],
+            "tokens": [
+                f"{place - first:+d}" if hide_text else str(run.tokenizer.decode([ids[place]]))
+                for place in range(start, min(end, len(ids)))
+            ],
             "layers": {name: _rounded(a[start:, features].float().tolist()) for name, a in modulation.items()},
         }
     return {"features": features, "tasks": tasks}

@@ -18,11 +18,11 @@ from hycam.study.recipe import Study
 from tests.reporting.studies import CELLS, FIGURES, TEXTS
 
 
-def report(study: Path, *, texts: bool = True, output: Path | None = None) -> tuple[Report, list[str]]:
+def report(study: Path, *, texts: bool = True, output: Path | None = None, **options: Any) -> tuple[Report, list[str]]:
     """The report, and what was measured for it."""
     said: list[str] = []
     path = study / "text.jsonl" if texts else None
-    made = write_report(study, output or study / "report", texts=path, announce=said.append)
+    made = write_report(study, output or study / "report", texts=path, announce=said.append, **options)
     return made, [line.removeprefix("measuring ") for line in said]
 
 
@@ -103,6 +103,21 @@ def test_the_forgetting_is_the_perplexity_of_the_loaded_models(first: tuple[Path
         assert abs(mean / base - 1) > 1e-4, "training moved it"
         assert change["value"] == pytest.approx(100 * (mean / base - 1), abs=1e-3)
         assert (after["std"] is None, count) == (len(values) == 1, str(len(values)))
+
+
+def test_text_is_hidden_on_request(first: tuple[Path, Report, list[str]], tmp_path: Path) -> None:
+    folder, _, _ = first
+    shutil.copytree(folder / "report", tmp_path / "report")
+    _, said = report(folder, output=tmp_path / "report", hide_text=True)
+    assert said == ["modulation: cells/tiny/hycam/fold0-seed0"], "the rest is as it was"
+    figures = [
+        json.loads((path / "figures/modulation-tiny.json").read_text())
+        for path in (folder / "report", tmp_path / "report")
+    ]
+    for shown, hidden in zip(*(figure["tasks"].values() for figure in figures), strict=True):
+        first_label = int(hidden["tokens"][0])
+        assert hidden["tokens"] == [f"{first_label + i:+d}" for i in range(len(shown["tokens"]))]
+        assert first_label < 0 and hidden["layers"] == shown["layers"]
 
 
 def test_table_1_and_routing(first: tuple[Path, Report, list[str]]) -> None:
