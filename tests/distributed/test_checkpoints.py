@@ -24,7 +24,7 @@ pytest.importorskip("deepspeed")
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2_offload"]
 # Four steps an epoch: the run is stopped inside its second one.
 _STEPS, _SAVED, _STOPPED = 7, 3, 5
-_OF_THE_MACHINE = ("tokens_per_second", "peak_bytes")
+_OF_THE_MACHINE = ("tokens_per_second", "seconds", "peak_bytes")
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ def test_the_shipped_studies() -> None:
             *(("hycam", name) for name in ("shared_only", "released_code", "full_spec", "spec_only", "inverse_peft")),
         }  # fmt: skip
         assert study.methods["hycam"].section["name"] == "hycam"
-        assert all(1 < len(study.rates(method)) <= 3 for method in study.methods)
+        assert all(1 < len(study.rates(method)) <= 4 for method in study.methods)
     small, large = load_study("study_small"), load_study("study_7b")
     assert (small.seeds, small.folds) == ([0, 1, 2], [0])
     assert {task["name"] for task in small.tasks} == {"auto_cot", "icliniq", "dolly", "code_alpaca", "webgpt_standin"}
