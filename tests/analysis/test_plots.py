@@ -2,7 +2,6 @@ import sys
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hycam.analysis import plot_expert_load, plot_loss_curves, plot_modulation, write_plots
@@ -18,20 +17,6 @@ METRICS = [
 ]
 LOADS = {"code": {"layers.0.attn": [0.7, 0.2, 0.1], "layers.1.attn": [0.2, 0.4, 0.4]}}
 LOADS["text_$x$"] = {layer: load[::-1] for layer, load in LOADS["code"].items()}
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved, in order; saved for real too."""
-    saved = []
-    save = Figure.savefig
-
-    def savefig(self, path, **options):
-        saved.append(self)
-        save(self, path, **options)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return saved
 
 
 def is_picture(path) -> bool:

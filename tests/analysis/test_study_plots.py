@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hycam.analysis.figures import draw_figure
@@ -49,22 +48,14 @@ FIGURES = pytest.mark.parametrize("figure", DATA)
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
+def draw(tmp_path, figures):
     """Writes a figure's JSON, draws it, and returns the figure that was drawn."""
-    drawn = []
-    save = Figure.savefig
-
-    def savefig(self, path, **options):
-        drawn.append(self)
-        save(self, path, **options)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
 
     def make(kind, **changes):
         path = tmp_path / f"{kind}-llama-3.1.json"
         path.write_text(json.dumps({"figure": kind} | DATA[kind] | changes))
         draw_figure(path)
-        return drawn[0]
+        return figures[0]
 
     return make
 
