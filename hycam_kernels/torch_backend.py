@@ -6,7 +6,8 @@ expert outputs Z_k = scale * (V_k B_k^T + b_k) are made again in the backward, o
 
 Products take whole tensors, element-wise terms go through them by blocks of rows that a CPU's cache holds from one term
 to the next (`_row_blocks`): beside the results there are two [T, d] tensors in the sum dtype and one or two in the
-compute dtype at a time. No term crosses rows, so a result doesn't depend on the block size.
+compute dtype at a time. No term crosses rows, so a result doesn't depend on the block size. Under hard routing on a CPU
+the forward makes only the output of the expert that each token takes.
 """
 
 from collections.abc import Iterator
@@ -33,9 +34,9 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     p = _used_probs(x, probs)
 
     fusion = hidden.new_zeros(hidden.shape, dtype=x.sum_dtype) if s is None else F.silu(s.to(x.sum_dtype))
-    for k, product, shift in _expert_products(x, hidden, v):
-        for fusion_rows, product_rows, p_rows in _row_blocks(x, fusion, product, p[:, k : k + 1]):
-            fusion_rows.addcmul_(p_rows, F.silu(_expert_output(x, product_rows, shift)))
+    for product, shift, weight in _forward_terms(x, hidden, v, p):
+        for fusion_rows, product_rows, weight_rows in _row_blocks(x, fusion, product, weight):
+            fusion_rows.addcmul_(weight_rows, F.silu(_expert_output(x, product_rows, shift)))
     out = torch.empty_like(x.attn_output, memory_format=torch.contiguous_format)
     for out_rows, fusion_rows, attn_rows, residual_rows in _row_blocks(x, out, fusion, x.attn_output, x.residual):
         stream = _stream(x, attn_rows, residual_rows)
@@ -303,17 +304,44 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
+def _forward_terms(
+    x: ModulationInputs, hidden: Tensor, v: Tensor | None, p: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """(product [T, d], shift as `_expert_products` gives them, weight [T, 1]) of each term of sum_k p_k SiLU(z_k)."""
+    # a GPU would wait for the host to learn how many tokens each expert gets
+    if x.hard and x.num_experts and hidden.device.type == "cpu":
+        yield _chosen_product(x, hidden, v, p), None, p.sum(-1, keepdim=True)
+        return
+    for k, product, shift in _expert_products(x, hidden, v):
+        yield product, shift, p[:, k : k + 1]
+
+
+def _chosen_product(x: ModulationInputs, hidden: Tensor, v: Tensor | None, p: Tensor) -> Tensor:
+    """Of each token, V_k B_k^T + b_k or h W_k^T of the expert k with p_k other than 0: [T, d] in the compute dtype."""
+    product = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    for k in range(x.num_experts):
+        tokens = p[:, k].nonzero().squeeze(1)
+        inputs, weight = _expert_operands(x, hidden, v, k)
+        bias = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.compute_dtype)
+        product.index_copy_(0, tokens, F.linear(inputs.index_select(0, tokens), weight, bias))
+    return product
+
+
 def _expert_products(
     x: ModulationInputs, hidden: Tensor, v: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(k, V_k B_k^T or h W_k^T [T, d] in the compute dtype, scale * b_k [d] in the sum dtype or None)."""
     for k in range(x.num_experts):
         shift = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.sum_dtype) * x.scale
-        if v is not None and x.lora_b is not None:
-            yield k, F.linear(v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype)), shift
-        else:
-            assert x.expert_weight is not None
-            yield k, F.linear(hidden, x.expert_weight[k].to(x.compute_dtype)), shift
+        yield k, F.linear(*_expert_operands(x, hidden, v, k)), shift
+
+
+def _expert_operands(x: ModulationInputs, hidden: Tensor, v: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """(V_k [T, r], B_k [d, r]) or (h [T, d], W_k [d, d]), in the compute dtype."""
+    if v is not None and x.lora_b is not None:
+        return v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype)
+    assert x.expert_weight is not None
+    return hidden, x.expert_weight[k].to(x.compute_dtype)
 
 
 def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
