@@ -143,3 +143,11 @@ def empty_gradients(x: ModulationInputs | NormProjectInputs, names: tuple[str, .
         torch.empty_like(getattr(x, name), memory_format=torch.contiguous_format) if needed else x[0].new_empty(0)
         for name, needed in zip(names, needs, strict=True)
     ]
+
+
+def finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
+    """A gradient as the backward op returns it: in its tensor's dtype, zeros where nothing reached it, 0 elements where
+    it isn't needed."""
+    if not needed or of is None:
+        return torch.empty(0)
+    return torch.zeros_like(of) if grad is None else grad.to(of.dtype)

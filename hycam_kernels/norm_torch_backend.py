@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
-from .torch_backend import finish, fold_weights
+from .folding import fold_weights, low_rank_gradients
+from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, finish
 
 
 def forward(x: NormProjectInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -83,21 +83,6 @@ def _add_product(to: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if to is None:
         return a @ b
     return torch.addmm(to, a, b) if to.dtype == a.dtype else to + a @ b
-
-
-def low_rank_gradients(
-    grad_v: Tensor, x: NormProjectInputs, operand: Tensor, need: dict[str, bool]
-) -> dict[str, Tensor]:
-    """Gradients of A and N as far as they are needed; ``operand`` is h in the compute dtype."""
-    if not (need["lora_a"] or need["lora_n"]):
-        return {}
-    d_folded = (grad_v.T @ operand).to(x.sum_dtype).view_as(x.lora_a)
-    grads = {}
-    if need["lora_a"]:
-        grads["lora_a"] = x.lora_n.to(x.sum_dtype).mT @ d_folded
-    if need["lora_n"]:
-        grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
-    return grads
 
 
 def _norm_backward(

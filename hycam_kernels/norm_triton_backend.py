@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
-from .norm_torch_backend import low_rank_gradients
-from .torch_backend import finish, fold_weights
+from .folding import fold_weights, low_rank_gradients
+from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, finish
 from .triton_backend import DTYPES, environment_refusal, launcher
 
 if TYPE_CHECKING:

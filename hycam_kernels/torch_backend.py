@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
+from .folding import fold, unfold_grads
+from .inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
 from .philox import gumbel_noise
 
 # of a row block, for each of a CPU's threads: half a dozen float32 blocks of it fit a core's cache
@@ -154,12 +155,6 @@ class _Sum:
         self.value = a @ b if self.value is None else self.value.addmm_(a, b)
 
 
-def finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
-    if not needed or of is None:
-        return torch.empty(0)
-    return torch.zeros_like(of) if grad is None else grad.to(of.dtype)
-
-
 def _row_blocks(x: ModulationInputs, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Views of some rows of each tensor of T rows, None for None, block by block: all rows at once but on a CPU."""
     tokens, d = x.shape
@@ -238,25 +233,6 @@ def _shared_backward(
         d_hidden.add_product(d_s, x.shared_weight.to(x.compute_dtype))
 
 
-def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
-    """M [E * r, d] in the compute dtype, M_k = N_k A_k, and its bias N_k a_k + n_k [E * r] or None."""
-    assert x.lora_a is not None and x.lora_n is not None
-    lora_n = x.lora_n.to(x.sum_dtype)
-    folded = fold_weights(x.lora_n, x.lora_a, x.compute_dtype)
-    bias = None
-    if x.lora_a_bias is not None:
-        bias = (lora_n @ x.lora_a_bias.to(x.sum_dtype)[..., None]).flatten()
-    if x.lora_n_bias is not None:
-        lora_n_bias = x.lora_n_bias.to(x.sum_dtype).flatten()
-        bias = lora_n_bias if bias is None else bias + lora_n_bias
-    return folded, None if bias is None else bias.to(x.compute_dtype)
-
-
-def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
-    """M [E * r, d], M_k = N_k A_k, summed in float32 at least from the weights as they are, rounded to dtype once."""
-    return _product(lora_n, lora_a.to(torch.promote_types(lora_a.dtype, dtype))).flatten(0, 1).to(dtype)
-
-
 def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
     """V = h M^T + bias, [T, E * r], unless it was given; None without low-rank experts."""
     if x.given_v is not None:
@@ -277,31 +253,6 @@ def _folded_backward(
     if not any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias")):
         return
     grads |= unfold_grads(x, d_v.T @ hidden, d_v.sum(0, dtype=x.sum_dtype), need)
-
-
-def unfold_grads(x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
-    """Gradients of A, N, a and n from those of M [E * r, d] and, in the sum dtype, of its bias [E * r]."""
-    assert x.lora_a is not None and x.lora_n is not None
-    grads = {}
-    d_folded = d_folded.view(x.num_experts, x.rank, -1)
-    d_bias = d_bias.view(x.num_experts, x.rank)
-    if need["lora_a"]:
-        grads["lora_a"] = _product(x.lora_n.mT, d_folded)
-    if need["lora_n"]:
-        grads["lora_n"] = _product(d_folded, x.lora_a.mT)
-        if x.lora_a_bias is not None:
-            grads["lora_n"] = grads["lora_n"] + d_bias[:, :, None] * x.lora_a_bias[:, None, :]
-    if need["lora_a_bias"]:
-        grads["lora_a_bias"] = _product(x.lora_n.mT, d_bias[..., None]).squeeze(-1)
-    if need["lora_n_bias"]:
-        grads["lora_n_bias"] = d_bias
-    return grads
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in the wider of their dtypes; of two low-precision matrices the library sums in float32 and rounds once."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.to(dtype) @ b.to(dtype)
 
 
 def _forward_terms(

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import DIFFERENTIABLE, ModulationInputs, Saved
-from .torch_backend import finish, fold, unfold_grads
+from .folding import fold, unfold_grads
+from .inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
 
 if TYPE_CHECKING:
     from .kernels.launch import Launcher

@@ -1,0 +1,65 @@
+"""N folded into A in weight space, ``M_k = N_k A_k``, so that one product ``V = h M^T`` serves all experts."""
+
+import torch
+from torch import Tensor
+
+from .inputs import ModulationInputs, NormProjectInputs
+
+
+def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
+    """M [E * r, d] in the compute dtype, M_k = N_k A_k, and its bias N_k a_k + n_k [E * r] or None."""
+    assert x.lora_a is not None and x.lora_n is not None
+    lora_n = x.lora_n.to(x.sum_dtype)
+    folded = fold_weights(x.lora_n, x.lora_a, x.compute_dtype)
+    bias = None
+    if x.lora_a_bias is not None:
+        bias = (lora_n @ x.lora_a_bias.to(x.sum_dtype)[..., None]).flatten()
+    if x.lora_n_bias is not None:
+        lora_n_bias = x.lora_n_bias.to(x.sum_dtype).flatten()
+        bias = lora_n_bias if bias is None else bias + lora_n_bias
+    return folded, None if bias is None else bias.to(x.compute_dtype)
+
+
+def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """M [E * r, d], M_k = N_k A_k, summed in float32 at least from the weights as they are, rounded to dtype once."""
+    return _product(lora_n, lora_a.to(torch.promote_types(lora_a.dtype, dtype))).flatten(0, 1).to(dtype)
+
+
+def unfold_grads(x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
+    """Gradients of A, N, a and n from those of M [E * r, d] and, in the sum dtype, of its bias [E * r]."""
+    assert x.lora_a is not None and x.lora_n is not None
+    grads = {}
+    d_folded = d_folded.view(x.num_experts, x.rank, -1)
+    d_bias = d_bias.view(x.num_experts, x.rank)
+    if need["lora_a"]:
+        grads["lora_a"] = _product(x.lora_n.mT, d_folded)
+    if need["lora_n"]:
+        grads["lora_n"] = _product(d_folded, x.lora_a.mT)
+        if x.lora_a_bias is not None:
+            grads["lora_n"] = grads["lora_n"] + d_bias[:, :, None] * x.lora_a_bias[:, None, :]
+    if need["lora_a_bias"]:
+        grads["lora_a_bias"] = _product(x.lora_n.mT, d_bias[..., None]).squeeze(-1)
+    if need["lora_n_bias"]:
+        grads["lora_n_bias"] = d_bias
+    return grads
+
+
+def low_rank_gradients(
+    grad_v: Tensor, x: NormProjectInputs, operand: Tensor, need: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Gradients of A and N as far as they are needed; ``operand`` is h in the compute dtype."""
+    if not (need["lora_a"] or need["lora_n"]):
+        return {}
+    d_folded = (grad_v.T @ operand).to(x.sum_dtype).view_as(x.lora_a)
+    grads = {}
+    if need["lora_a"]:
+        grads["lora_a"] = x.lora_n.to(x.sum_dtype).mT @ d_folded
+    if need["lora_n"]:
+        grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
+    return grads
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the wider of their dtypes; of two low-precision matrices the library sums in float32 and rounds once."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype) @ b.to(dtype)
