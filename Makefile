@@ -1,6 +1,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# the folder of what test-all and gpu write
+OUT ?= results
 EXTRAS := train,test,bench,docs,deepspeed,quantization
 # Two processes of one thread each; threads that spin while they wait would starve each other. The kernels' tests need a
 # process of their own: TRITON_INTERPRET must be set before triton is imported.
@@ -23,9 +25,11 @@ test: setup lint docs
 	$(PYTEST) --ignore tests/kernels/triton -m "not slow"
 	$(PYTEST) tests/kernels/triton -m "not slow"
 
+# and a record of what passed
 test-all: setup lint docs
-	$(PYTEST) --ignore tests/kernels/triton
-	$(PYTEST) tests/kernels/triton
+	$(PYTEST) --ignore tests/kernels/triton --junitxml $(OUT)/tests.xml
+	$(PYTEST) tests/kernels/triton --junitxml $(OUT)/kernel_tests.xml
+	$(BIN)/python -m benchmarks.outcomes $(OUT)/tests.xml $(OUT)/kernel_tests.xml --out $(OUT)/tests.json
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,7 +43,6 @@ build: setup
 	$(BIN)/python -m build
 
 # with the Python and torch that the machine has: no virtual environment, no network
-OUT ?= results
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
