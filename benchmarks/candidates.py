@@ -24,12 +24,12 @@ def measure_candidates(session: Session, out: Path) -> None:
     for shape in TRAINING:
         measure_structures(session, shape, DTYPE, table)
     tuner = Tuner(table, keep_on=lambda: session.budget.lasts(5))
-    search(tuner, session, [Size(*shape.as_dict().values()) for shape in (*TRAINING, *DECODE)])
-    (out / f"{family}.json").write_text(table_text(winners(tuner.found, tuner.table)))
+    sizes = [Size(*shape.as_dict().values()) for shape in (*TRAINING, *DECODE)]
+    search(tuner, session, sizes, out / f"{family}.json")
 
 
-def search(tuner: Tuner, session: Session, sizes: Sequence[Size], dtype: torch.dtype = DTYPE) -> None:
-    """Measure every candidate at every size, as far as the budget lasts."""
+def search(tuner: Tuner, session: Session, sizes: Sequence[Size], table: Path, dtype: torch.dtype = DTYPE) -> None:
+    """Measure every candidate at every size, as far as the budget lasts; after each size, write the winning table."""
 
     def call(size: Size):
         return make_call(size, dtype, session.device, training=size.tokens > DECODE_TOKENS)
@@ -48,5 +48,6 @@ def search(tuner: Tuner, session: Session, sizes: Sequence[Size], dtype: torch.d
                 "candidate", shape, dtype=dtype_name(dtype), **{"pass": found.pass_}, kernel=found.kernel,
                 row=found.row, median_us=found.median_us, refusal=found.refusal,
             )  # fmt: skip
+        table.write_text(table_text(winners(tuner.found, tuner.table)))
         if not tuner.keep_on():
             session.add("candidate", shape, skipped="out of time: not every candidate was measured")

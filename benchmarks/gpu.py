@@ -115,10 +115,14 @@ Launch = Callable[[str, float, dict[str, str]], int | None]
 def orchestrate(out: Path, header: Entry, budget: Budget, test: Callable[[float], Entry], launch: Launch) -> bool:
     """The phases in order, each within what is left; ``record.json`` is complete after each. True if times were taken.
 
+    What an earlier run left in ``out`` is removed first: its table and entries are not this run's.
+
     Args:
         test: (seconds) -> the tests' entry, as `run_tests`.
         launch: (phase, seconds, environment) -> exit status, None where it had to be stopped.
     """
+    for left in (*out.glob("sm_*.json"), *(out / f"{name}.json" for name in ("record", *PHASES))):
+        left.unlink(missing_ok=True)
     record = Record(out / "record.json", header)
     phases: dict[str, str] = {}
     record.content["phases"] = phases

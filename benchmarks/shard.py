@@ -5,6 +5,8 @@ import os
 import pytest
 
 
+# after pytest's own choice by marks, so that shards of what runs are equal
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     index, count = map(int, os.environ["HYCAM_SHARD"].split("/"))
     kept = items[index::count]

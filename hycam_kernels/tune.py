@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import triton_backend
 from .inputs import DIFFERENTIABLE, ModulationInputs, NormProjectInputs
+from .kernels.decode import decode_forward
 from .kernels.launch import Launcher
 from .kernels.tables import OPTIONAL, Config, Table, family_of, launch_parameters, load_table, select, with_candidates
 from .modulation import _prepare
@@ -33,7 +34,7 @@ from .modulation import _prepare
 WORTHWHILE = 0.99
 # relative difference of bfloat16 results that another order of summation explains
 ROUNDING = 2**-7
-DECODE_TOKENS = 64
+DECODE_TOKENS = triton_backend.MAX_DECODE_TOKENS
 NOT_KEPT = "forward, S not kept"
 _WHOLE_NUMBERS = {
     "num_warps": (2, 4, 8),
@@ -95,9 +96,15 @@ class WarmUpLauncher(RowLauncher):
 
 
 def neighbours(row: Config) -> Iterator[Config]:
-    """Rows with one number changed to the next smaller or larger of its choices; BLOCK_R stays, it covers the rank."""
+    """Rows with one number changed to the next smaller or larger of its choices, or one switch turned.
+
+    BLOCK_R stays, it covers the rank.
+    """
     for name, value in row.items():
         if name == "BLOCK_R":
+            continue
+        if isinstance(value, bool):
+            yield row | {name: not value}
             continue
         choices = _BLOCKS if name.startswith("BLOCK_") else _WHOLE_NUMBERS.get(name, ())
         smaller = [choice for choice in choices if choice < value][-1:]
@@ -125,10 +132,10 @@ def make_call(size: Size, dtype: torch.dtype, device: torch.device, *, training:
 def make_passes(x: ModulationInputs, *, training: bool) -> dict[str, Callable[[Launcher], list[Tensor]]]:
     """The op's passes as functions of a launcher: in training forward, backward and a forward that keeps nothing.
 
-    Otherwise inference.
+    Otherwise inference of few tokens, by the kernels of decoding.
     """
     if not training:
-        return {"inference": lambda launch: [triton_backend.run_forward(x, launch)[0]]}
+        return {"inference": lambda launch: [decode_forward(launch, x)[0]]}
     grad = torch.randn_like(x.attn_output)
     grad_load, grad_router_prob = (torch.ones(x.num_experts, device=x.hidden.device) for _ in range(2))
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
@@ -206,7 +213,10 @@ class Tuner:
         return launch.asked
 
     def compile_ahead(self, size: Size, x: ModulationInputs, candidates: dict[str, list[Config]], workers: int) -> None:
-        """Compile the candidates of the kernels that this size launches in parallel threads, into triton's cache."""
+        """Compile the candidates of the kernels that this size launches in parallel threads, into triton's cache.
+
+        One kernel after the other, as long as ``keep_on`` allows: what is being compiled can't be stopped.
+        """
         import triton
 
         training = size.tokens > DECODE_TOKENS
@@ -214,12 +224,15 @@ class Tuner:
         for table in self._structures():
             asked = dict.fromkeys(self._asked(x, table, training=training), table) | asked
         passes = make_passes(x, training=training).values()
-        with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        with ThreadPoolExecutor(workers) as pool:
             for kernel, table in asked.items():
-                for row in candidates[kernel]:
-                    launch = WarmUpLauncher(table | {kernel: [row]}, inline_assembly=self.inline_assembly)
-                    for run in passes:
-                        run(launch)
+                if not self.keep_on():
+                    return
+                with triton.AsyncCompileMode(pool, ignore_errors=True):
+                    for row in candidates[kernel]:
+                        launch = WarmUpLauncher(table | {kernel: [row]}, inline_assembly=self.inline_assembly)
+                        for run in passes:
+                            run(launch)
 
     def run(self, size: Size, x: ModulationInputs, candidates: dict[str, list[Config]]) -> None:
         """Measure every candidate of the kernels that this size launches, each in the first pass that does."""

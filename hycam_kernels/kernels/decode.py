@@ -204,6 +204,22 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         "BLOCK_T": max(16, triton.next_power_of_2(tokens)),
         "PDL": config.pop("PDL", False) and launch.inline_assembly and num_experts > 0,
     }
+    # Whatever makes a tensor comes before both launches: the second may begin when the launch before it does, and waits
+    # for that one alone.
+    shared_weight = dense_rows(x.shared_weight)
+    tensors = {
+        "shared_weight": shared_weight,
+        "shared_bias": _dense(x.shared_bias),
+        "lora_a_bias": _dense(x.lora_a_bias),
+        "lora_n": _dense(x.lora_n),
+        "lora_n_bias": _dense(x.lora_n_bias),
+        "lora_b": _dense(x.lora_b),
+        "lora_b_bias": _dense(x.lora_b_bias),
+        "router_bias": _dense(x.router_bias),
+        "gumbel": _dense(x.gumbel),
+        "seed": device_seed(x),
+        "token_mask": mask_bytes(x),
+    }
     partial = None
     if num_experts:
         assert x.lora_a is not None
@@ -221,23 +237,11 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
             stride_router=row_stride(router_weight),
             **shared,
         )
-    shared_weight = dense_rows(x.shared_weight)
     launch(
         decode_fusion_kernel,
         (triton.cdiv(d, config["BLOCK_D"]),),
         config | ({"launch_pdl": True} if shared["PDL"] else {}),
-        shared_weight=shared_weight,
-        shared_bias=_dense(x.shared_bias),
         partial=partial,
-        lora_a_bias=_dense(x.lora_a_bias),
-        lora_n=_dense(x.lora_n),
-        lora_n_bias=_dense(x.lora_n_bias),
-        lora_b=_dense(x.lora_b),
-        lora_b_bias=_dense(x.lora_b_bias),
-        router_bias=_dense(x.router_bias),
-        gumbel=_dense(x.gumbel),
-        seed=device_seed(x),
-        token_mask=mask_bytes(x),
         attn_output=x.attn_output,
         residual=x.residual,
         out=out,
@@ -252,6 +256,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         PADDED_EXPERTS=padded_experts(num_experts),
         HARD=x.hard,
         FAST_RECIPROCAL=constants["FAST_RECIPROCAL"],
+        **tensors,
         **shared,
     )
     return out, load, router_prob, balance_loss

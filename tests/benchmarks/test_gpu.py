@@ -64,13 +64,29 @@ def test_failed_tests_withhold_the_times(tests, status, tmp_path):
 
 
 def test_times_use_the_table_that_won(tmp_path):
-    (tmp_path / "sm_90.json").write_text("{}")
     phases = Phases(tmp_path, times=(0, [FUSED]))
-    orchestrate(tmp_path, {}, Budget(560), lambda seconds: PASSED, phases)
+
+    def launch(name, seconds, environ):
+        if name == "candidates":
+            (tmp_path / "sm_90.json").write_text("{}")
+        return phases(name, seconds, environ)
+
+    orchestrate(tmp_path, {}, Budget(560), lambda seconds: PASSED, launch)
     environments = {name: environ for name, _, environ in phases.started}
     own = {"HYCAM_KERNELS_TABLES": str(tmp_path)}
     assert environments == {"candidates": {}, "times": own, "models": own}
     assert read(tmp_path)["table"] == "tuned"
+
+
+def test_what_an_earlier_run_left_is_not_of_this_one(tmp_path):
+    (tmp_path / "sm_90.json").write_text("{}")
+    (tmp_path / "times.json").write_text(json.dumps({"entries": [FUSED]}))
+    (tmp_path / "kept.json").write_text("{}")
+    assert not orchestrate(tmp_path, {}, Budget(560), lambda seconds: PASSED, lambda *phase: 1)
+    record = read(tmp_path)
+    assert record["table"] == "shipped"
+    assert [entry["group"] for entry in record["entries"]] == ["tests"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "record.json"]
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(3, "failed with exit status 3"), (None, "out of time")])
@@ -129,6 +145,9 @@ TESTS = {
     "skip": "import pytest\n@pytest.mark.skip\ndef test_a(): pass\n",
     "broken": "import no_such_module\n",
     "crash": "import os\ndef test_a(): os._exit(0)\n",
+    "marked": "import pytest\nslow = [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)]\n"
+    "@pytest.mark.parametrize('i', range(6))\n@pytest.mark.parametrize('n', [0, *slow])\n"
+    "def test_a(i, n): assert not n\n",
     "slow": "import time\ndef test_a(): time.sleep(60)\n",
 }
 
@@ -145,6 +164,20 @@ def test_kernel_tests_run_once_each_over_the_shards(tmp_path):
     assert result["passed_all"]
     assert (result["passed"], result["failures"]) == (4, [])
     assert "1 deselected" in (tmp_path / "log").read_text()
+
+
+def test_shards_are_of_what_the_marks_leave(tmp_path):
+    result = run_on(tmp_path, "pass", "marked")
+    assert (result["passed"], result["failures"]) == (8, [])
+    assert (tmp_path / "log").read_text().count("2 passed") == 4  # of 3 shards, and of the plain tests
+
+
+def test_what_needs_no_device_is_left_out(tmp_path):
+    (tmp_path / "triton").mkdir()
+    for name in ("test_aot.py", "test_planted_faults.py"):
+        (tmp_path / "triton" / name).write_text(TESTS["fail"])
+    (tmp_path / "test_plain.py").write_text(TESTS["pass"])
+    assert run_tests(60.0, tmp_path / "log", processes=1, folder=tmp_path)["passed_all"]
 
 
 @pytest.mark.parametrize(

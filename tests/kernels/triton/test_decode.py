@@ -193,15 +193,31 @@ def test_two_launches_at_most_and_nothing_read_by_the_host(device, launched, mon
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators that run in the block."""
+    """Names of the operators that run in the block, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
+        self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def test_nothing_runs_between_the_launches(device, monkeypatch):
+    """The second may begin before the one before it ends, and waits for that one alone: no copy may come between."""
+    arguments = moved(CASES["released"].make(torch.bfloat16), device) | {"seed": 3}
+    for name in ("shared_weight", "lora_n", "lora_b", "shared_bias", "lora_b_bias"):
+        arguments[name] = torch.stack([arguments[name]] * 2, dim=-1)[..., 0]
+        assert arguments[name].stride(-1) == 2
+    x = _prepare(**arguments, backend="triton")
+    seen: list[list[str]] = []
+    with Calls() as calls:
+        monkeypatch.setattr(Launcher, "__call__", lambda *a, **k: seen.append(list(calls.names)))
+        decode.decode_forward(triton_backend.launcher(device), x)
+    assert len(seen) == 2
+    assert "clone" in seen[0]
+    assert seen[1] == seen[0]
 
 
 @pytest.mark.parametrize("name", ["released", "shared-only"])
@@ -212,13 +228,13 @@ def test_nothing_runs_beside_the_launches_but_allocation(name, device, monkeypat
     with torch.no_grad(), Calls() as outer:
         hycam_modulation(**arguments, backend="triton")
     # promote_types works on dtypes: no tensor, no launch
-    assert outer.names <= {"modulation_decode", "view", "detach", "promote_types"}
+    assert set(outer.names) <= {"modulation_decode", "view", "detach", "promote_types"}
     x = _prepare(**arguments, backend="triton")
     # the interpreter copies tensors of its own accord
     monkeypatch.setattr(Launcher, "__call__", lambda *_, **__: None)
     with Calls() as inner:
         triton_backend.decode(x)
-    assert inner.names <= {"empty", "view", "detach"}
+    assert set(inner.names) <= {"empty", "view", "detach"}
 
 
 @pytest.mark.parametrize("name", ["evaluation", "released", "shared-only"])

@@ -227,7 +227,8 @@ def test_a_tie_goes_to_the_first_expert(device):
     at = Setting(CASES["hard"], torch.float32, device, seed=None)
     x = at.x._replace(router_weight=torch.zeros_like(at.x.router_weight))
     _, probs, load, _ = router.route(triton_backend.launcher(device), x, x.hidden)
-    assert load.tolist() == [1, 0, 0, 0, 0]
+    # 1 within a rounding: a GPU divides by the tokens approximately
+    torch.testing.assert_close(load.cpu(), torch.eye(5)[0], rtol=1e-6, atol=0)
     assert torch.equal(triton_backend._used_weights(x, probs), torch.eye(5, device=device)[:1].expand(33, -1))
 
 

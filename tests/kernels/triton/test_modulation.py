@@ -148,7 +148,10 @@ def test_a_token_that_does_not_count_may_be_nan(hard, device):
             arguments["hidden"][~arguments["token_mask"]] = float("nan")
         wanted = [arguments[name].requires_grad_() for name in ("hidden", "router_weight", "lora_a", "shared_weight")]
         out = hycam_modulation(**arguments, backend="triton")
-        return [*out[1:], *torch.autograd.grad(out.balance_loss + (out.load * torch.arange(3)).sum(), wanted)]
+        return [
+            *out[1:],
+            *torch.autograd.grad(out.balance_loss + (out.load * torch.arange(3, device=device)).sum(), wanted),
+        ]
 
     for got, want in zip(results(spoilt=True), results(spoilt=False), strict=True):
         assert torch.equal(got, want)
@@ -218,7 +221,7 @@ def test_weights_and_stream_of_other_dtypes(weight_dtype, device):
 
 def test_autocast(device):
     arguments = Case((33,), 80, 3, 16, options={"seed": 3}).make(torch.float32)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast(device.type, torch.bfloat16):
         got = run_fused(arguments, device)
         want = run(hycam_modulation, arguments, backend="torch")
     assert got["hidden_states"].dtype == torch.float32

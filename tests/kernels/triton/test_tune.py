@@ -43,6 +43,10 @@ def test_neighbours_change_one_number():
         assert sum(row[name] != value for name, value in (ROW | {"SPLITS": 3}).items()) == 1
 
 
+def test_a_switch_is_turned():
+    assert [row["PDL"] for row in neighbours({"PDL": True})] == [False]
+
+
 def test_each_range_of_tokens_gets_its_winner():
     table = winners(measured({(SMALL, 0): 10, (SMALL, 1): 5, (LARGE, 0): 10, (LARGE, 1): 20}), TABLE)
     assert [chosen(table, tokens) for tokens in (100, 2400, 4096)] == [WIDE] * 3
@@ -206,6 +210,8 @@ def test_inference_is_measured_at_few_tokens(tuner, device):
     size = Size(4, 48, 2, 16)
     tuner.run(size, call(size, device), few(tuner.candidates([size], lambda s: call(s, device))))
     assert {found.pass_ for found in tuner.found} == {"inference"}
+    assert {found.kernel for found in tuner.found} == {"decode_down", "decode_fusion"}
+    assert all(found.refusal is None and found.median_us for found in tuner.found)
 
 
 def test_a_candidate_that_is_wrong_or_fails_is_refused(tuner, device, monkeypatch):
@@ -245,14 +251,16 @@ def test_the_search_records_every_candidate_and_stops_in_time(tuner, device, tmp
     monkeypatch.setattr(Tuner, "compile_ahead", lambda self, *arguments, **options: None)
     session = dataclasses.replace(make_session(tmp_path / "r.json"), device=device)
     size = Size(70, 48, 2, 16)
-    search(tuner, session, [size], torch.float32)
+    search(tuner, session, [size], tmp_path / "table.json", torch.float32)
+    assert json.loads((tmp_path / "table.json").read_text()).keys() == tuner.table.keys()
     entries = session.record.entries
     assert {entry["kernel"] for entry in entries} == {found.kernel for found in tuner.found}
     assert all(entry["shape"] == Shape(*size).as_dict() and entry["median_us"] for entry in entries)
 
     ended = Budget(0)
     session.budget = ended
-    search(tuner, session, [size], torch.float32)
+    search(tuner, session, [size], tmp_path / "none.json", torch.float32)
+    assert not (tmp_path / "none.json").exists()
     assert "needed" in session.record.entries[-1]["skipped"]
 
 
