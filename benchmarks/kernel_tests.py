@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,13 +17,15 @@ FOLDER = ROOT / "tests" / "kernels"
 # they build for every target, and break copies of the sources: neither needs the device
 _WITHOUT_DEVICE = ("test_aot.py", "test_planted_faults.py")
 _NOTHING_COLLECTED = 5
+# seconds for an interrupted process to report
+_GRACE = 8.0
 
 
 def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDER) -> Entry:
     """Run the tests of a folder, those that need triton in shards: counts, failures' names, and whether all passed.
 
     All passed means: every process ended in time with pytest's success and its report, and at least one test ran. A
-    shard may be empty.
+    shard may be empty. A process that is out of time is interrupted, so that it reports what it has run.
     """
     triton_folder = folder / "triton"
     jobs: list[tuple[Sequence[str | Path], str]] = []
@@ -35,11 +38,10 @@ def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDE
         reports = [Path(scratch, f"{index}.xml") for index in range(len(jobs))]
         outputs = [Path(scratch, f"{index}.log") for index in range(len(jobs))]
         running = [_start(*job, report, output) for job, report, output in zip(jobs, reports, outputs, strict=True)]
-        codes = [wait(process, start + seconds) for process in running]
+        codes, in_time = _finish(running, start + seconds)
         log.write_text("\n".join(output.read_text(errors="replace") for output in outputs))
         reported = [report for report, code in zip(reports, codes, strict=True) if code is not None and report.exists()]
         counts = _count(reported)
-    in_time = None not in codes
     ended = set(codes) <= {0, _NOTHING_COLLECTED} and reported == reports
     passed = in_time and ended and counts["passed"] > 0 and not counts["failures"]
     return {"passed_all": passed, "in_time": in_time, "seconds": round(time.monotonic() - start, 1)} | counts
@@ -56,6 +58,17 @@ def _start(paths: Sequence[str | Path], shard: str, report: Path, output: Path) 
         return subprocess.Popen(
             command, cwd=ROOT, env=environ, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def _finish(running: Sequence[subprocess.Popen], end: float) -> tuple[list[int | None], bool]:
+    """Exit statuses, None of what had to be killed at ``end``; and whether none had to be interrupted before."""
+    for process in running:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(end - _GRACE - time.monotonic(), 0.1))
+    late = [process for process in running if process.poll() is None]
+    for process in late:
+        os.killpg(process.pid, signal.SIGINT)
+    return [wait(process, end) for process in running], not late
 
 
 def wait(process: subprocess.Popen, end: float) -> int | None:

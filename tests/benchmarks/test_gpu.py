@@ -50,7 +50,8 @@ def test_all_phases_in_order(tmp_path):
     ("tests", "status"),
     [
         (PASSED | {"passed_all": False, "failures": ["a::b"]}, "failed"),
-        (PASSED | {"passed_all": False, "in_time": False}, "out of time"),
+        (PASSED | {"passed_all": False, "in_time": True, "passed": 0}, "failed"),
+        (PASSED | {"passed_all": False, "in_time": False, "failures": ["a::b"]}, "out of time"),
     ],
 )
 def test_failed_tests_withhold_the_times(tests, status, tmp_path):
@@ -61,6 +62,14 @@ def test_failed_tests_withhold_the_times(tests, status, tmp_path):
     assert record["phases"]["tests"] == status
     assert "withheld" in record["phases"]["times"]
     assert [entry["group"] for entry in record["entries"]] == ["tests"]
+
+
+def test_tests_out_of_time_leave_the_times_but_no_success(tmp_path):
+    phases = Phases(tmp_path, times=(0, [FUSED]))
+    late = PASSED | {"passed_all": False, "in_time": False}
+    assert not orchestrate(tmp_path, {}, Budget(560), lambda seconds: late, phases)
+    assert [name for name, *_ in phases.started] == ["candidates", "times", "models"]
+    assert read(tmp_path)["phases"]["tests"] == "out of time"
 
 
 def test_times_use_the_table_that_won(tmp_path):
@@ -148,6 +157,8 @@ TESTS = {
     "marked": "import pytest\nslow = [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)]\n"
     "@pytest.mark.parametrize('i', range(6))\n@pytest.mark.parametrize('n', [0, *slow])\n"
     "def test_a(i, n): assert not n\n",
+    "fail-slow": "import time\ndef test_a(): assert False\ndef test_b(): pass\n"
+    "def test_c(): pass\ndef test_d(): time.sleep(60)\n",
     "slow": "import time\ndef test_a(): time.sleep(60)\n",
 }
 
@@ -195,3 +206,9 @@ def test_kernel_tests_are_stopped_in_time(tmp_path):
     assert time.monotonic() - start < 30
     assert not result["passed_all"]
     assert not result["in_time"]
+
+
+def test_what_failed_before_the_time_was_up_is_reported(tmp_path):
+    result = run_on(tmp_path, "pass", "fail-slow", seconds=20)
+    assert not result["in_time"]
+    assert [name.split("::")[-1] for name in result["failures"]] == ["test_a"]
