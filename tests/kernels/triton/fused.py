@@ -14,7 +14,7 @@ CASES = {
     "evaluation": Case((5, 15), 80, 3, 16),
     "one-token": Case((1,), 200, 1, 4, options={"seed": 3}),
     "no-leading-dimension": Case((), 96, 3, 4, options={"seed": 3}),
-    "many-experts": Case((130,), 80, 8, 4, masked=True, options={"seed": 3, "tau": 2.5}),
+    "many-experts": Case((130,), 80, 8, 4, biases=True, masked=True, options={"seed": 3, "tau": 2.5}),
     "sixteen-experts": Case((17,), 80, 16, 4, options={"seed": 3}),
     "rank-64": Case((130,), 200, 3, 64, options={"seed": 3}),
     "rank-over-a-block": Case((33,), 80, 2, 144, biases=True, residual=True, options={"seed": 3}),
