@@ -14,6 +14,7 @@ from hycam.reporting.runs import (
     measure_tokens,
     measure_value_states,
     measurement_settings,
+    token_places,
 )
 from hycam.reporting.store import Store
 from hycam.study.units import Unit
@@ -121,6 +122,18 @@ class Measurements:
             values = self._get(kind, name, inputs, None if model is None else partial(_of_model, measured, run, model))
             if values is not None:
                 kept[cell["backbone"]] = values
+        if self.hide_text and cell["backbone"] in self.modulation:
+            self._hide_text(cell["backbone"], name)
+
+    def _hide_text(self, backbone: str, name: str) -> None:
+        """Where the run is not there to be measured again, what was kept with the text has lost none of it."""
+        tasks = self.modulation[backbone]["tasks"].values()
+        if any("first" not in task for task in tasks):
+            del self.modulation[backbone]
+            self.missing.append(f"modulation of {name}: kept without its tokens' places, and so not without their text")
+            return
+        for task in tasks:
+            task["tokens"] = token_places(task["first"], len(task["tokens"]))
 
     def _any_run(self, cells: Iterable[Cell]) -> RunFolder | None:
         return next((self.runs[name] for cell in cells if (name := cell_folder(cell)) in self.runs), None)

@@ -169,10 +169,11 @@ def measure_modulation(run: RunFolder, model: nn.Module, *, hide_text: bool = Fa
     """A_fusion of one test row of each task, from a few tokens before its response on.
 
     Args:
-        hide_text: call the tokens by their place, counted from the response's first token, instead of by their text.
+        hide_text: call the tokens by their place instead of by their text, as `token_places` does.
 
     Returns:
-        `{"features": [...], "tasks": {name: {"tokens", "layers": {module path: [tokens][features]}}}}`.
+        `{"features": [...], "tasks": {name: {"first", "tokens", "layers": {module path: [tokens][features]}}}}`;
+        `first` is the place of the first token, counted from the response's first.
     """
     tasks: dict[str, Any] = {}
     features: list[int] = []
@@ -183,14 +184,18 @@ def measure_modulation(run: RunFolder, model: nn.Module, *, hide_text: bool = Fa
         modulation = prompt_modulation(model, ids[:end], max_layers=_MODULATION_LAYERS)
         width = next(iter(modulation.values())).shape[-1]
         features = torch.linspace(0, width - 1, min(width, _MODULATION_FEATURES)).round().int().tolist()
+        tokens = [str(run.tokenizer.decode([token])) for token in ids[start:end]]
         tasks[task] = {
-            "tokens": [
-                f"{place - first:+d}" if hide_text else str(run.tokenizer.decode([ids[place]]))
-                for place in range(start, min(end, len(ids)))
-            ],
+            "first": start - first,
+            "tokens": token_places(start - first, len(tokens)) if hide_text else tokens,
             "layers": {name: _rounded(a[start:, features].float().tolist()) for name, a in modulation.items()},
         }
     return {"features": features, "tasks": tasks}
+
+
+def token_places(first: int, count: int) -> list[str]:
+    """Labels of `count` tokens in a row by their places, 0 being that of a response's first token."""
+    return [f"{place:+d}" for place in range(first, first + count)]
 
 
 def _rounded(value: Any) -> Any:

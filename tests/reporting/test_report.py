@@ -120,6 +120,32 @@ def test_text_is_hidden_on_request(first: tuple[Path, Report, list[str]], tmp_pa
         assert first_label < 0 and hidden["layers"] == shown["layers"]
 
 
+def test_text_is_hidden_without_the_runs_too(
+    first: tuple[Path, Report, list[str]], tmp_path: Path, undrawn: None
+) -> None:
+    """What was kept with the text is relabelled, and left out where the tokens' places aren't known."""
+    folder, _, _ = first
+    shutil.copy(folder / "study.json", tmp_path)
+    shutil.copytree(folder / "report/data", tmp_path / "report/data")
+    made, _ = report(tmp_path, texts=False, hide_text=True)
+    assert made.missing == []
+    shown, hidden = (
+        json.loads((path / "report/figures/modulation-tiny.json").read_text())["tasks"] for path in (folder, tmp_path)
+    )
+    for task, values in hidden.items():
+        assert values["first"] == -6
+        assert values["tokens"] == [f"{place:+d}" for place in range(-6, len(values["tokens"]) - 6)]
+        assert values["layers"] == shown[task]["layers"]
+    kept = json.loads((tmp_path / "report/data/modulation.json").read_text())
+    for task in kept["cells/tiny/hycam/fold0-seed0"]["value"]["tasks"].values():
+        del task["first"]
+    (tmp_path / "report/data/modulation.json").write_text(json.dumps(kept))
+    shutil.rmtree(tmp_path / "report/figures")
+    made, _ = report(tmp_path, texts=False, hide_text=True)
+    assert [line.split(":")[0] for line in made.missing] == ["modulation of cells/tiny/hycam/fold0-seed0"]
+    assert not (tmp_path / "report/figures/modulation-tiny.json").exists()
+
+
 def test_table_1_and_routing(first: tuple[Path, Report, list[str]]) -> None:
     folder, _, _ = first
     data = table(folder, "table1")
