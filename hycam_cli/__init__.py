@@ -148,13 +148,16 @@ def _adapter_options(command: argparse.ArgumentParser) -> None:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Part the recipe's fields (`--section.field VALUE`, `--section.field=VALUE`) from the command's own arguments."""
+    """Part the recipe's fields (`--section.field VALUE`, `--section.field=VALUE`) from the command's own arguments.
+
+    A `-` in a name without a dot stands for `_`; in a dotted one it may be part of a study's own name of a method.
+    """
     own: list[str] = []
     overrides: list[tuple[str, str]] = []
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
+        name = name if "." in name else name.replace("-", "_")
         if not argument.startswith("--") or ("." not in name and name not in RECIPE_FIELDS + STUDY_FIELDS):
             own.append(argument)
             continue

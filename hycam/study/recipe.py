@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hycam.errors import InputError
 from hycam.training.recipe import (
     BackboneConfig,
     Recipe,
@@ -226,17 +227,16 @@ def parse_study(values: Any, source: str, overrides: Sequence[tuple[str, str]] =
     reader = Reader(source, frozenset(name for name, _ in overrides))
     if not isinstance(values, dict):
         reader.fail("", f"got {type(values).__name__}, wanted a mapping of the study's sections")
+    _name_backbones(reader, values)
     for name, text in overrides:
+        _check_named(values, name)
         set_field(values, name, parse_yaml(text, f"--{name}"))
+    _name_backbones(reader, values)
     sections = reader.mapping(values, "", [item.name for item in dataclasses.fields(Study) if item.init])
     for name in _SET_BY_STUDY:
         section, _, key = name.partition(".")
         if isinstance(sections.get(section), Mapping) and key in sections[section]:
             reader.fail(name, f"set `{_SET_BY_STUDY[name]}` of the study")
-    if isinstance(sections.get("backbones"), Mapping):
-        sections["backbones"] = {
-            name: backbone_section(reader, entry, f"backbones.{name}") for name, entry in sections["backbones"].items()
-        }
     if isinstance(sections.get("methods"), Mapping):
         sections["methods"] = {name: _grouped(entry) for name, entry in sections["methods"].items()}
     study: Study = reader.build(Study, sections)
@@ -249,6 +249,23 @@ def parse_study(values: Any, source: str, overrides: Sequence[tuple[str, str]] =
         if recipe.trainer.get("eval_strategy") == "no" and any(len(study.rates(name)) > 1 for name in study.methods):
             reader.fail("trainer.eval_strategy", "got no, wanted steps or epoch: the rates are chosen by validation")
     return study
+
+
+def _name_backbones(reader: Reader, values: dict[str, Any]) -> None:
+    """Put the sections of backbones that ship in the place of their names."""
+    if isinstance(values.get("backbones"), Mapping):
+        values["backbones"] = {
+            name: backbone_section(reader, entry, f"backbones.{name}") for name, entry in values["backbones"].items()
+        }
+
+
+def _check_named(values: Mapping[str, Any], override: str) -> None:
+    """Refuse a field of a method or backbone that the study doesn't have: a wrong name would add another."""
+    section, _, name = override.partition(".")
+    if section not in ("backbones", "methods") or not isinstance(values.get(section), Mapping) or not name:
+        return
+    if not any(f"{name}.".startswith(f"{known}.") for known in values[section]):
+        raise InputError(f"--{override}: none of the study's {section}, wanted one of {', '.join(values[section])}")
 
 
 def _grouped(entry: Any) -> Any:

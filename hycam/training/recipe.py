@@ -301,18 +301,32 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
 
 
 def set_field(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted field, which the command line gave, in nested mappings and lists; missing mappings are made."""
-    *parents, last = name.split(".")
+    """Set a dotted field, which the command line gave, in nested mappings and lists; missing mappings are made.
+
+    A key may have dots itself: of several that `name` could mean, the longest that is there.
+    """
     node: Any = values
-    for depth, key in enumerate(parents):
+    path: list[str] = []
+    key, rest = _first_key(node, name)
+    while rest is not None:
         if isinstance(node, dict) and node.get(key) is None:
             node[key] = {}
-        node = _child(node, key, name, ".".join(parents[:depth]))
+        node = _child(node, key, name, ".".join(path))
+        path.append(key)
+        key, rest = _first_key(node, rest)
     if isinstance(node, dict):
-        node[last] = value
+        node[key] = value
     else:
-        _child(node, last, name, ".".join(parents))
-        node[int(last)] = value
+        _child(node, key, name, ".".join(path))
+        node[int(key)] = value
+
+
+def _first_key(node: Any, name: str) -> tuple[str, str | None]:
+    """The key of `node` that a dotted name begins with, and what follows it: None where nothing does."""
+    keys = node.keys() if isinstance(node, dict) else ()
+    meant = [key for key in keys if isinstance(key, str) and f"{name}.".startswith(f"{key}.")]
+    key = max(meant, key=len) if meant else name.partition(".")[0]
+    return key, None if key == name else name.removeprefix(f"{key}.")
 
 
 def _child(node: Any, key: str, name: str, path: str) -> Any:

@@ -99,6 +99,12 @@ def test_overrides_are_parted_from_the_commands_own_arguments() -> None:
     assert overrides == [("output_dir", "x"), ("data.max_length", "3"), ("trainer.weight_decay", "-1")]
 
 
+def test_a_hyphen_in_a_dotted_name_is_left_alone() -> None:
+    """A study names its methods and backbones itself."""
+    _, overrides = split_overrides(["compare", "s.yaml", "--learning-rates=[1]", "--methods.my-lora.r", "8"])
+    assert overrides == [("learning_rates", "[1]"), ("methods.my-lora.r", "8")]
+
+
 def test_train_writes_the_run_and_prints_its_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(run.parent / "recipe.yaml")
     message = _error(capsys, "train", recipe)

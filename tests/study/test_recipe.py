@@ -35,6 +35,10 @@ def _parsed(**changes: Any) -> Study:
     return parse_study(copy.deepcopy(_VALUES) | changes, "study.yaml")
 
 
+def _parsed_with(*overrides: tuple[str, str]) -> Study:
+    return parse_study(copy.deepcopy(_VALUES), "study.yaml", overrides)
+
+
 def test_a_runs_recipe_has_the_studys_sections_and_its_own() -> None:
     study = _parsed()
     recipe = study.recipe("b", "coded", fold=2, seed=4, learning_rate=1e-3, folder="cells/c", weights="w/backbone-1")
@@ -130,6 +134,44 @@ def test_overrides_set_any_field(tmp_path: Path) -> None:
     assert study.scratch("b").steps == 6
     with pytest.raises(InputError, match="--folds: got 'x'"):
         load_study(str(path), [("folds", "x")])
+
+
+def test_overrides_reach_names_with_dots_and_hyphens() -> None:
+    """The longest name that is there is meant."""
+    values = copy.deepcopy(_VALUES) | {
+        "backbones": {"llama-3": {"name_or_path": "x"}, "llama-3.2-1b": "llama-3.2-1b"},
+        "methods": {"hycam": {}, "my-lora": {"name": "lora"}, "r.8": {"name": "lora", "r": 8}},
+    }
+    study = parse_study(
+        values,
+        "study.yaml",
+        [
+            ("backbones.llama-3.2-1b.dtype", "float32"),
+            ("backbones.llama-3.dtype", "bfloat16"),
+            ("methods.my-lora.r", "2"),
+            ("methods.r.8.r", "3"),
+            ("methods.r.8.trainer.weight_decay", "0.5"),
+        ],
+    )
+    assert [section["dtype"] for section in study.backbones.values()] == ["bfloat16", "float32"]
+    assert study.backbones["llama-3.2-1b"]["name_or_path"] == "meta-llama/Llama-3.2-1B"
+    assert list(study.methods) == ["hycam", "my-lora", "r.8"]
+    assert [study.methods[name].section["r"] for name in ("my-lora", "r.8")] == [2, 3]
+    assert study.methods["r.8"].trainer == {"weight_decay": 0.5}
+    assert _parsed_with(("backbones.a", "llama-3.2-1b")).backbones["a"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("methods.my_lora.r", "--methods.my_lora.r: none of the study's methods, wanted one of lora, hycam, coded"),
+        ("methods.lora2", "--methods.lora2: none of the study's methods, wanted one of lora, hycam, coded"),
+        ("backbones.c.dtype", "--backbones.c.dtype: none of the study's backbones, wanted one of a, b"),
+    ],
+)
+def test_an_override_adds_no_method_and_no_backbone(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        _parsed_with((name, "8"))
 
 
 def test_the_commands_options_are_the_studys_fields() -> None:
