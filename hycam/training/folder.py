@@ -18,6 +18,19 @@ from hycam.training.tasks import TaskRows
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
 
+# What a run leaves in its folder (patterns), and `hycam eval` of it; a backbone from scratch outlives its runs.
+_FILES = (RECIPE_FILE, RECORD_FILE, "metrics.jsonl", "results.json", "eval-*.json")
+_WRITTEN = (
+    *_FILES,
+    *(str(Path(name).with_suffix(PARTIAL_SUFFIX)) for name in _FILES),
+    "adapter",
+    "model",
+    "checkpoint-[0-9]*",
+    "unfinished",
+    "plots",
+    "runs",  # TensorBoard's
+)
+
 # Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
 # Where a task's rows lie is free too: the rows themselves are compared.
 _FREE_ON_RESUME = (
@@ -41,7 +54,7 @@ _FREE_ON_RESUME = (
 def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     """Raise `InputError` unless the recipe's output folder is free, or holds the same run and `resume` is set.
 
-    `overwrite` frees a folder that holds a run, and only such a one. A backbone trained from scratch that lies in the
+    `overwrite` frees a folder that holds a run and nothing else. A backbone trained from scratch that lies in the
     folder doesn't occupy it.
     """
     folder = recipe.output_path
@@ -50,6 +63,9 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     record = folder / RECIPE_FILE
     if record.is_file():
         if overwrite:
+            others = [entry.name for entry in _entries(folder) if not (_is_backbone(entry) or _is_written(entry))]
+            if others:
+                raise InputError(f"--overwrite: {folder} holds more than a run: {', '.join(sorted(others))}")
             return
         if not resume:
             raise InputError(f"output_dir: {folder} holds a run: --resume goes on with it, --overwrite deletes it")
@@ -75,7 +91,7 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *,
     folder = recipe.output_path
     if overwrite and (folder / RECIPE_FILE).is_file():
         for entry in _entries(folder):
-            if not _is_backbone(entry):
+            if _is_written(entry):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     data = {name: _fingerprint(task) for name, task in rows.items()}
     if resume and (folder / RECORD_FILE).is_file():
@@ -108,6 +124,10 @@ def _entries(folder: Path) -> Iterable[Path]:
 
 def _is_backbone(entry: Path) -> bool:
     return entry.is_dir() and entry.name.startswith("backbone-")
+
+
+def _is_written(entry: Path) -> bool:
+    return any(fnmatch(entry.name, written) for written in _WRITTEN)
 
 
 def _fingerprint(task: TaskRows) -> dict[str, Any]:

@@ -288,8 +288,19 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path, backbone: Path
     recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
     train(recipe)
     (recipe.output_path / "backbone-kept").mkdir()
+    for name in ("results.partial", "eval-test.json"):
+        (recipe.output_path / name).write_text("{}")
+    (recipe.output_path / "checkpoint-99").mkdir()
     train(recipe, overwrite=True)
     assert (recipe.output_path / "backbone-kept").is_dir()
+    for name in ("results.partial", "eval-test.json", "checkpoint-99"):
+        assert not (recipe.output_path / name).exists()
+    (recipe.output_path / "other/checkpoint-1").mkdir(parents=True)
+    (recipe.output_path / "notes.md").write_text("years of work")
+    before = sorted(recipe.output_path.rglob("*"))
+    with pytest.raises(InputError, match=r"--overwrite: .*run holds more than a run: notes\.md, other$"):
+        train(recipe, overwrite=True)
+    assert sorted(recipe.output_path.rglob("*")) == before
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
