@@ -117,11 +117,14 @@ def _cell(study: Study, unit: Unit) -> dict[str, Any] | None:
 
 
 def _test(report: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of a test split per task and overall; `loss` is the negative log-likelihood per token, in nats."""
+    """Metrics of a test split per task and overall; `loss` is the negative log-likelihood per token, in nats.
+
+    None where a number is not finite.
+    """
 
     def chosen(values: dict[str, Any]) -> dict[str, Any]:
         kept = {key: values[key] for key in _TEST_METRICS if key in values}
-        return {"loss": kept["nll"] / kept["tokens"]} | kept
+        return {"loss": None if kept["nll"] is None else kept["nll"] / kept["tokens"]} | kept
 
     return {
         "tasks": {name: chosen(values) for name, values in report["tasks"].items()},

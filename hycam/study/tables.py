@@ -66,7 +66,7 @@ class _Tables:
             for method in self.main_methods():
                 rows.append(Row(backbone, [method, *self._overall(backbone, method), *self._costs(backbone, method)]))
         notes = [
-            *_RULES,
+            *self._rules(),
             "Time: of the training steps, without validation and checkpoints. Peak memory: what a run's process had at "
             "most while it trained, allocated on its accelerator or, without one, resident (the packages' own "
             "included). Learning rate: the one of the grid with the lowest validation loss of the first fold and seed.",
@@ -83,7 +83,7 @@ class _Tables:
         rows = [Row("", [_BACKBONE_ALONE, *alone])]
         for method in self.main_methods():
             rows.append(Row("", [method, *(cell for name in backbones for cell in self._overall(name, method))]))
-        return Table("table3-4", f"Backbone sizes: {title}", columns, rows, [*_RULES, *self._mark_notes()])
+        return Table("table3-4", f"Backbone sizes: {title}", columns, rows, [*self._rules(), *self._mark_notes()])
 
     def per_task(self) -> Table:
         rows = []
@@ -95,7 +95,7 @@ class _Tables:
                 for method in self.study.methods:
                     numbers = [self._number(backbone, method, metric, scope) for scope in scopes]
                     rows.append(Row(section, [method, *numbers]))
-        return Table("table5", "Per task", ["method", *scopes], rows, [*_RULES, *self._mark_notes()])
+        return Table("table5", "Per task", ["method", *scopes], rows, [*self._rules(), *self._mark_notes()])
 
     def ablations(self) -> Table:
         chosen = [self.study.reference, *(name for name in self.study.methods if self.is_ablation(name))]
@@ -104,7 +104,7 @@ class _Tables:
             for backbone in self.backbones
             for method in chosen
         ]
-        return Table("table6", "Ablations", ["method", *self._labels(), "trained parameters"], rows, _RULES)
+        return Table("table6", "Ablations", ["method", *self._labels(), "trained parameters"], rows, self._rules())
 
     def sweep(self) -> Table:
         names = [self.study.reference, *(name for name in self.study.methods if self.is_sweep(name))]
@@ -114,7 +114,7 @@ class _Tables:
             for backbone in self.backbones
             for method in sorted(names, key=lambda name: experts[name])
         ]
-        return Table("figure3", "Number of experts N_s", ["N_s", *self._labels()], rows, _RULES)
+        return Table("figure3", "Number of experts N_s", ["N_s", *self._labels()], rows, self._rules())
 
     def significance(self) -> Table:
         columns = ["scope", "metric", "best baseline", "its mean", self.study.reference, "pairs", "t", "p", "result"]
@@ -129,6 +129,7 @@ class _Tables:
             f"Paired two-sided t-test over folds x seeds of {self.study.reference} against the baseline with the best "
             f"mean, of {', '.join(self.study.candidates()) or 'none'}; not corrected for the number of rows. With "
             "fewer than two pairs no test is made.",
+            *self._not_finite(),
         ]
         return Table("significance", "Significance", columns, rows, notes)
 
@@ -189,6 +190,25 @@ class _Tables:
         """Of all parameters, in per cent: the same in every cell of a method."""
         shares = [100 * cell["parameters"]["trainable"] / cell["parameters"]["total"] for cell in done]
         return Number(shares[0], None, 2) if shares else None
+
+    def _rules(self) -> list[str]:
+        return [*_RULES, *self._not_finite()]
+
+    def _not_finite(self) -> list[str]:
+        """What no mean and no test has: metrics that a finished cell has as null."""
+        notes = []
+        for cell in _done(self.record):
+            place = f"on {cell['backbone']}, fold {cell['fold']}"
+            measured = [(f"{_BACKBONE_ALONE} {place}", cell["base"])]  # which no seed reaches
+            measured.append((f"{cell['method']} {place}, seed {cell['seed']}", cell["test"]))
+            for name, report in measured:
+                for metric in self.metrics:
+                    scopes = {OVERALL: report["overall"], **report["tasks"]}
+                    lacking = [scope for scope, values in scopes.items() if values.get(metric, 0.0) is None]
+                    if lacking:
+                        label = METRICS[metric][0]
+                        notes.append(f"{name}: {label} is not finite ({', '.join(lacking)}), and in no mean or test.")
+        return list(dict.fromkeys(notes))
 
     def _mark_notes(self) -> list[str]:
         reference = self.study.reference

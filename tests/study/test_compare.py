@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -110,6 +111,21 @@ def test_the_record_has_what_the_runs_measured(study: Study) -> None:
     assert record["planned"] == 4 and len(record["versions"]) == len(record["devices"]) == 1
     assert record["data"]["0"]["colours"]["rows"]["all"] == 40
     assert load_study(str(study.output_path)) == study
+
+
+def test_a_test_metric_that_is_not_finite_stops_no_study(study: Study, tmp_path: Path) -> None:
+    """A run writes it as null; the record, the next call's check of the folder and the tables go on."""
+    copied = tmp_path / "study"
+    shutil.copytree(study.output_path, copied)
+    study = load_study(str(copied))
+    path = run_folder(study, cells(study)[2]) / "results.json"
+    results = json.loads(path.read_text())
+    results["test"]["adapted"]["overall"] |= {"nll": None, "perplexity": None}
+    path.write_text(json.dumps(results))
+    assert main(["compare", str(copied)]) == 0
+    numbers = _record(study)["cells"][2]["test"]["overall"]
+    assert (numbers["nll"], numbers["perplexity"], numbers["loss"]) == (None, None, None) and numbers["tokens"] > 0
+    assert "lora on tiny, fold 0, seed 1: PPL is not finite" in (copied / "tables/tables.md").read_text()
 
 
 def test_the_rate_with_the_lowest_validation_loss_is_taken(study: Study) -> None:

@@ -162,6 +162,30 @@ def test_missing_and_failed_cells_are_named() -> None:
     assert "hycam on large: 0 of 3 cells." in empty.notes
 
 
+def test_numbers_that_are_not_finite_are_named_and_in_no_mean() -> None:
+    record = _record()
+    for cell in record["cells"]:
+        if cell["backbone"] == "small":
+            cell["base"]["tasks"]["a"]["perplexity"] = None
+        if (cell["backbone"], cell["method"]) == ("small", "full") or (cell["seed"] == 1 and cell["method"] == "lora"):
+            cell["test"]["overall"]["perplexity"] = None
+    tables = {table.name: table for table in study_tables(record)}
+    small = _cells(tables["table2"], "small")
+    assert small["full"][:2] == ["-", "90.83 ± 1.26"] and small["lora"][0] == "21.250 ± 1.768"
+    assert _cells(tables["table5"], "small, PPL")["backbone alone"] == ["-", "80.000", "99.000"]
+    end = "PPL is not finite (overall), and in no mean or test."
+    named = [
+        "backbone alone on small, fold 0: PPL is not finite (a), and in no mean or test.",
+        *(f"full on small, fold 0, seed {seed}: {end}" for seed in (0, 1, 2)),
+        *(f"lora on {backbone}, fold 0, seed 1: {end}" for backbone in ("small", "large")),
+    ]
+    for table in tables.values():
+        assert [note for note in table.notes if "not finite" in note] == named
+    compared = next(row.cells for row in tables["significance"].rows if row.section == "small")
+    assert [shown(cell) for cell in compared[2:6]] == ["lora", "21.250", "19.000", "2"]
+    assert not [note for table in study_tables(_record()) for note in table.notes if "not finite" in note]
+
+
 def test_the_averaging_rule_is_named() -> None:
     for table in study_tables(_record()):
         if table.name != "significance":
