@@ -74,7 +74,8 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         for number, value in enumerate(values, start=1):
             yield f"{path}: row {number}", value
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # at line ends alone: `str.splitlines` parts a text at its U+2028 and U+0085 too, which JSON leaves as they are
+    for number, line in enumerate(text.split("\n"), start=1):
         place = f"{path}:{number}"
         if line.strip():
             yield place, {"instruction": line} if path.suffix == ".txt" else _parse(line, place)
