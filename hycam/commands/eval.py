@@ -4,14 +4,24 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from hycam.commands.selection import load_selected_model, load_selected_tokenizer, select
+from hycam.commands.selection import Selection, load_selected_model, load_selected_tokenizer, select
 from hycam.commands.tables import metrics_table, show
 from hycam.environment import package_versions
 from hycam.errors import InputError
 from hycam.training.backbone import check_max_length, load_backbone_config
 from hycam.training.callbacks import finite
 from hycam.training.measure import measure
+from hycam.training.run import trained_folder
 from hycam.training.tasks import load_rows, prompts_that_fit, responses_alone, tokenize_split
+
+
+def _measured(selection: Selection, *, base: bool) -> str:
+    """What the file's name says of what is measured: nothing of a run's own adapter."""
+    if selection.adapter is None:
+        return "base-" if base else ""
+    folder = selection.adapter.resolve()
+    own = selection.run is not None and folder == (selection.run / trained_folder(selection.recipe).name).resolve()
+    return "" if own else f"{folder.name}-"
 
 
 def run(options: Namespace) -> None:
@@ -19,7 +29,7 @@ def run(options: Namespace) -> None:
     recipe = selection.recipe
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted a recipe with tasks, or --task NAME[=SOURCE]")
-    measured = "base-" if options.base else ""
+    measured = _measured(selection, base=options.base)
     output = Path(options.output or (selection.run or Path()) / f"eval-{measured}{options.split}.json")
     if not output.parent.is_dir():
         raise InputError(f"--output: {output.parent} is no folder")

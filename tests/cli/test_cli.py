@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import hycam_cli
+from hycam.commands.generate import read_rows
 from hycam_cli import main, split_overrides
 from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows
 
@@ -188,6 +190,22 @@ def test_eval_of_a_run_and_of_its_backbone(run: Path, capsys: pytest.CaptureFixt
     }
 
 
+def test_another_adapters_numbers_are_no_runs_own(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's go beside those of the run's adapter, in a file of their own."""
+    own = run / "eval-validation.json"
+    arguments = ["--split", "validation", "--no-generation"]
+    assert main(["eval", "--adapter", str(run / "adapter"), *arguments]) == 0
+    before = own.read_text()
+    checkpoint = min(run.glob("checkpoint-*"))
+    assert main(["eval", "--adapter", str(checkpoint), *arguments]) == 0
+    beside = json.loads((run / f"eval-{checkpoint.name}-validation.json").read_text())
+    assert beside["adapter"] == str(checkpoint) and own.read_text() == before
+    elsewhere = tmp_path / "adapter"
+    shutil.copytree(checkpoint, elsewhere)
+    assert main(["eval", str(run), "--adapter", str(elsewhere), *arguments]) == 0
+    assert (run / "eval-adapter-validation.json").is_file() and own.read_text() == before
+
+
 def test_eval_with_flags_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows_file = save_rows(tmp_path / "mine.jsonl", rows(12))
@@ -231,6 +249,16 @@ def test_files_of_prompts_are_checked_first(
 ) -> None:
     (tmp_path / name).write_text(text)
     assert message in _error(capsys, "generate", "nowhere", "--file", str(tmp_path / name))
+
+
+def test_a_file_of_prompts_has_a_row_for_each_line_alone(tmp_path: Path) -> None:
+    """Text may hold U+2028 and U+0085, which `--output` writes as they are; lines may end as on Windows."""
+    instructions = ["one\u2028line", "and\u0085another", "a third"]
+    lines = [json.dumps({"instruction": text}, ensure_ascii=False) for text in instructions]
+    for end in ("\n", "\r\n"):
+        for name, texts in (("p.jsonl", lines), ("p.txt", instructions)):
+            (tmp_path / name).write_bytes((end.join(texts) + end).encode())
+            assert [row["instruction"] for row in read_rows(tmp_path / name)] == instructions
 
 
 def test_what_eval_and_generate_refuse(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
