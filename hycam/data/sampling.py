@@ -1,4 +1,7 @@
-"""The order of training rows: by seed and epoch alone, so that processes, workers and resumes don't change it."""
+"""The order of training rows: processes, workers and resumes don't change it.
+
+It follows from seed and epoch alone; grouped by length, from the number of rows a step too.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
