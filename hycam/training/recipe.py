@@ -156,7 +156,7 @@ class Recipe:
 
     def training_arguments(self) -> TrainingArguments:
         """The HF Trainer's arguments. Raises `InputError` where they contradict each other or this machine."""
-        values = TRAINER_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()} | self.trainer
+        values = TRAINER_DEFAULTS | {"use_cpu": not _has_gpu()} | self.trainer
         values["deepspeed"] = deepspeed_settings(values.get("deepspeed"))
         join_processes(values)
         try:
@@ -172,6 +172,8 @@ class Recipe:
             )
         except (ValueError, ImportError) as error:
             raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
+        if arguments.device.type == "mps":
+            raise InputError(f"{self.source}: trainer.use_cpu: got false, wanted true: an Apple GPU has no float64")
         check_checkpointing(arguments)
         if arguments.gradient_checkpointing and arguments.ddp_find_unused_parameters is None:
             # what transformers sets for a model without PEFT: DDP's search breaks reentrant checkpointing
@@ -184,6 +186,12 @@ class Recipe:
                     f"{', '.join(installed) or 'none is'}"
                 )
         return arguments
+
+
+def _has_gpu() -> bool:
+    """Whether there is an accelerator that has float64, which sums of losses and loads are made in."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator is not None and accelerator.type != "mps"
 
 
 def packaged_recipes() -> dict[str, Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
@@ -297,6 +298,21 @@ def test_a_wrong_override_is_named_as_an_option(name: str, text: str, message: s
     with pytest.raises(InputError) as error:
         load_recipe("paper", [(name, text)])
     assert str(error.value).startswith(message)
+
+
+def test_apple_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no float64."""
+    trainer = {"report_to": "none"}
+    values = _MINIMAL | {"trainer": trainer}
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cpu"))
+    for device, use_cpu in (("mps", True), ("xpu", False), (None, True)):
+        found = None if device is None else torch.device(device)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=found: found is not None)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=found: found)
+        assert parse_recipe(copy.deepcopy(values), "my.yaml").training_arguments().use_cpu is use_cpu
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("mps"))
+    with pytest.raises(InputError, match=r"my\.yaml: trainer\.use_cpu: got false, wanted true: an Apple GPU"):
+        parse_recipe(_MINIMAL | {"trainer": trainer | {"use_cpu": False}}, "my.yaml").training_arguments()
 
 
 @pytest.mark.parametrize("name", ["paper", "released_code", "demo"])
