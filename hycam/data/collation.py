@@ -25,34 +25,23 @@ class Collator:
     Attributes:
         pad_token_id: the id that fills short rows; masked in attention and loss.
         packing: concatenate instead of padding.
-        pad_to_multiple_of: round the padded length up to a multiple of this.
 
     Raises:
-        InputError: for a pad token id that is no id, `pad_to_multiple_of` below 1 or together with packing.
+        InputError: for a pad token id that is no id.
     """
 
     pad_token_id: int
     packing: bool = False
-    pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
             raise InputError(f"pad_token_id: {self.pad_token_id!r}, wanted the id of the tokenizer's pad token")
-        if self.pad_to_multiple_of is not None:
-            if self.pad_to_multiple_of < 1:
-                raise InputError(f"pad_to_multiple_of: {self.pad_to_multiple_of!r}, wanted 1 or more")
-            if self.packing:
-                raise InputError(
-                    "pad_to_multiple_of: given with packing, wanted one of them: packed rows have no padding"
-                )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         return self._packed(rows) if self.packing else self._padded(rows)
 
     def _padded(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
-        if self.pad_to_multiple_of is not None:
-            width += -width % self.pad_to_multiple_of
         shape = (len(rows), width)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),

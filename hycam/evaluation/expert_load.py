@@ -1,6 +1,6 @@
 """How a HyCAM model's router spreads each task's tokens over the experts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from datasets import Dataset
@@ -17,7 +17,6 @@ def evaluate_expert_load(
     collator: Collate,
     *,
     batch_size: int = 8,
-    progress: Callable[[int], object] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Mean expert weights p (equation 9) over every token of each task, prompts included and padding left out.
 
@@ -43,7 +42,7 @@ def evaluate_expert_load(
                 raise InputError(f"tasks: {name!r} has no row, at least one is wanted")
             weighted: dict[str, torch.Tensor] = {}
             tokens: dict[str, torch.Tensor] = {}
-            for rows, batch in iterate_batches(dataset, collator, batch_size, device):
+            for _, batch in iterate_batches(dataset, collator, batch_size, device):
                 batch.pop("labels")
                 bare(**batch, use_cache=False)
                 of_layers = router_statistics(bare)
@@ -55,7 +54,5 @@ def evaluate_expert_load(
                     count = statistics.tokens.double()
                     weighted[layer] = weighted.get(layer, 0) + statistics.load.double() * count
                     tokens[layer] = tokens.get(layer, 0) + count
-                if progress is not None:
-                    progress(rows)
             loads[name] = {layer: (total / tokens[layer]).tolist() for layer, total in weighted.items()}
     return loads

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hycam.data import check_tokenizer
 from hycam.errors import InputError
 from hycam.training.quantization import check_quantization, quantization_config
 from hycam.training.recipe import BackboneConfig
@@ -64,20 +65,14 @@ def check_max_length(config: PretrainedConfig, max_length: int, name: str) -> No
 
 
 def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token. Raises `InputError` where it has no eos or pad token."""
+    """The tokenizer, padding as the recipe says. Raises `InputError` where it has no eos or pad token."""
     tokenizer = _load(AutoTokenizer, config, name)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"backbone.name_or_path: the tokenizer of {name} has no eos token, wanted one")
     if config.pad_token is not None:
         known = tokenizer.get_vocab()
         if config.pad_token not in known:
             raise InputError(f"backbone.pad_token: {config.pad_token!r} is no token of {name}, wanted one that is")
         tokenizer.pad_token = config.pad_token
-    if tokenizer.pad_token_id is None:
-        raise InputError(
-            f"backbone.pad_token: missing, and the tokenizer of {name} has no pad token: name one of its tokens "
-            f"(its eos token {tokenizer.eos_token!r} will do: padding is masked)"
-        )
+    check_tokenizer(tokenizer)
     return tokenizer
 
 

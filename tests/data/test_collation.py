@@ -23,14 +23,6 @@ def test_padding_on_the_right_hides_no_eos():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_pad_to_multiple_of():
-    batch = Collator(pad_token_id=0, pad_to_multiple_of=8)(ROWS)
-    assert {tensor.shape for tensor in batch.values()} == {(2, 8)}
-    assert batch["attention_mask"].sum(1).tolist() == [4, 2]
-    assert Collator(pad_token_id=0, pad_to_multiple_of=4)(ROWS)["labels"].shape == (2, 4)
-    assert Collator(pad_token_id=0, pad_to_multiple_of=3)(ROWS)["labels"].shape == (2, 6)
-
-
 def test_packing_of_single_rows_and_of_bins():
     rows = [*ROWS, {"input_ids": [8, 9, 8], "labels": [8, 9, 8], "position_ids": [0, 1, 0]}]
     batch = Collator(pad_token_id=0, packing=True)(rows)
@@ -53,7 +45,7 @@ def test_tensor_rows_give_the_same_batch():
 
 
 def test_survives_a_worker_process():
-    collator = Collator(3, pad_to_multiple_of=2)
+    collator = Collator(3, packing=True)
     assert pickle.loads(pickle.dumps(collator)) == collator
 
 
@@ -62,8 +54,6 @@ def test_survives_a_worker_process():
     [
         ({"pad_token_id": None}, "pad_token_id: None, wanted the id"),
         ({"pad_token_id": -1}, "pad_token_id: -1"),
-        ({"pad_token_id": 0, "pad_to_multiple_of": 0}, "pad_to_multiple_of: 0, wanted 1 or more"),
-        ({"pad_token_id": 0, "pad_to_multiple_of": 8, "packing": True}, "pad_to_multiple_of: given with packing"),
     ],
 )
 def test_errors(options, message):
