@@ -128,7 +128,8 @@ class Throughput(TrainerCallback):
 
     def _clear(self) -> None:
         self.seconds = 0.0
-        self.tokens = self.positions = 0
+        self.positions = 0
+        self.tokens: int | torch.Tensor = 0  # on the batches' device: reading each count would wait for the device
 
     def begin(self) -> None:
         """A step begins: its batches are about to be fetched."""
@@ -139,7 +140,7 @@ class Throughput(TrainerCallback):
         for batch in batches:
             self.positions += batch["input_ids"].numel()
             mask = batch.get("attention_mask")
-            self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+            self.tokens = self.tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._started
@@ -152,7 +153,7 @@ class Throughput(TrainerCallback):
             steps took, validation and checkpoints left out, and `peak_bytes`: the most memory that a process has had
             since it began: allocated on its accelerator, resident on a CPU.
         """
-        sums = torch.tensor([self.tokens, self.positions], dtype=torch.float64, device=device)
+        sums = torch.tensor([int(self.tokens), self.positions], dtype=torch.float64, device=device)
         largest = torch.tensor([self.seconds, _peak_bytes(device)], dtype=torch.float64, device=device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)

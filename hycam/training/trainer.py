@@ -124,11 +124,17 @@ class HyCAMTrainer(Trainer):
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch. Raises `RunStoppedError` before the optimizer sees a loss that is not finite."""
+        """One micro-batch.
+
+        Raises:
+            RunStoppedError: before the optimizer's step, where the loss of one of its micro-batches is not finite.
+        """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise RunStoppedError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
-        self._loss_window.total = self._loss_window.total + loss
+        window = self._loss_window
+        window.total = total = window.total + loss
+        # once a step, for reading it waits for the device: a loss that is not finite leaves no sum finite
+        if self.accelerator.sync_gradients and not torch.isfinite(total):
+            raise RunStoppedError(f"the loss is {total.item()} at step {self.state.global_step + 1}")
         if self.is_deepspeed_enabled and not self.args.fp16:
             # its step is part of the backward pass, and hides the gradients from callbacks
             engine: Any = self.deepspeed
@@ -247,6 +253,8 @@ class HyCAMTrainer(Trainer):
             self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         super()._save(output_dir, state_dict)
         # a pickle that nothing here reads: the run's recipe.yaml says the same
         folder = output_dir or self.args.output_dir

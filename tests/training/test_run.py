@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
+from hycam.training.trainer import HyCAMTrainer
 from tests.training.runs import recipe_values, rows, save_recipe, save_rows, save_tokenizer
 
 
@@ -127,6 +129,23 @@ def test_throughput_counts_tokens_without_padding() -> None:
         assert 17 / 0.15 < took["tokens_per_second"] <= 17 / 0.05
 
 
+def test_counting_reads_nothing_back_from_the_device() -> None:
+    """A tensor without data can't be read: reading one on a GPU would wait for all that is queued there."""
+    batch = {name: torch.zeros(2, 5, dtype=torch.int64, device="meta") for name in ("input_ids", "attention_mask")}
+    throughput = Throughput()
+    throughput.count([batch, batch])
+    assert throughput.positions == 20
+
+
+def test_a_process_that_saves_nothing_touches_no_file(tmp_path: Path) -> None:
+    trainer = object.__new__(HyCAMTrainer)
+    trainer.args = SimpleNamespace(should_save=False)
+    trainer.is_distributed_loading_by_transformers = False
+    (tmp_path / "training_args.bin").touch()
+    trainer._save(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["training_args.bin"]
+
+
 def test_checkpoints_hold_the_adapter_alone(done: tuple[Recipe, dict[str, Any]]) -> None:
     recipe, _ = done
     checkpoints = sorted(path.name for path in recipe.output_path.glob("checkpoint-*"))
@@ -206,25 +225,27 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path, backbone: Path) -> Non
 def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 20, "save_steps": 2, "eval_steps": 2})
+    """Also that of a micro-batch which is not the step's last."""
+    trainer = {"max_steps": 20, "save_steps": 2, "eval_steps": 2, "gradient_accumulation_steps": 2}
+    recipe = _recipe(tmp_path, backbone, trainer=trainer)
     import hycam.training.trainer as module
 
     step = module.Trainer.training_step
 
     def broken(self, model, inputs, *args, **kwargs):
         loss = step(self, model, inputs, *args, **kwargs)
-        return loss * math.nan if self.state.global_step == 6 else loss
+        return loss * math.nan if self.state.global_step == 4 and not self.accelerator.sync_gradients else loss
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Trainer, "training_step", broken)
         with pytest.raises(
-            RunStoppedError, match=r"the loss is nan at step 7; the last good .*checkpoint-6$"
+            RunStoppedError, match=r"the loss is nan at step 5; the last good .*checkpoint-4$"
         ) as stopped:
             train(recipe)
     assert stopped.value.exit_status == 1
     assert not (recipe.output_path / "adapter").exists()
-    assert all(line["step"] <= 6 for line in _lines(recipe.output_path))
-    weights = load_file(recipe.output_path / "checkpoint-6" / "adapter_model.safetensors")
+    assert all(line["step"] <= 4 for line in _lines(recipe.output_path))
+    weights = load_file(recipe.output_path / "checkpoint-4" / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
@@ -411,10 +432,10 @@ def test_a_tokenizer_needs_eos_and_pad(tmp_path: Path, backbone: Path, monkeypat
     copy = tmp_path / "copy"
     shutil.copytree(backbone, copy)
     save_tokenizer(copy, pad_token="<pad>")
-    with pytest.raises(InputError, match=r"tokenizer of .*copy has no eos token"):
+    with pytest.raises(InputError, match=r"tokenizer: .*copy: no eos token"):
         train(_recipe(tmp_path, copy))
     save_tokenizer(copy, eos_token="<eos>")
-    with pytest.raises(InputError, match=r"backbone.pad_token: missing, and the tokenizer of .* has no pad token"):
+    with pytest.raises(InputError, match=r"tokenizer: .*copy: no pad token, .*backbone\.pad_token: '<eos>' in a"):
         train(_recipe(tmp_path, copy))
     recipe = _recipe(tmp_path, copy, backbone={"pad_token": "<eos>"})
     assert load_tokenizer(recipe.backbone, str(copy)).pad_token == "<eos>"
