@@ -50,6 +50,21 @@ def find_deepspeed_settings(value: str | dict[str, Any] | None) -> str | dict[st
     return value
 
 
+def check_gpus(count: int, launch: str) -> None:
+    """Raise `InputError` where one process sees several GPUs, which transformers would fill with replicas in threads.
+
+    A step would take that many times the rows, and every replica would draw the same noise.
+
+    Args:
+        count: GPUs that this process would use.
+        launch: how to start a process for each.
+    """
+    if count > 1:
+        raise InputError(
+            f"one process sees {count} GPUs, wanted a process for each: {launch}; or one GPU: CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def check_checkpointing(arguments: TrainingArguments) -> None:
     """Raise `InputError` for gradient checkpointing that would draw other noise in the forward that it repeats."""
     if arguments.fsdp and arguments.fsdp_plugin_args.get("activation_checkpointing"):

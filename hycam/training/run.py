@@ -39,7 +39,7 @@ from hycam.training.backbone import (
     load_tokenizer,
 )
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, write_whole
-from hycam.training.engines import timeouts_told
+from hycam.training.engines import check_gpus, timeouts_told
 from hycam.training.folder import check_folder, open_folder
 from hycam.training.measure import measure, own_draws
 from hycam.training.method import MethodConfig
@@ -159,6 +159,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted at least one")
     arguments = recipe.training_arguments()
+    check_gpus(
+        arguments.n_gpu, f"torchrun --standalone --nproc_per_node {arguments.n_gpu} -m hycam train {recipe.source}"
+    )
     if arguments.deepspeed and arguments.use_cpu and arguments.world_size > 1:
         # transformers does this for GPUs alone, and ZeRO-3 parts the weights as soon as they are loaded
         import deepspeed

@@ -382,6 +382,19 @@ def test_the_metric_of_the_best_checkpoint(tmp_path: Path, backbone: Path, monke
         train(wrong)
 
 
+def test_several_gpus_need_a_process_each(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a launcher transformers would make replicas in threads, on rows of their own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    on_gpus = _recipe(tmp_path, backbone, trainer={"use_cpu": False})
+    with pytest.raises(InputError) as error:
+        train(on_gpus)
+    launch = f"torchrun --standalone --nproc_per_node 4 -m hycam train {tmp_path / 'recipe.yaml'}"
+    assert str(error.value) == (
+        f"one process sees 4 GPUs, wanted a process for each: {launch}; or one GPU: CUDA_VISIBLE_DEVICES=0"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_resuming_needs_the_optimizers_state(tmp_path: Path, backbone: Path) -> None:
     with pytest.raises(InputError, match=r"^--resume: trainer.save_only_model is true"):
         train(_recipe(tmp_path, backbone, trainer={"save_only_model": True}), resume=True)
