@@ -173,9 +173,12 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
         raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
     check_sharding(
-        recipe.method, sharded=bool(arguments.deepspeed or arguments.fsdp), zero3=is_deepspeed_zero3_enabled()
+        recipe.method,
+        sharded=bool(arguments.deepspeed or arguments.fsdp),
+        parted=bool(arguments.fsdp) or is_deepspeed_zero3_enabled(),
     )
     recipe.method.check_backend(arguments.device)
+    _check_liger(recipe)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     with _first_of_machine(recipe, arguments):
@@ -213,7 +216,22 @@ def _check_metric(recipe: Recipe, metric: str | None) -> None:
         raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
 
 
-def check_sharding(method: MethodConfig, *, sharded: bool, zero3: bool) -> None:
+def _check_liger(recipe: Recipe) -> None:
+    """Raise `InputError` for what Liger's layers would undo, or don't give."""
+    if not recipe.backbone.liger:
+        return
+    if getattr(recipe.method.adapter_config(), "fuse_norm", False):
+        raise InputError(
+            "method.fuse_norm: got true with backbone.liger: true, wanted one of them: both replace the norms' forward"
+        )
+    if recipe.trainer.get("label_smoothing_factor"):
+        raise InputError(
+            "trainer.label_smoothing_factor: needs logits, which backbone.liger doesn't make in training: wanted 0, or "
+            "backbone.liger: false"
+        )
+
+
+def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None:
     """Raise `InputError` for a method that needs weights or gradients whole where they are in parts.
 
     Args:
