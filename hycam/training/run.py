@@ -237,14 +237,17 @@ def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None
     Args:
         method: what is trained.
         sharded: whether DeepSpeed or FSDP trains it.
-        zero3: whether that is ZeRO-3, which parts the weights from their loading on.
+        parted: whether that is ZeRO-3 or FSDP2, under which no process needs room for all weights.
     """
     if method.name == "riemoe" and sharded:
         raise InputError(
             "method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed or trainer.fsdp"
         )
-    if method.name == "full" and zero3:
-        raise InputError("method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed")
+    if method.name == "full" and parted:
+        raise InputError(
+            "method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed and no "
+            "trainer.fsdp: every process would hold the whole backbone"
+        )
 
 
 def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
