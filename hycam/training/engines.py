@@ -103,6 +103,17 @@ def limit_deepspeed_waits(seconds: float) -> None:
     _set_pg_timeout(timedelta(seconds=seconds), groups._get_data_parallel_group())
 
 
+def fsdp_backend(trainer: Mapping[str, Any]) -> str | None:
+    """What FSDP's processes on GPUs talk through; None: what transformers chooses.
+
+    NCCL alone can't reduce what `fsdp_config.cpu_offload` keeps on the host.
+    """
+    launched = int(os.environ.get("LOCAL_RANK", "-1")) != -1
+    if trainer.get("fsdp") and not trainer["use_cpu"] and launched and torch.cuda.is_available():
+        return "cpu:gloo,cuda:nccl"
+    return None
+
+
 def join_processes(trainer: Mapping[str, Any]) -> None:
     """Join the launcher's processes on CPUs, with `trainer.ddp_timeout` as the longest wait for another one.
 

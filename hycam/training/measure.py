@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hycam.data import Collator
 from hycam.evaluation import evaluate_generation_tasks, evaluate_perplexity, generate_responses
+from hycam.evaluation.batches import device_of
 from hycam.training.recipe import EvaluationConfig
 
 
@@ -49,7 +50,7 @@ def measure(
     Returns:
         `{"tasks": {name: {"nll", "tokens", "perplexity"[, "bleu4", "rougeL", "rows", "too_long"]}}, "overall": {...}}`.
     """
-    with own_draws(seed, next(model.parameters()).device):
+    with own_draws(seed, device_of(model)):
         report = _perplexity(model, tokenizer, tokenized, config, description)
         if prompts is not None:
             _add_generation(report, model, tokenizer, prompts, config, description)

@@ -317,6 +317,8 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
             raise InputError(f"--resume: the training is done; measure it with: hycam eval {folder} --adapter {final}")
         assert final is not None
         trainer.load_weights(final)
+        if trainer.is_fsdp_enabled:  # training alone would place it, in parts
+            trainer.adapted.to(trainer.args.device)
         return state
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
