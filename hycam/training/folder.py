@@ -1,22 +1,29 @@
 """A run's output folder: which run it holds, and whether a run may begin or go on in it."""
 
+import hashlib
 import json
 import shutil
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from hycam.environment import package_versions
 from hycam.errors import InputError
+from hycam.evaluation.batches import place_in_group
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
 from hycam.training.recipe import Recipe, differing_fields, read_yaml
 from hycam.training.tasks import TaskRows
+from hycam.training.trainer import last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
+_SEEN_WITHIN = 10.0  # seconds in which a network file system shows what another node wrote
 
 # Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
 # Where a task's rows lie is free too: the rows themselves are compared.
@@ -88,10 +95,47 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *,
                 raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"data": data, "processes": processes, "versions": package_versions()}
+    # the id tells this folder from another node's with an equal run in it
+    record = {"id": uuid.uuid4().hex, "data": data, "processes": processes, "versions": package_versions()}
     # the recipe first: a folder is a run's from then on, whatever is killed in between
     write_whole(folder / RECIPE_FILE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_whole(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def shared_checkpoint(folder: Path, device: torch.device) -> Path | None:
+    """The last checkpoint in the output folder, which every process sees as the main one does.
+
+    Args:
+        folder: the run's, open.
+        device: where the processes exchange what they see.
+
+    Raises:
+        InputError: in every process, where one sees another run or checkpoint: its node has a folder of its own.
+    """
+    checkpoint, seen = _look(folder)
+    if place_in_group()[1] == 1:
+        return checkpoint
+    wanted = torch.tensor(seen, device=device)
+    torch.distributed.broadcast(wanted, 0)
+    end = time.monotonic() + _SEEN_WITHIN
+    while seen != wanted and time.monotonic() < end:
+        time.sleep(0.2)
+        checkpoint, seen = _look(folder)
+    differs = torch.tensor(int(seen != wanted), device=device)
+    torch.distributed.all_reduce(differs, torch.distributed.ReduceOp.MAX)
+    if differs:
+        raise InputError(f"output_dir: {folder} is not the same folder for every process, wanted one that all nodes see")
+    return checkpoint
+
+
+def _look(folder: Path) -> tuple[Path | None, int]:
+    """The last checkpoint, and 64 bits of a hash of the run's record and that checkpoint's name."""
+    for parent in (folder.parent, folder):
+        _entries(parent)  # to list a folder makes a network file system look anew
+    record, checkpoint = folder / RECORD_FILE, last_checkpoint(folder)
+    content = record.read_bytes() if record.is_file() else b""
+    digest = hashlib.sha256(content + (b"" if checkpoint is None else checkpoint.name.encode())).digest()
+    return checkpoint, int.from_bytes(digest[:8], signed=True)
 
 
 def _changed_fields(old: Any, new: Any) -> list[str]:

@@ -40,7 +40,7 @@ from hycam.training.backbone import (
 )
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, write_whole
 from hycam.training.engines import check_gpus, timeouts_told
-from hycam.training.folder import check_folder, open_folder
+from hycam.training.folder import check_folder, open_folder, shared_checkpoint
 from hycam.training.measure import measure, own_draws
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
@@ -127,7 +127,7 @@ def train(
                 processes = prepared.arguments.world_size
                 open_folder(recipe, prepared.rows, processes, resume=resume, overwrite=overwrite)
                 remove_unfinished(recipe.output_path)
-            checkpoint = last_checkpoint(recipe.output_path) if resume else None
+        checkpoint = shared_checkpoint(recipe.output_path, prepared.arguments.device)
         if resume:
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
         if test and base is None and not isinstance(model, PeftModel):  # training will change the backbone

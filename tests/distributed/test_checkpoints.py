@@ -173,6 +173,21 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(tmp_path: Path, backbo
     assert "Timed out waiting 6000ms" in message
 
 
+def test_a_folder_of_its_own_for_each_node_is_refused(tmp_path: Path, backbone: Path) -> None:
+    """At the start, and where only the first one holds the run."""
+    recipe = _recipe(tmp_path / "run", backbone, "ddp")
+    apart = ["--output_dir", str(tmp_path / "node{rank}")]
+    jobs = [
+        {"job": "apart", "arguments": ["train", recipe, *apart]},
+        {"job": "apart", "arguments": ["train", recipe, *apart, "--resume"]},
+    ]
+    _assert_done(tmp_path, run_jobs(tmp_path, jobs), [0, 0])
+    assert not (tmp_path / "node1").exists()
+    for rank in range(WORLD_SIZE):
+        message = f"output_dir: {tmp_path / f'node{rank}'} is not the same folder for every process"
+        assert log_of(tmp_path, rank).count(message) == 2
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_told(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
