@@ -17,6 +17,7 @@ from hycam.environment import package_versions
 from hycam.errors import InputError
 from hycam.evaluation.batches import place_in_group
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
+from hycam.training.engines import find_deepspeed_settings
 from hycam.training.recipe import Recipe, differing_fields, read_yaml
 from hycam.training.tasks import TaskRows
 from hycam.training.trainer import last_checkpoint
@@ -26,10 +27,11 @@ RECORD_FILE = "run.json"
 _SEEN_WITHIN = 10.0  # seconds in which a network file system shows what another node wrote
 
 # Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
-# Where a task's rows lie is free too: the rows themselves are compared.
+# Where a task's rows lie is free too, and the backbone's revision: the rows themselves and the commit are compared.
 _FREE_ON_RESUME = (
     "output_dir",
     "tasks.*.source",
+    "backbone.revision",
     "data.cache_dir",
     "early_stopping",
     "evaluation",
@@ -73,11 +75,23 @@ def holds_run_of(recipe: Recipe) -> bool:
     return record.is_file() and not differing_fields(read_yaml(record), recipe.to_dict())
 
 
-def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this run's: write its recipe and record, or check that data and processes are still the run's.
+def open_folder(
+    recipe: Recipe,
+    rows: Mapping[str, TaskRows],
+    commit: str | None,
+    processes: int,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Make the folder this run's: write its recipe and record, or check that what they leave out is still the run's.
+
+    Args:
+        commit: the backbone's, on the hub.
 
     Raises:
-        InputError: on resuming with other rows, or on another number of processes, than the run began with.
+        InputError: on resuming with other rows, engine's settings or weights of the backbone, or on another number of
+            processes, than the run began with.
     """
     folder = recipe.output_path
     if overwrite and (folder / RECIPE_FILE).is_file():
@@ -85,6 +99,7 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *,
             if not _is_backbone(entry):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     data = {name: _fingerprint(task) for name, task in rows.items()}
+    settings = _settings_files(recipe.trainer)
     if resume and (folder / RECORD_FILE).is_file():
         before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         if before["processes"] != processes:
@@ -93,13 +108,35 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *,
         for name, fingerprint in data.items():
             if before["data"][name] != fingerprint:
                 raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
+        for name, sha256 in settings.items():
+            if before["settings"][name] != sha256:
+                raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
+        if before["commit"] != commit:
+            raise InputError(
+                f"--resume: the run in {folder} began with commit {before['commit']} of its backbone, got {commit}: "
+                f"wanted --backbone.revision {before['commit']}"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     # the id tells this folder from another node's with an equal run in it
-    record = {"id": uuid.uuid4().hex, "data": data, "processes": processes, "versions": package_versions()}
+    record = {
+        "id": uuid.uuid4().hex,
+        "data": data,
+        "settings": settings,
+        "commit": commit,
+        "processes": processes,
+        "versions": package_versions(),
+    }
     # the recipe first: a folder is a run's from then on, whatever is killed in between
     write_whole(folder / RECIPE_FILE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_whole(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _settings_files(trainer: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that hold an engine's settings, by their field."""
+    named = {"deepspeed": find_deepspeed_settings(trainer.get("deepspeed")), "fsdp_config": trainer.get("fsdp_config")}
+    files = {name: Path(value) for name, value in named.items() if isinstance(value, str)}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
 
 
 def shared_checkpoint(folder: Path, device: torch.device) -> Path | None:
@@ -124,7 +161,9 @@ def shared_checkpoint(folder: Path, device: torch.device) -> Path | None:
     differs = torch.tensor(int(seen != wanted), device=device)
     torch.distributed.all_reduce(differs, torch.distributed.ReduceOp.MAX)
     if differs:
-        raise InputError(f"output_dir: {folder} is not the same folder for every process, wanted one that all nodes see")
+        raise InputError(
+            f"output_dir: {folder} is not the same folder for every process, wanted one that all nodes see"
+        )
     return checkpoint
 
 

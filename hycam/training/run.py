@@ -30,6 +30,7 @@ from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.backbone import (
+    backbone_commit,
     backbone_name,
     build_model,
     check_available,
@@ -71,6 +72,7 @@ class PreparedRun:
     arguments: TrainingArguments
     rows: dict[str, TaskRows]
     backbone: str
+    commit: str | None
     tokenizer: PreTrainedTokenizerBase
     tokenized: dict[str, dict[str, Dataset]]
     prompts: dict[str, dict[str, Any]] | None
@@ -125,7 +127,7 @@ def train(
         with prepared.arguments.main_process_first(local=False, desc="opening the run's folder"):
             if prepared.arguments.should_save:
                 processes = prepared.arguments.world_size
-                open_folder(recipe, prepared.rows, processes, resume=resume, overwrite=overwrite)
+                open_folder(recipe, prepared.rows, prepared.commit, processes, resume=resume, overwrite=overwrite)
                 remove_unfinished(recipe.output_path)
         checkpoint = shared_checkpoint(recipe.output_path, prepared.arguments.device)
         if resume:
@@ -186,6 +188,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     with arguments.main_process_first(local=False, desc="training the backbone"):
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
+    commit = backbone_commit(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
     tokenizer = load_tokenizer(recipe.backbone, name)
@@ -199,7 +202,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     prompts = None
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
-    return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
+    return PreparedRun(arguments, rows, name, commit, tokenizer, tokenized, prompts)
 
 
 def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:
