@@ -42,7 +42,7 @@ from hycam.training.backbone import (
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, write_whole
 from hycam.training.engines import check_gpus, timeouts_told
 from hycam.training.folder import check_folder, open_folder, shared_checkpoint
-from hycam.training.measure import measure, own_draws
+from hycam.training.measure import measure, own_draws, training_precision
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
@@ -134,7 +134,8 @@ def train(
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
         if test and base is None and not isinstance(model, PeftModel):  # training will change the backbone
             device: Any = prepared.arguments.device
-            base = _measure_test(recipe, prepared, model.to(device), "test, backbone")
+            with training_precision(recipe, device):
+                base = _measure_test(recipe, prepared, model.to(device), "test, backbone")
         state = _fit(recipe, trainer, checkpoint)
     trainer.save_model(str(trained_folder(recipe)))
     if prepared.arguments.should_save and not isinstance(model, PeftModel):
@@ -145,11 +146,12 @@ def train(
         if prepared.arguments.should_save:
             _write_json(recipe.output_path / RESULTS_FILE, results)
         return results
-    results = _measure_run(recipe, prepared, model, base) | results
     row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
-    # every process takes part in a forward of a model that is in parts
     is_hycam = recipe.method.name == "hycam"
-    modulation = prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None
+    with training_precision(recipe, prepared.arguments.device):
+        results = _measure_run(recipe, prepared, model, base) | results
+        # every process takes part in a forward of a model that is in parts
+        modulation = prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None
     if prepared.arguments.should_save:
         _write_json(recipe.output_path / RESULTS_FILE, results)
         _draw(recipe, prepared.tokenizer, row, modulation, results)

@@ -23,6 +23,7 @@ from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
 from hycam.training.trainer import smoothing_gaps
+from hycam_cli import main
 from tests.training.runs import recipe_values, rows, save_recipe, save_rows, save_tokenizer
 
 
@@ -314,6 +315,27 @@ def test_label_smoothing_leaves_the_balance_loss_its_weight(tmp_path: Path, back
         torch.testing.assert_close(smoothed[name], weight, rtol=1e-2, atol=1e-2)
     assert losses[1] == pytest.approx(losses[2], rel=1e-5)
     assert losses[1] != losses[0]
+
+
+def test_everything_is_measured_in_the_precision_of_training(tmp_path: Path, backbone: Path) -> None:
+    """At the end of training, by `hycam eval`, and on resuming what is finished: bf16 autocast, responses too."""
+    trainer = {"bf16": True, "max_steps": 4, "logging_steps": 4}
+    recipe = _recipe(
+        tmp_path,
+        backbone,
+        trainer=trainer,
+        evaluation={"generation": True, "max_new_tokens": 8, "max_generation_rows": 4},
+    )
+    measured = train(recipe)["test"]
+    for options, name in (([], "adapted"), (["--base"], "base")):
+        output = tmp_path / f"{name}.json"
+        assert main(["eval", str(recipe.output_path), *options, "--output", str(output)]) == 0
+        found = json.loads(output.read_text())
+        assert {key: found[key] for key in ("tasks", "overall")} == measured[name]
+    assert train(recipe, resume=True)["test"] == measured
+    output = tmp_path / "plain.json"
+    assert main(["eval", str(recipe.output_path), "--trainer.bf16", "false", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["overall"]["nll"] != measured["adapted"]["overall"]["nll"]
 
 
 def test_smoothed_labels_are_those_of_cross_entropy() -> None:
