@@ -109,12 +109,13 @@ def open_folder(
             if before["data"][name] != fingerprint:
                 raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
         for name, sha256 in settings.items():
-            if before["settings"][name] != sha256:
+            if before.get("settings", {}).get(name) != sha256:
                 raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
-        if before["commit"] != commit:
+        began = before.get("commit")
+        if began != commit:
             raise InputError(
-                f"--resume: the run in {folder} began with commit {before['commit']} of its backbone, got {commit}: "
-                f"wanted --backbone.revision {before['commit']}"
+                f"--resume: the run in {folder} began with commit {began} of its backbone, got {commit}: "
+                f"wanted --backbone.revision {began}"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
