@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from hycam.study.render import Table as StudyTable
 from hycam.study.render import shown, write_tables
 from hycam.study.run import compare
 from hycam.study.tables import study_tables
+from hycam.training.engines import check_gpus
 
 
 def run(options: Namespace) -> None:
@@ -23,6 +25,8 @@ def run(options: Namespace) -> None:
             "started by itself with its own CUDA_VISIBLE_DEVICES: they share the study's folder"
         )
     study = load_study(options.study, options.overrides)
+    if not study.trainer.get("use_cpu"):
+        check_gpus(torch.cuda.device_count(), f"CUDA_VISIBLE_DEVICES=N hycam compare {options.study}")
     record = compare(study, _announce)
     tables = study_tables(record)
     folder = write_tables(study.output_path, tables)

@@ -10,7 +10,7 @@ from hycam.environment import package_versions
 from hycam.errors import InputError
 from hycam.training.backbone import check_max_length, load_backbone_config
 from hycam.training.callbacks import finite
-from hycam.training.measure import measure
+from hycam.training.measure import measure, training_precision
 from hycam.training.run import trained_folder
 from hycam.training.tasks import load_rows, prompts_that_fit, responses_alone, tokenize_split
 
@@ -42,9 +42,10 @@ def run(options: Namespace) -> None:
     if not options.no_generation:
         prompts = prompts_that_fit(rows, options.split, tokenizer, config, recipe.data, recipe.evaluation)
     model = load_selected_model(selection, name)
-    report = measure(
-        model, tokenizer, tokenized, prompts, recipe.evaluation, seed=recipe.seed, description=options.split
-    )
+    with training_precision(recipe, model.device):
+        report = measure(
+            model, tokenizer, tokenized, prompts, recipe.evaluation, seed=recipe.seed, description=options.split
+        )
     record = report | {
         "split": options.split,
         "backbone": name,

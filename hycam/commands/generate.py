@@ -11,6 +11,7 @@ from hycam.data import prompt_text
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
 from hycam.training.backbone import load_backbone_config
+from hycam.training.measure import training_precision
 
 _SUFFIXES = (".txt", ".json", ".jsonl")
 
@@ -30,13 +31,14 @@ def run(options: Namespace) -> None:
     max_new_tokens = recipe.evaluation.max_new_tokens
     encode_prompts(prompts, tokenizer, load_backbone_config(recipe.backbone, name), max_new_tokens)  # or refuse
     model = load_selected_model(selection, name)
-    responses = generate_responses(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=recipe.evaluation.batch_size,
-    )
+    with training_precision(recipe, model.device):
+        responses = generate_responses(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=recipe.evaluation.batch_size,
+        )
     answered = [row | {"response": response} for row, response in zip(rows, responses, strict=True)]
     if output is not None:
         output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered), encoding="utf-8")

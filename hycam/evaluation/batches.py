@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hycam.errors import InputError
@@ -64,4 +65,6 @@ def place_in_group() -> tuple[int, int]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Where the model computes: under FSDP2 with offload its parameters lie elsewhere, on the host."""
+    parameter = next(model.parameters())
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device

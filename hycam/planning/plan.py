@@ -74,7 +74,7 @@ def plan_memory(recipe: Recipe, config: PretrainedConfig, engine: Engine, world_
         InputError: for a recipe with settings that can't be planned, by name.
     """
     _check_plannable(recipe)
-    check_sharding(recipe.method, sharded=engine.name != "ddp", zero3=engine.name == "zero3")
+    check_sharding(recipe.method, sharded=engine.name != "ddp", parted=engine.name in ("zero3", "fsdp2"))
     check_max_length(config, recipe.data.max_length, recipe.backbone.name_or_path or "backbone.scratch")
     arguments = _arguments(recipe)
     model = adapted(build_model(recipe.backbone, config), recipe.method).train()

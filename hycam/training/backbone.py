@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -55,6 +56,14 @@ def backbone_name(config: BackboneConfig, run_folder: Path, seed: int) -> str:
 def load_backbone_config(config: BackboneConfig, name: str) -> PretrainedConfig:
     """The model's configuration. Raises `InputError` for an unknown model."""
     return _load(AutoConfig, config, name)
+
+
+def backbone_commit(config: BackboneConfig, name: str) -> str | None:
+    """The commit of the hub that a backbone whose configuration was just loaded comes from; None for a folder."""
+    if Path(name).is_dir():
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=config.revision or "main")
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def check_max_length(config: PretrainedConfig, max_length: int, name: str) -> None:

@@ -50,6 +50,21 @@ def find_deepspeed_settings(value: str | dict[str, Any] | None) -> str | dict[st
     return value
 
 
+def check_gpus(count: int, launch: str) -> None:
+    """Raise `InputError` where one process sees several GPUs, which transformers would fill with replicas in threads.
+
+    A step would take that many times the rows, and every replica would draw the same noise.
+
+    Args:
+        count: GPUs that this process would use.
+        launch: how to start a process for each.
+    """
+    if count > 1:
+        raise InputError(
+            f"one process sees {count} GPUs, wanted a process for each: {launch}; or one GPU: CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 def check_checkpointing(arguments: TrainingArguments) -> None:
     """Raise `InputError` for gradient checkpointing that would draw other noise in the forward that it repeats."""
     if arguments.fsdp and arguments.fsdp_plugin_args.get("activation_checkpointing"):
@@ -86,6 +101,17 @@ def limit_deepspeed_waits(seconds: float) -> None:
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
     _set_pg_timeout(timedelta(seconds=seconds), groups._get_data_parallel_group())
+
+
+def fsdp_backend(trainer: Mapping[str, Any]) -> str | None:
+    """What FSDP's processes on GPUs talk through; None: what transformers chooses.
+
+    NCCL alone can't reduce what `fsdp_config.cpu_offload` keeps on the host.
+    """
+    launched = int(os.environ.get("LOCAL_RANK", "-1")) != -1
+    if trainer.get("fsdp") and not trainer["use_cpu"] and launched and torch.cuda.is_available():
+        return "cpu:gloo,cuda:nccl"
+    return None
 
 
 def join_processes(trainer: Mapping[str, Any]) -> None:

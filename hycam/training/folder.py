@@ -1,22 +1,30 @@
 """A run's output folder: which run it holds, and whether a run may begin or go on in it."""
 
+import hashlib
 import json
 import shutil
+import time
+import uuid
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from hycam.environment import package_versions
 from hycam.errors import InputError
+from hycam.evaluation.batches import place_in_group
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
+from hycam.training.engines import find_deepspeed_settings
 from hycam.training.recipe import Recipe, differing_fields, read_yaml
 from hycam.training.tasks import TaskRows
+from hycam.training.trainer import last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
+_SEEN_WITHIN = 10.0  # seconds in which a network file system shows what another node wrote
 
 # What a run leaves in its folder (patterns), and `hycam eval` of it; a backbone from scratch outlives its runs.
 _FILES = (RECIPE_FILE, RECORD_FILE, "metrics.jsonl", "results.json", "eval-*.json")
@@ -32,10 +40,11 @@ _WRITTEN = (
 )
 
 # Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
-# Where a task's rows lie is free too: the rows themselves are compared.
+# Where a task's rows lie is free too, and the backbone's revision: the rows themselves and the commit are compared.
 _FREE_ON_RESUME = (
     "output_dir",
     "tasks.*.source",
+    "backbone.revision",
     "data.cache_dir",
     "early_stopping",
     "evaluation",
@@ -82,11 +91,23 @@ def holds_run_of(recipe: Recipe) -> bool:
     return record.is_file() and not differing_fields(read_yaml(record), recipe.to_dict())
 
 
-def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this run's: write its recipe and record, or check that data and processes are still the run's.
+def open_folder(
+    recipe: Recipe,
+    rows: Mapping[str, TaskRows],
+    commit: str | None,
+    processes: int,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Make the folder this run's: write its recipe and record, or check that what they leave out is still the run's.
+
+    Args:
+        commit: the backbone's, on the hub.
 
     Raises:
-        InputError: on resuming with other rows, or on another number of processes, than the run began with.
+        InputError: on resuming with other rows, engine's settings or weights of the backbone, or on another number of
+            processes, than the run began with.
     """
     folder = recipe.output_path
     if overwrite and (folder / RECIPE_FILE).is_file():
@@ -94,6 +115,7 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *,
             if _is_written(entry):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     data = {name: _fingerprint(task) for name, task in rows.items()}
+    settings = _settings_files(recipe.trainer)
     if resume and (folder / RECORD_FILE).is_file():
         before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         if before["processes"] != processes:
@@ -102,12 +124,74 @@ def open_folder(recipe: Recipe, rows: Mapping[str, TaskRows], processes: int, *,
         for name, fingerprint in data.items():
             if before["data"][name] != fingerprint:
                 raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
+        for name, sha256 in settings.items():
+            if before.get("settings", {}).get(name) != sha256:
+                raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
+        began = before.get("commit")
+        if began != commit:
+            raise InputError(
+                f"--resume: the run in {folder} began with commit {began} of its backbone, got {commit}: "
+                f"wanted --backbone.revision {began}"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"data": data, "processes": processes, "versions": package_versions()}
+    # the id tells this folder from another node's with an equal run in it
+    record = {
+        "id": uuid.uuid4().hex,
+        "data": data,
+        "settings": settings,
+        "commit": commit,
+        "processes": processes,
+        "versions": package_versions(),
+    }
     # the recipe first: a folder is a run's from then on, whatever is killed in between
     write_whole(folder / RECIPE_FILE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_whole(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _settings_files(trainer: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that hold an engine's settings, by their field."""
+    named = {"deepspeed": find_deepspeed_settings(trainer.get("deepspeed")), "fsdp_config": trainer.get("fsdp_config")}
+    files = {name: Path(value) for name, value in named.items() if isinstance(value, str)}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
+
+
+def shared_checkpoint(folder: Path, device: torch.device) -> Path | None:
+    """The last checkpoint in the output folder, which every process sees as the main one does.
+
+    Args:
+        folder: the run's, open.
+        device: where the processes exchange what they see.
+
+    Raises:
+        InputError: in every process, where one sees another run or checkpoint: its node has a folder of its own.
+    """
+    checkpoint, seen = _look(folder)
+    if place_in_group()[1] == 1:
+        return checkpoint
+    wanted = torch.tensor(seen, device=device)
+    torch.distributed.broadcast(wanted, 0)
+    end = time.monotonic() + _SEEN_WITHIN
+    while seen != wanted and time.monotonic() < end:
+        time.sleep(0.2)
+        checkpoint, seen = _look(folder)
+    differs = torch.tensor(int(seen != wanted), device=device)
+    torch.distributed.all_reduce(differs, torch.distributed.ReduceOp.MAX)
+    if differs:
+        raise InputError(
+            f"output_dir: {folder} is not the same folder for every process, wanted one that all nodes see"
+        )
+    return checkpoint
+
+
+def _look(folder: Path) -> tuple[Path | None, int]:
+    """The last checkpoint, and 64 bits of a hash of the run's record and that checkpoint's name."""
+    for parent in (folder.parent, folder):
+        _entries(parent)  # to list a folder makes a network file system look anew
+    record, checkpoint = folder / RECORD_FILE, last_checkpoint(folder)
+    content = record.read_bytes() if record.is_file() else b""
+    digest = hashlib.sha256(content + (b"" if checkpoint is None else checkpoint.name.encode())).digest()
+    return checkpoint, int.from_bytes(digest[:8], signed=True)
 
 
 def _changed_fields(old: Any, new: Any) -> list[str]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hycam.data import Collator
 from hycam.evaluation import evaluate_generation_tasks, evaluate_perplexity, generate_responses
-from hycam.training.recipe import EvaluationConfig
+from hycam.evaluation.batches import device_of
+from hycam.training.recipe import EvaluationConfig, Recipe
 
 
 @contextmanager
@@ -26,6 +27,15 @@ def own_draws(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if accelerator else [], **accelerator):
         torch.manual_seed(seed)
         yield
+
+
+def training_precision(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The autocast that `trainer.bf16` or `fp16` trains in: every measurement of its model runs in it too.
+
+    The Trainer puts the model's own call in it, once training begins, but not the call of a backbone or a generation.
+    """
+    dtype = torch.bfloat16 if recipe.trainer.get("bf16") else torch.float16 if recipe.trainer.get("fp16") else None
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def measure(
@@ -49,7 +59,7 @@ def measure(
     Returns:
         `{"tasks": {name: {"nll", "tokens", "perplexity"[, "bleu4", "rougeL", "rows", "too_long"]}}, "overall": {...}}`.
     """
-    with own_draws(seed, next(model.parameters()).device):
+    with own_draws(seed, device_of(model)):
         report = _perplexity(model, tokenizer, tokenized, config, description)
         if prompts is not None:
             _add_generation(report, model, tokenizer, prompts, config, description)

@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from hycam.data import DataConfig, TaskConfig
 from hycam.errors import InputError
-from hycam.training.engines import check_checkpointing, deepspeed_settings, join_processes
+from hycam.training.engines import check_checkpointing, deepspeed_settings, fsdp_backend, join_processes
 from hycam.training.method import MethodConfig, method_fields, method_section
 from hycam.training.schema import Reader, suggest
 from hycam.training.scratch import ScratchConfig
@@ -158,6 +158,7 @@ class Recipe:
         """The HF Trainer's arguments. Raises `InputError` where they contradict each other or this machine."""
         values = TRAINER_DEFAULTS | {"use_cpu": not _has_gpu()} | self.trainer
         values["deepspeed"] = deepspeed_settings(values.get("deepspeed"))
+        values.setdefault("ddp_backend", fsdp_backend(values))
         join_processes(values)
         try:
             arguments = TrainingArguments(
@@ -170,7 +171,7 @@ class Recipe:
                 remove_unused_columns=False,
                 restore_callback_states_from_checkpoint=True,
             )
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:
             raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
         if arguments.device.type == "mps":
             raise InputError(f"{self.source}: trainer.use_cpu: got false, wanted true: an Apple GPU has no float64")

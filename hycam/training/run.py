@@ -30,6 +30,7 @@ from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.backbone import (
+    backbone_commit,
     backbone_name,
     build_model,
     check_available,
@@ -39,9 +40,9 @@ from hycam.training.backbone import (
     load_tokenizer,
 )
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, write_whole
-from hycam.training.engines import timeouts_told
-from hycam.training.folder import check_folder, open_folder
-from hycam.training.measure import measure, own_draws
+from hycam.training.engines import check_gpus, timeouts_told
+from hycam.training.folder import check_folder, open_folder, shared_checkpoint
+from hycam.training.measure import measure, own_draws, training_precision
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
@@ -71,6 +72,7 @@ class PreparedRun:
     arguments: TrainingArguments
     rows: dict[str, TaskRows]
     backbone: str
+    commit: str | None
     tokenizer: PreTrainedTokenizerBase
     tokenized: dict[str, dict[str, Dataset]]
     prompts: dict[str, dict[str, Any]] | None
@@ -125,14 +127,15 @@ def train(
         with prepared.arguments.main_process_first(local=False, desc="opening the run's folder"):
             if prepared.arguments.should_save:
                 processes = prepared.arguments.world_size
-                open_folder(recipe, prepared.rows, processes, resume=resume, overwrite=overwrite)
+                open_folder(recipe, prepared.rows, prepared.commit, processes, resume=resume, overwrite=overwrite)
                 remove_unfinished(recipe.output_path)
-            checkpoint = last_checkpoint(recipe.output_path) if resume else None
+        checkpoint = shared_checkpoint(recipe.output_path, prepared.arguments.device)
         if resume:
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
         if test and base is None and not isinstance(model, PeftModel):  # training will change the backbone
             device: Any = prepared.arguments.device
-            base = _measure_test(recipe, prepared, model.to(device), "test, backbone")
+            with training_precision(recipe, device):
+                base = _measure_test(recipe, prepared, model.to(device), "test, backbone")
         state = _fit(recipe, trainer, checkpoint)
     trainer.save_model(str(trained_folder(recipe)))
     if prepared.arguments.should_save and not isinstance(model, PeftModel):
@@ -143,11 +146,12 @@ def train(
         if prepared.arguments.should_save:
             _write_json(recipe.output_path / RESULTS_FILE, results)
         return results
-    results = _measure_run(recipe, prepared, model, base) | results
     row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
-    # every process takes part in a forward of a model that is in parts
     is_hycam = recipe.method.name == "hycam"
-    modulation = prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None
+    with training_precision(recipe, prepared.arguments.device):
+        results = _measure_run(recipe, prepared, model, base) | results
+        # every process takes part in a forward of a model that is in parts
+        modulation = prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None
     if prepared.arguments.should_save:
         _write_json(recipe.output_path / RESULTS_FILE, results)
         _draw(recipe, prepared.tokenizer, row, modulation, results)
@@ -159,6 +163,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted at least one")
     arguments = recipe.training_arguments()
+    check_gpus(
+        arguments.n_gpu, f"torchrun --standalone --nproc_per_node {arguments.n_gpu} -m hycam train {recipe.source}"
+    )
     if arguments.deepspeed and arguments.use_cpu and arguments.world_size > 1:
         # transformers does this for GPUs alone, and ZeRO-3 parts the weights as soon as they are loaded
         import deepspeed
@@ -170,9 +177,12 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
         raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
     check_sharding(
-        recipe.method, sharded=bool(arguments.deepspeed or arguments.fsdp), zero3=is_deepspeed_zero3_enabled()
+        recipe.method,
+        sharded=bool(arguments.deepspeed or arguments.fsdp),
+        parted=bool(arguments.fsdp) or is_deepspeed_zero3_enabled(),
     )
     recipe.method.check_backend(arguments.device)
+    _check_liger(recipe)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
     with _first_of_machine(recipe, arguments):
@@ -180,6 +190,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     with arguments.main_process_first(local=False, desc="training the backbone"):
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
+    commit = backbone_commit(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
     tokenizer = load_tokenizer(recipe.backbone, name)
@@ -193,7 +204,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     prompts = None
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
-    return PreparedRun(arguments, rows, name, tokenizer, tokenized, prompts)
+    return PreparedRun(arguments, rows, name, commit, tokenizer, tokenized, prompts)
 
 
 def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:
@@ -210,20 +221,38 @@ def _check_metric(recipe: Recipe, metric: str | None) -> None:
         raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
 
 
-def check_sharding(method: MethodConfig, *, sharded: bool, zero3: bool) -> None:
+def _check_liger(recipe: Recipe) -> None:
+    """Raise `InputError` for what Liger's layers would undo, or don't give."""
+    if not recipe.backbone.liger:
+        return
+    if getattr(recipe.method.adapter_config(), "fuse_norm", False):
+        raise InputError(
+            "method.fuse_norm: got true with backbone.liger: true, wanted one of them: both replace the norms' forward"
+        )
+    if recipe.trainer.get("label_smoothing_factor"):
+        raise InputError(
+            "trainer.label_smoothing_factor: needs logits, which backbone.liger doesn't make in training: wanted 0, or "
+            "backbone.liger: false"
+        )
+
+
+def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None:
     """Raise `InputError` for a method that needs weights or gradients whole where they are in parts.
 
     Args:
         method: what is trained.
         sharded: whether DeepSpeed or FSDP trains it.
-        zero3: whether that is ZeRO-3, which parts the weights from their loading on.
+        parted: whether that is ZeRO-3 or FSDP2, under which no process needs room for all weights.
     """
     if method.name == "riemoe" and sharded:
         raise InputError(
             "method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed or trainer.fsdp"
         )
-    if method.name == "full" and zero3:
-        raise InputError("method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed")
+    if method.name == "full" and parted:
+        raise InputError(
+            "method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed and no "
+            "trainer.fsdp: every process would hold the whole backbone"
+        )
 
 
 def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
@@ -293,6 +322,8 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
             raise InputError(f"--resume: the training is done; measure it with: hycam eval {folder} --adapter {final}")
         assert final is not None
         trainer.load_weights(final)
+        if trainer.is_fsdp_enabled:  # training alone would place it, in parts
+            trainer.adapted.to(trainer.args.device)
         return state
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

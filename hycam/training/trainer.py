@@ -68,6 +68,8 @@ class HyCAMTrainer(Trainer):
         self.on_signal = on_signal
         self.prepare_optimizer = prepare_optimizer
         self._run_folder = Path(self.args.output_dir or "")
+        # the Trainer's way keeps the labels from the model, which then couldn't weigh its balance loss
+        self.label_smoother = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, with what the method changes in it."""
@@ -122,6 +124,26 @@ class HyCAMTrainer(Trainer):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self.throughput.count(batches)
         return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, smoothed by `label_smoothing_factor`: (1 - factor) nll + factor uniform nll."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.args.label_smoothing_factor:
+            gaps = smoothing_gaps(outputs["logits"], inputs["labels"])
+            if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+                # as the loss itself
+                processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                gap = gaps.sum() * processes / num_items_in_batch
+            else:
+                gap = gaps.mean()
+            loss = loss + self.args.label_smoothing_factor * gap
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch.
@@ -266,6 +288,23 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter on the CPU, gathered where it is in parts."""
     value = parameter.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+
+
+def smoothing_gaps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Uniform minus own negative log-likelihood of every target: z_target - mean(z), for its logits z.
+
+    Args:
+        logits: [batch, length, vocabulary], any float dtype.
+        labels: [batch, length] int64 in the inputs' order, -100 where a token is no target.
+
+    Returns:
+        [targets] in the logits' dtype, float32 at least.
+    """
+    targets = labels[:, 1:]
+    counted = targets != -100
+    predicted = logits[:, :-1][counted]
+    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+    return predicted.gather(-1, targets[counted][:, None])[:, 0] - predicted.mean(-1)
 
 
 class _EvaluationInterruptedError(Exception):

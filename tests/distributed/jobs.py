@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import hycam.training.folder as output_folder
 from hycam.data import Collator
 from hycam.evaluation import evaluate_perplexity
 from hycam.training.callbacks import SaveOnSignal
@@ -172,6 +173,12 @@ def hycam(folder: Path, *, arguments: list[str], fault: dict[str, Any] | None = 
     return 0 if ended == status else ended or 97
 
 
+def apart(folder: Path, *, arguments: list[str]) -> int:
+    """A command of `hycam` that is to be refused; each rank's own number stands for `{rank}` in its arguments."""
+    output_folder._SEEN_WITHIN = 1.0
+    return 0 if main([argument.format(rank=os.environ["RANK"]) for argument in arguments]) == 2 else 97
+
+
 def _plant(fault: dict[str, Any]) -> list[tuple[Any, str, Any]]:
     if fault["kind"] == "kill":
         save = HyCAMTrainer._save_rng_state
@@ -219,4 +226,4 @@ def evaluate(folder: Path, *, row_counts: dict[str, int], batch_size: int) -> in
     return 0
 
 
-JOBS = {"evaluate": evaluate, "gradient": gradient, "hycam": hycam}
+JOBS = {"apart": apart, "evaluate": evaluate, "gradient": gradient, "hycam": hycam}

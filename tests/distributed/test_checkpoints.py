@@ -75,6 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     bucketed = {"data": {"temperature": 3.0}, "trainer": {"train_sampling_strategy": "group_by_length"}}
     jobs = _stop_and_resume(folder, backbone, "zero3", method={"train_router": False})
     jobs += _stop_and_resume(folder, backbone, "fsdp2", **bucketed)
+    jobs.append(jobs[-1])  # there is nothing left to train: it measures again
     _assert_done(folder, run_jobs(folder, jobs), [0, 0])
     return folder
 
@@ -171,6 +172,21 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(tmp_path: Path, backbo
     )
     # so long before the other process ended by itself
     assert "Timed out waiting 6000ms" in message
+
+
+def test_a_folder_of_its_own_for_each_node_is_refused(tmp_path: Path, backbone: Path) -> None:
+    """At the start, and where only the first one holds the run."""
+    recipe = _recipe(tmp_path / "run", backbone, "ddp")
+    apart = ["--output_dir", str(tmp_path / "node{rank}")]
+    jobs = [
+        {"job": "apart", "arguments": ["train", recipe, *apart]},
+        {"job": "apart", "arguments": ["train", recipe, *apart, "--resume"]},
+    ]
+    _assert_done(tmp_path, run_jobs(tmp_path, jobs), [0, 0])
+    assert not (tmp_path / "node1").exists()
+    for rank in range(WORLD_SIZE):
+        message = f"output_dir: {tmp_path / f'node{rank}'} is not the same folder for every process"
+        assert log_of(tmp_path, rank).count(message) == 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])

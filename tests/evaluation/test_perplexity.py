@@ -4,10 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from hycam.errors import InputError
 from hycam.evaluation import evaluate_perplexity
+from hycam.evaluation.batches import device_of
 from hycam.evaluation.perplexity import token_nll
 from tests.evaluation.rows import make_rows, pack, pad_right
 from tests.models import tiny_model
@@ -118,6 +121,20 @@ def test_distributed_wrapper_gives_the_same_numbers(tasks, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         assert evaluate_perplexity(DistributedDataParallel(tiny_model()), tasks, pad_right) == plain
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_offloaded_parts_are_computed_with_where_their_mesh_is(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model, mesh = nn.Linear(2, 2, device="meta"), init_device_mesh("cpu", (1,))
+        assert device_of(model).type == "meta"
+        for name in ("weight", "bias"):  # parts that lie elsewhere than where they are gathered
+            part = DTensor.from_local(getattr(model, name).detach(), mesh, [Replicate()])
+            assert part.device.type == "meta"
+            setattr(model, name, nn.Parameter(part))
+        assert device_of(model).type == "cpu"
     finally:
         torch.distributed.destroy_process_group()
 

@@ -197,6 +197,7 @@ def test_riemoe_steps_with_conditioned_gradients_and_slow_gates(
         ("riemoe", "deepspeed", r"method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed"),
         ("riemoe", "fsdp", r"method.name: riemoe preconditions whole gradients, wanted no .* or trainer.fsdp"),
         ("full", "deepspeed", r"method.name: full is measured before its training too, wanted no ZeRO-3"),
+        ("full", "fsdp", r"method.name: full is measured before its training too, wanted no ZeRO-3 .* no trainer.fsdp"),
     ],
 )
 def test_methods_that_need_whole_weights_refuse_parts(

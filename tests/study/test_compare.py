@@ -339,3 +339,14 @@ def test_a_launcher_of_several_processes_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", str(path)]) == 2
     assert "one process per GPU" in capsys.readouterr().err
+
+
+def test_several_gpus_need_a_process_each(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_study(tmp_path, study_values(tmp_path, backbone, trainer={"use_cpu": False}))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["compare", str(path)]) == 2
+    wanted = f"one process sees 2 GPUs, wanted a process for each: CUDA_VISIBLE_DEVICES=N hycam compare {path}"
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from hycam.config import HyCAMConfig
 from hycam.errors import InputError
 from hycam.methods import MoeLoraConfig, MultiLoraConfig
-from hycam.training.engines import packaged_engines
+from hycam.training.engines import fsdp_backend, packaged_engines
 from hycam.training.recipe import (
     RESERVED_TRAINER_FIELDS,
     TRAINER_DEFAULTS,
@@ -214,6 +214,16 @@ def test_an_engine_that_only_the_launcher_names(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(InputError, match=rf"^trainer.{field}: not set, but the launcher asks for {engine}"):
         _parse().training_arguments()
+
+
+def test_fsdp_on_gpus_can_reduce_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sharded = {"fsdp": True, "use_cpu": False}
+    assert fsdp_backend(sharded) is None  # without a launcher there is no group, as for `hycam eval`
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert fsdp_backend(sharded) == "cpu:gloo,cuda:nccl"
+    assert fsdp_backend(sharded | {"use_cpu": True}) is None
+    assert fsdp_backend({"use_cpu": False}) is None
 
 
 def test_the_shipped_engines() -> None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from hycam.errors import InputError, RunStoppedError
 from hycam.training.callbacks import MetricsFile
+from hycam.training.folder import open_folder
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.trainer import last_checkpoint, remove_unfinished
@@ -225,6 +226,43 @@ def test_resume_refuses_another_recipe_or_other_rows(tmp_path: Path, backbone: P
     rows.write_text(rows.read_text().replace("is red", "is pink", 1))
     with pytest.raises(InputError, match="rows of colours are no longer"):
         train(recipe, resume=True)
+
+
+def test_resume_refuses_another_commit_of_the_backbone(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch of the hub may move; the revision that names the run's own commit goes on."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cache = tmp_path / "models--someone--tiny"
+    first, second = ("1" * 40, "2" * 40)
+    for commit in (first, second):
+        shutil.copytree(backbone, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(first)
+    sections = {
+        "trainer": {"max_steps": 1, "save_steps": 1, "eval_steps": 1},
+        "backbone": {"name_or_path": "someone/tiny"},
+    }
+    recipe = _recipe(tmp_path, backbone, **sections)
+    train(recipe, test=False)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"] == first
+    (cache / "refs" / "main").write_text(second)
+    with pytest.raises(InputError, match=rf"commit {first} of its backbone, got {second}: wanted --backbone.revision"):
+        train(recipe, resume=True)
+    recipe.backbone.revision = first
+    assert train(recipe, resume=True, test=False)["steps"] == 1
+
+
+def test_resume_refuses_other_settings_in_an_engines_file(tmp_path: Path, backbone: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text("{}")
+    recipe = _recipe(tmp_path, backbone, trainer={"deepspeed": str(file)})
+    open_folder(recipe, {}, None, 1, resume=False, overwrite=False)
+    open_folder(recipe, {}, None, 1, resume=True, overwrite=False)
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(InputError, match=r"^--resume: the file of trainer.deepspeed is no longer the one"):
+        open_folder(recipe, {}, None, 1, resume=True, overwrite=False)
 
 
 def test_fields_that_touch_no_weight_may_change_on_resuming(tmp_path: Path, backbone: Path, straight: Path) -> None:

@@ -23,7 +23,8 @@ from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
-from hycam.training.trainer import HyCAMTrainer
+from hycam.training.trainer import HyCAMTrainer, smoothing_gaps
+from hycam_cli import main
 from tests.training.runs import recipe_values, rows, save_recipe, save_rows, save_tokenizer
 
 
@@ -305,6 +306,66 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, backbone: Path) 
     assert losses[0] == losses[1]
 
 
+def test_label_smoothing_leaves_the_balance_loss_its_weight(tmp_path: Path, backbone: Path) -> None:
+    """A step of SGD on the router, whose gradient is the balance loss's; the loss is one mean over a step's tokens."""
+    trainer = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    trainer |= {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    trainer |= {"max_grad_norm": 0.0}
+    routers, losses = [], []
+    for factor, rows_at_once, accumulated in ((0.0, 2, 4), (0.3, 2, 4), (0.3, 8, 1)):
+        folder = tmp_path / f"{factor}-{accumulated}"
+        folder.mkdir()
+        batches = {"per_device_train_batch_size": rows_at_once, "gradient_accumulation_steps": accumulated}
+        recipe = _recipe(
+            folder,
+            backbone,
+            trainer=trainer | batches | {"label_smoothing_factor": factor},
+            method={"balance_coef": 1e4, "noise": "never"},
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*the balance loss")
+            train(recipe, test=False)
+        weights = load_file(recipe.output_path / "adapter" / "adapter_model.safetensors")
+        routers.append({name: weight for name, weight in weights.items() if "router" in name})
+        losses.append(_lines(recipe.output_path)[0]["loss"])
+    plain, smoothed, _ = routers
+    assert plain
+    for name, weight in plain.items():
+        assert weight.abs().max() > 1.0
+        torch.testing.assert_close(smoothed[name], weight, rtol=1e-2, atol=1e-2)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1] != losses[0]
+
+
+def test_everything_is_measured_in_the_precision_of_training(tmp_path: Path, backbone: Path) -> None:
+    """At the end of training, by `hycam eval`, and on resuming what is finished: bf16 autocast, responses too."""
+    trainer = {"bf16": True, "max_steps": 4, "logging_steps": 4}
+    recipe = _recipe(
+        tmp_path,
+        backbone,
+        trainer=trainer,
+        evaluation={"generation": True, "max_new_tokens": 8, "max_generation_rows": 4},
+    )
+    measured = train(recipe)["test"]
+    for options, name in (([], "adapted"), (["--base"], "base")):
+        output = tmp_path / f"{name}.json"
+        assert main(["eval", str(recipe.output_path), *options, "--output", str(output)]) == 0
+        found = json.loads(output.read_text())
+        assert {key: found[key] for key in ("tasks", "overall")} == measured[name]
+    assert train(recipe, resume=True)["test"] == measured
+    output = tmp_path / "plain.json"
+    assert main(["eval", str(recipe.output_path), "--trainer.bf16", "false", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["overall"]["nll"] != measured["adapted"]["overall"]["nll"]
+
+
+def test_smoothed_labels_are_those_of_cross_entropy() -> None:
+    logits = torch.randn(3, 5, 7, dtype=torch.float64)
+    labels = torch.randint(0, 7, (3, 5)).masked_fill(torch.rand(3, 5) < 0.3, -100)
+    predicted, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    plain, smooth = (torch.nn.functional.cross_entropy(predicted, targets, label_smoothing=s) for s in (0.0, 0.2))
+    torch.testing.assert_close(plain + 0.2 * smoothing_gaps(logits, labels).mean(), smooth)
+
+
 def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path, backbone: Path) -> None:
     recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
     train(recipe)
@@ -364,6 +425,11 @@ def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
             {"backbone": {"attn_implementation": "flash_attention_2"}},
             "attn_implementation: flash_attn is not installed",
         ),
+        ({"backbone": {"liger": True}, "method": {"fuse_norm": True}}, "method.fuse_norm: got true"),
+        (
+            {"backbone": {"liger": True}, "trainer": {"label_smoothing_factor": 0.1}},
+            "trainer.label_smoothing_factor: n",
+        ),
         (
             {"early_stopping": {"patience": 1}, "trainer": {"eval_strategy": "no", "load_best_model_at_end": False}},
             "early_",
@@ -412,6 +478,19 @@ def test_the_metric_of_the_best_checkpoint(tmp_path: Path, backbone: Path, monke
     wrong = _recipe(tmp_path, backbone, output_dir="elsewhere", trainer={"metric_for_best_model": "animal_loss"})
     with pytest.raises(InputError, match=r"got 'animal_loss'; did you mean 'animals_loss'\?"):
         train(wrong)
+
+
+def test_several_gpus_need_a_process_each(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a launcher transformers would make replicas in threads, on rows of their own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    on_gpus = _recipe(tmp_path, backbone, trainer={"use_cpu": False})
+    with pytest.raises(InputError) as error:
+        train(on_gpus)
+    launch = f"torchrun --standalone --nproc_per_node 4 -m hycam train {tmp_path / 'recipe.yaml'}"
+    assert str(error.value) == (
+        f"one process sees 4 GPUs, wanted a process for each: {launch}; or one GPU: CUDA_VISIBLE_DEVICES=0"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_needs_the_optimizers_state(tmp_path: Path, backbone: Path) -> None:
