@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # the folder of what test-all and gpu write
 OUT ?= results
-EXTRAS := train,test,bench,docs,deepspeed,quantization
+EXTRAS := train,test,bench,docs,deepspeed
 # Two processes of one thread each; threads that spin while they wait would starve each other. The kernels' tests need a
 # process of their own: TRITON_INTERPRET must be set before triton is imported.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2
