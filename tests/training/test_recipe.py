@@ -187,6 +187,12 @@ def test_contradicting_trainer_fields() -> None:
         recipe.training_arguments()
 
 
+def test_a_settings_file_that_is_not_there() -> None:
+    recipe = _parse(trainer={"fsdp": True, "fsdp_config": "nowhere/fsdp.json"})
+    with pytest.raises(InputError, match=r"^my.yaml: trainer: .*nowhere/fsdp.json"):
+        recipe.training_arguments()
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
