@@ -22,6 +22,10 @@ from hycam.errors import RunStoppedError
 
 PARTIAL_SUFFIX = ".partial"
 
+# A launcher forwards a signal that the job manager, or the terminal, has sent to its processes as well; torchrun does
+# so at once, DeepSpeed's multi-node launcher a second time after 0.1 s. On busy cores it may take a few seconds.
+_ONE_REQUEST_SECONDS = 5.0
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that a kill leaves as it was or as it shall be, never cut short."""
@@ -35,7 +39,8 @@ class MetricsFile(TrainerCallback):
 
     Each line has `step`, `epoch` and what was logged; the training loss's lines have `layers` too: per adapted layer
     the balance loss and the experts' load [E] of the last micro-batch. A number that is not finite is written as null.
-    On resuming, lines past the checkpoint's step and a line that a kill cut short are dropped first.
+    On resuming, lines past the checkpoint's step, of a validation that is made again, and a line that a kill cut short
+    are dropped first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,8 +51,10 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [line for line in _whole_lines(self.path) if line["step"] <= state.global_step]
-        write_whole(self.path, "".join(map(_json_line, kept)))
+        lines = [line for line in _whole_lines(self.path) if line["step"] <= state.global_step]
+        if state.global_step == 0 or validation_is_due(state):
+            lines = [line for line in lines if line["step"] < state.global_step or "eval_loss" not in line]
+        write_whole(self.path, "".join(map(_json_line, lines)))
 
     def on_log(
         self,
@@ -107,16 +114,46 @@ class LossWindow(TrainerCallback, ExportableState):
     """The training loss since the last log. It lies in checkpoints, so that a resumed run logs the same means.
 
     Attributes:
-        total: sum over micro-batches: a float, or a 0-d float32 tensor on the model's device.
+        total: this process's sum over micro-batches: a float, or a 0-d float32 tensor on the model's device.
+        totals: those of all processes when the checkpoint was made; sums, for a mean would round differently.
         since: the step of the last log.
     """
 
     def __init__(self) -> None:
         self.total: float | torch.Tensor = 0.0
+        self.totals: list[float] = []
         self.since = 0
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"total": float(self.total), "since": self.since}}
+        return {"args": {}, "attributes": {"totals": self.totals, "since": self.since}}
+
+
+class DueValidation(TrainerCallback, ExportableState):
+    """Whether the step's validation is still to be made. It lies in checkpoints: a resumed run makes it first."""
+
+    def __init__(self) -> None:
+        self.due = False
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"due": self.due}}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.due = control.should_evaluate
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.due = control.should_evaluate
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.due = False
+
+
+def validation_is_due(state: TrainerState) -> bool:
+    """Whether a checkpoint was made before its step's validation."""
+    # a mapping from callback to state, although transformers annotates a list of callbacks
+    stateful: Any = state.stateful_callbacks
+    return stateful.get(DueValidation.__name__, {}).get("attributes", {}).get("due", False)
 
 
 class Throughput(TrainerCallback):
@@ -199,7 +236,8 @@ class FiniteGradients(TrainerCallback):
 class SaveOnSignal(TrainerCallback):
     """Within its `with` block, the first SIGTERM or SIGINT saves a checkpoint after the step and ends training.
 
-    A second one acts at once, as it would without this callback. Of several processes all stop where one got a signal.
+    What comes within seconds of it is the same request once more; a later one acts at once, as it would without this
+    callback. Of several processes all stop where one got a signal.
 
     Attributes:
         received: the signal that came, else None; after `agree` that of any process.
@@ -207,6 +245,8 @@ class SaveOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._save_at_epoch_end = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -222,26 +262,45 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(*self._previous.popitem())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
-            return
-        self.__exit__(None, None, None)
-        signal.raise_signal(number)
+        now = time.monotonic()
+        if self._received_at == 0.0:
+            self._received_at, self.received = now, signal.Signals(number)
+        elif now - self._received_at > _ONE_REQUEST_SECONDS:
+            self.__exit__(None, None, None)
+            signal.raise_signal(number)
 
     def agree(self, device: torch.device) -> signal.Signals | None:
         """The signal that any process has received; every process asks at the same point of the run."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             number = torch.tensor(self.received or 0, device=device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.received = signal.Signals(int(number)) if number else None
+            if not number:
+                return None  # a signal that came meanwhile is for the next time, when all processes learn of it
+            self.received = signal.Signals(int(number))
         return self.received
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         if self.agree(args.device) is not None:
-            # whoever sends SIGTERM waits seconds, an evaluation may take minutes
-            control.should_evaluate = False
-            control.should_save = True
             control.should_training_stop = True
+        if control.should_training_stop or _ends_epoch(state):
+            # what follows at once, and may log and validate too: the step's one checkpoint comes after that
+            self._save_at_epoch_end, control.should_save = control.should_save, False
         return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_save |= self._save_at_epoch_end
+        self._save_at_epoch_end = False
+        if self.agree(args.device) is not None:
+            control.should_training_stop = control.should_save = True
+            if not _ends_epoch(state):  # the Trainer calls this wherever it stops
+                control.should_log = control.should_evaluate = False
+        return control
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    """Whether the step is its epoch's last, or the run's."""
+    return state.global_step >= state.max_steps or (state.epoch or 0.0).is_integer()

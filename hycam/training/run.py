@@ -39,7 +39,7 @@ from hycam.training.backbone import (
     load_model,
     load_tokenizer,
 )
-from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, write_whole
+from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, validation_is_due, write_whole
 from hycam.training.engines import check_gpus, timeouts_told
 from hycam.training.folder import check_folder, open_folder, shared_checkpoint
 from hycam.training.measure import measure, own_draws, training_precision
@@ -338,7 +338,9 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
 
 
 def _is_finished(recipe: Recipe, state: TrainerState) -> bool:
-    """Whether a checkpoint is its run's last: all steps are done, or early stopping ended it."""
+    """Whether a checkpoint is its run's last: all steps are done and validated, or early stopping ended it."""
+    if validation_is_due(state):
+        return False
     if state.global_step >= state.max_steps:
         return True
     # a mapping from callback to state, although transformers annotates a list of callbacks

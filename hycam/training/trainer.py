@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -24,13 +24,21 @@ from hycam.data import EpochSampler
 from hycam.errors import RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
-from hycam.training.callbacks import FiniteGradients, LossWindow, SaveOnSignal, Throughput, layer_statistics
+from hycam.training.callbacks import (
+    DueValidation,
+    FiniteGradients,
+    LossWindow,
+    SaveOnSignal,
+    Throughput,
+    layer_statistics,
+)
 from hycam.training.engines import limit_deepspeed_waits
 from hycam.training.measure import own_draws
 
 UNFINISHED_FOLDER = "unfinished"
 _TRAINER_STATE = "trainer_state.json"
 _TRAINING_ARGUMENTS = "training_args.bin"
+_Kind = TypeVar("_Kind", bound=TrainerCallback)
 
 
 class HyCAMTrainer(Trainer):
@@ -58,7 +66,7 @@ class HyCAMTrainer(Trainer):
         self.throughput = Throughput()
         super().__init__(
             eval_dataset=dict(validation),
-            callbacks=[LossWindow(), FiniteGradients(), self.throughput, on_signal, *callbacks],
+            callbacks=[LossWindow(), FiniteGradients(), self.throughput, on_signal, DueValidation(), *callbacks],
             **kwargs,
         )
         assert self.model is not None
@@ -68,6 +76,7 @@ class HyCAMTrainer(Trainer):
         self.on_signal = on_signal
         self.prepare_optimizer = prepare_optimizer
         self._run_folder = Path(self.args.output_dir or "")
+        self._saved_step: int | None = None  # the step of the newest checkpoint
         # the Trainer's way keeps the labels from the model, which then couldn't weigh its balance loss
         self.label_smoother = None
 
@@ -102,6 +111,9 @@ class HyCAMTrainer(Trainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled:
             limit_deepspeed_waits(self.args.ddp_timeout)
+        window = self._callback(LossWindow)
+        if window.totals:  # of the checkpoint that training goes on from
+            window.total, self._saved_step = window.totals[self.args.process_index], self.state.global_step
         return prepared
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
@@ -152,7 +164,7 @@ class HyCAMTrainer(Trainer):
             RunStoppedError: before the optimizer's step, where the loss of one of its micro-batches is not finite.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        window = self._loss_window
+        window = self._callback(LossWindow)
         window.total = total = window.total + loss
         # once a step, for reading it waits for the device: a loss that is not finite leaves no sum finite
         if self.accelerator.sync_gradients and not torch.isfinite(total):
@@ -165,10 +177,35 @@ class HyCAMTrainer(Trainer):
                 raise RunStoppedError(f"the gradient is not finite at step {self.state.global_step + 1}")
         return loss
 
-    @property
-    def _loss_window(self) -> LossWindow:
+    def _callback(self, kind: type[_Kind]) -> _Kind:
         # looked up each time: on resuming, the Trainer puts the checkpoint's callback in the place of the one given
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, LossWindow))
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._make_up_for_validation()
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._make_up_for_validation()  # no epoch is left after the last step
+        return super()._finalize_training(*args, **kwargs)
+
+    def _make_up_for_validation(self) -> None:
+        """Make the validation that a signal kept from the step that training goes on from, with all that follows it.
+
+        The checkpoint stays as it is: a run that is stopped or killed before the next one begins here once more.
+        """
+        if not self._callback(DueValidation).due:
+            return
+        self._determine_best_metric(self._evaluate(None, None), None)
+        self._name_best_checkpoint()
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step > 0:
+            return {}  # `eval_on_start` belongs to the beginning of a run, not to where it goes on
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def evaluate(
         self,
@@ -192,6 +229,7 @@ class HyCAMTrainer(Trainer):
                     raise _EvaluationInterruptedError
 
             try:
+                progress(0)  # whoever sends SIGTERM waits seconds, an evaluation may take minutes
                 with own_draws(self.args.seed, self.args.device):
                     report = evaluate_perplexity(
                         self.adapted,
@@ -217,7 +255,7 @@ class HyCAMTrainer(Trainer):
         Beside it the balance loss, and what `Throughput.take` gives.
         """
         if "loss" in logs:
-            window, step = self._loss_window, self.state.global_step
+            window, step = self._callback(LossWindow), self.state.global_step
             total = torch.as_tensor(window.total, device=self.args.device)
             logs["loss"] = self.accelerator.reduce(total, reduction="mean").item() / (step - window.since)
             window.total, window.since = 0.0, step
@@ -234,17 +272,22 @@ class HyCAMTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, written beside the others and given its name when every process has done its part.
 
-        A process that is killed before leaves the earlier checkpoints as they were.
+        A process that is killed before leaves the earlier checkpoints as they were. A step is saved once: nothing that
+        a second checkpoint of it would hold has changed.
         """
         folder, state = self._run_folder, self.state
+        if state.global_step == self._saved_step:
+            return
+        window = self._callback(LossWindow)
+        total = torch.as_tensor(window.total, dtype=torch.float32, device=self.args.device)
+        window.totals = self.accelerator.gather(total.reshape(1)).tolist()
         self._run_folder = folder / UNFINISHED_FOLDER
         super()._save_checkpoint(model, trial)
         self._run_folder = folder
         self.accelerator.wait_for_everyone()
+        self._saved_step = state.global_step
+        self._name_best_checkpoint()
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.best_global_step is not None:
-            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-            state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
         if self.args.should_save:
             staged = folder / UNFINISHED_FOLDER / name
             state.save_to_json(str(staged / _TRAINER_STATE))
@@ -252,6 +295,13 @@ class HyCAMTrainer(Trainer):
             staged.parent.rmdir()
             rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _name_best_checkpoint(self) -> None:
+        state = self.state
+        if state.best_global_step is not None:
+            best = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            known = state.best_global_step == self._saved_step or best.is_dir()
+            state.best_model_checkpoint = str(best) if known else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter (or the model), whole, whichever engine has it in parts; every process calls this.

@@ -1,14 +1,19 @@
 """Small runs for the tests: a tiny backbone with its tokenizer, rows in files, a recipe over both."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from hycam.training.callbacks import read_metrics
+from hycam.training.callbacks import MetricsFile, read_metrics
+from hycam.training.recipe import Recipe, load_recipe
 from tests.models import tiny_model
 
 _CHAT_TEMPLATE = (
@@ -114,3 +119,42 @@ def logged_numbers(folder: Path) -> list[dict[str, Any]]:
     own = ("tokens_per_second", "padding_share", "seconds", "peak_bytes")
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train_runtime" not in line]
     return [{key: value for key, value in line.items() if key not in own} for line in lines]
+
+
+def run_recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
+    """The recipe of `recipe_values`, as it is read from its file."""
+    folder.mkdir(exist_ok=True)
+    return load_recipe(str(save_recipe(folder, recipe_values(folder, backbone, **sections))))
+
+
+def assert_same_run(resumed: Path, straight: Path) -> None:
+    """The same numbers logged, adapter and test metrics, bit for bit."""
+    assert logged_numbers(resumed) == logged_numbers(straight)
+    got, wanted = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (resumed, straight))
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (resumed, straight)]
+    for key in ("test", "steps", "best_step"):
+        assert results[0][key] == results[1][key]
+
+
+class SignalAt(TrainerCallback):
+    """Sends a signal to this process in the middle of a step, `times` in a row."""
+
+    def __init__(self, number: signal.Signals, step: int, *, times: int = 1) -> None:
+        self.number, self.step, self.times = number, step, times
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
+
+
+def also_call(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Run `callback` beside the run's own ones."""
+    patch.setattr(
+        MetricsFile,
+        "on_pre_optimizer_step",
+        lambda self, *args, **kwargs: callback.on_pre_optimizer_step(*args, **kwargs),
+        raising=False,
+    )

@@ -7,20 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from hycam.errors import InputError, RunStoppedError
-from hycam.training.callbacks import MetricsFile
 from hycam.training.folder import open_folder
-from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.run import train
 from hycam.training.trainer import last_checkpoint, remove_unfinished
-from tests.training.runs import logged_numbers, recipe_values, save_recipe
+from tests.training.runs import SignalAt, also_call, assert_same_run, run_recipe
 
 _KILL_AT_STEP = """
 from hycam.training.callbacks import MetricsFile
@@ -43,39 +37,10 @@ torch.save = half
 """
 
 
-def _recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
-    folder.mkdir(exist_ok=True)
-    return load_recipe(str(save_recipe(folder, recipe_values(folder, backbone, **sections))))
-
-
-def _adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def _assert_same_run(resumed: Path, straight: Path) -> None:
-    assert logged_numbers(resumed) == logged_numbers(straight)
-    got, wanted = _adapter(resumed), _adapter(straight)
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-    results = [json.loads((folder / "results.json").read_text()) for folder in (resumed, straight)]
-    assert results[0]["test"] == results[1]["test"]
-
-
-class _SignalAt(TrainerCallback):
-    """Sends a signal to this process in the middle of a step."""
-
-    def __init__(self, number: signal.Signals, step: int) -> None:
-        self.number, self.step = number, step
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if state.global_step + 1 == self.step:
-            signal.raise_signal(self.number)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    train(_recipe(folder, backbone))
+    train(run_recipe(folder, backbone))
     return folder / "run"
 
 
@@ -83,7 +48,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
 def test_resumes_bit_for_bit_after_sigkill(
     tmp_path: Path, backbone: Path, straight: Path, killer: str, kept: str
 ) -> None:
-    recipe = _recipe(tmp_path, backbone)
+    recipe = run_recipe(tmp_path, backbone)
     script = f"import os, signal, sys\nfrom hycam_cli import main\n{killer}\nsys.exit(main(sys.argv[1:]))"
     killed = subprocess.run(
         [sys.executable, "-c", script, "train", str(tmp_path / "recipe.yaml")],
@@ -97,25 +62,7 @@ def test_resumes_bit_for_bit_after_sigkill(
     assert not (run / "results.json").exists()
     assert last_checkpoint(run) == run / kept
     train(recipe, resume=True)
-    _assert_same_run(run, straight)
-
-
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 6), (signal.SIGINT, 3)])
-def test_a_signal_saves_and_stops(
-    tmp_path: Path, backbone: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int
-) -> None:
-    recipe = _recipe(tmp_path, backbone)
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        _also_call(patch, _SignalAt(number, step))
-        with pytest.raises(
-            RunStoppedError, match=f"{number.name} after step {step}.*checkpoint-{step}; go on"
-        ) as stopped:
-            train(recipe)
-    assert stopped.value.exit_status == 128 + number
-    assert signal.getsignal(number) is before
-    train(recipe, resume=True)
-    _assert_same_run(tmp_path / "run", straight)
+    assert_same_run(run, straight)
 
 
 def test_a_mean_that_a_stop_parts_is_logged_whole(
@@ -126,55 +73,15 @@ def test_a_mean_that_a_stop_parts_is_logged_whole(
         "method": {"preset": "released_code"},
         "trainer": {"logging_steps": 3, "gradient_accumulation_steps": 2},
     }
-    train(_recipe(tmp_path / "whole", backbone, **sections))
-    stopped = _recipe(tmp_path / "stopped", backbone, **sections)
+    train(run_recipe(tmp_path / "whole", backbone, **sections))
+    stopped = run_recipe(tmp_path / "stopped", backbone, **sections)
     with monkeypatch.context() as patch:
-        _also_call(patch, _SignalAt(signal.SIGTERM, 5))
+        also_call(patch, SignalAt(signal.SIGTERM, 5))
         with pytest.raises(RunStoppedError):
             train(stopped)
     for _ in range(2):  # the second time there is nothing left to train
         train(stopped, resume=True)
-        _assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
-
-
-def _also_call(patch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
-    """Run `callback` beside the run's own ones."""
-    patch.setattr(
-        MetricsFile,
-        "on_pre_optimizer_step",
-        lambda self, *args, **kwargs: callback.on_pre_optimizer_step(*args, **kwargs),
-        raising=False,
-    )
-
-
-def test_a_signal_during_validation_saves_at_once(
-    tmp_path: Path, backbone: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = _recipe(tmp_path, backbone, evaluation={"batch_size": 2})
-    batches = []
-
-    def progress_of(evaluate):
-        def evaluate_perplexity(*args, progress, **kwargs):
-            def counting(done: int) -> None:
-                batches.append(done)
-                if len(batches) == 2:
-                    signal.raise_signal(signal.SIGTERM)
-                progress(done)
-
-            return evaluate(*args, progress=counting, **kwargs)
-
-        return evaluate_perplexity
-
-    with monkeypatch.context() as patch:
-        import hycam.training.trainer as module
-
-        patch.setattr(module, "evaluate_perplexity", progress_of(module.evaluate_perplexity))
-        with pytest.raises(RunStoppedError, match=r"SIGTERM after step 4.*checkpoint-4"):
-            train(recipe)
-    assert len(batches) == 2
-    train(recipe, resume=True)
-    losses = [line["loss"] for line in logged_numbers(tmp_path / "run") if "loss" in line]
-    assert losses == [line["loss"] for line in logged_numbers(straight) if "loss" in line]
+        assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
 
 
 def test_resumes_across_epochs_with_accumulation_and_packing(
@@ -185,44 +92,44 @@ def test_resumes_across_epochs_with_accumulation_and_packing(
         "trainer": {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
         | {"per_device_train_batch_size": 1},
     }
-    whole = _recipe(tmp_path / "whole", backbone, **sections)
+    whole = run_recipe(tmp_path / "whole", backbone, **sections)
     steps = train(whole)["steps"]
     assert steps > 6
-    stopped = _recipe(tmp_path / "stopped", backbone, **sections)
+    stopped = run_recipe(tmp_path / "stopped", backbone, **sections)
     for step in (steps // 3, steps // 3 + 2):  # the end of an epoch, and inside the next
         with monkeypatch.context() as patch:
-            _also_call(patch, _SignalAt(signal.SIGTERM, step))
+            also_call(patch, SignalAt(signal.SIGTERM, step))
             with pytest.raises(RunStoppedError):
                 train(stopped, resume=True)
     train(stopped, resume=True)
-    _assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
+    assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
 
 
 def test_loader_processes_change_nothing(tmp_path: Path, backbone: Path, straight: Path) -> None:
-    train(_recipe(tmp_path, backbone, trainer={"dataloader_num_workers": 2}))
-    _assert_same_run(tmp_path / "run", straight)
+    train(run_recipe(tmp_path, backbone, trainer={"dataloader_num_workers": 2}))
+    assert_same_run(tmp_path / "run", straight)
 
 
 def test_a_finished_run_only_measures_again(tmp_path: Path, backbone: Path, straight: Path) -> None:
     shutil.copytree(straight, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     shutil.rmtree(tmp_path / "run" / "adapter")
-    recipe = _recipe(tmp_path, backbone)
+    recipe = run_recipe(tmp_path, backbone)
     results = train(recipe, resume=True)
     assert results["steps"] == 8
-    _assert_same_run(tmp_path / "run", straight)
+    assert_same_run(tmp_path / "run", straight)
 
 
 def test_resume_refuses_another_recipe_or_other_rows(tmp_path: Path, backbone: Path, straight: Path) -> None:
-    recipe = _recipe(tmp_path, backbone)
+    recipe = run_recipe(tmp_path, backbone)
     shutil.copytree(straight, tmp_path / "run")
     with pytest.raises(InputError, match="holds a run: --resume goes on with it"):
         train(recipe)
-    other = _recipe(tmp_path, backbone, trainer={"learning_rate": 2e-2, "max_steps": 9}, data={"fold": 1})
+    other = run_recipe(tmp_path, backbone, trainer={"learning_rate": 2e-2, "max_steps": 9}, data={"fold": 1})
     with pytest.raises(InputError, match=r"values of: data.fold, trainer.learning_rate, trainer.max_steps$"):
         train(other, resume=True)
     rows = tmp_path / "colours.jsonl"
-    recipe = _recipe(tmp_path, backbone)
+    recipe = run_recipe(tmp_path, backbone)
     rows.write_text(rows.read_text().replace("is red", "is pink", 1))
     with pytest.raises(InputError, match="rows of colours are no longer"):
         train(recipe, resume=True)
@@ -244,7 +151,7 @@ def test_resume_refuses_another_commit_of_the_backbone(
         "trainer": {"max_steps": 1, "save_steps": 1, "eval_steps": 1},
         "backbone": {"name_or_path": "someone/tiny"},
     }
-    recipe = _recipe(tmp_path, backbone, **sections)
+    recipe = run_recipe(tmp_path, backbone, **sections)
     train(recipe, test=False)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"] == first
     (cache / "refs" / "main").write_text(second)
@@ -257,7 +164,7 @@ def test_resume_refuses_another_commit_of_the_backbone(
 def test_resume_refuses_other_settings_in_an_engines_file(tmp_path: Path, backbone: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text("{}")
-    recipe = _recipe(tmp_path, backbone, trainer={"deepspeed": str(file)})
+    recipe = run_recipe(tmp_path, backbone, trainer={"deepspeed": str(file)})
     open_folder(recipe, {}, None, 1, resume=False, overwrite=False)
     open_folder(recipe, {}, None, 1, resume=True, overwrite=False)
     file.write_text('{"zero_optimization": {"stage": 2}}')
@@ -267,7 +174,7 @@ def test_resume_refuses_other_settings_in_an_engines_file(tmp_path: Path, backbo
 
 def test_fields_that_touch_no_weight_may_change_on_resuming(tmp_path: Path, backbone: Path, straight: Path) -> None:
     shutil.copytree(straight, tmp_path / "run")
-    recipe = _recipe(tmp_path, backbone, trainer={"report_to": "tensorboard"}, evaluation={"batch_size": 3})
+    recipe = run_recipe(tmp_path, backbone, trainer={"report_to": "tensorboard"}, evaluation={"batch_size": 3})
     assert train(recipe, resume=True)["steps"] == 8
 
 
