@@ -41,6 +41,8 @@ _WRITTEN = (
 
 # Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
 # Where a task's rows lie is free too, and the backbone's revision: the rows themselves and the commit are compared.
+# When a run logs, validates and saves is not: the Trainer takes the numbers of steps from the checkpoint, and which
+# weights are the best depends on it.
 _FREE_ON_RESUME = (
     "output_dir",
     "tasks.*.source",
@@ -48,15 +50,18 @@ _FREE_ON_RESUME = (
     "data.cache_dir",
     "early_stopping",
     "evaluation",
-    "trainer.logging_strategy",
-    "trainer.logging_first_step",
-    "trainer.eval_strategy",
-    "trainer.save_strategy",
     "trainer.save_total_limit",
     "trainer.load_best_model_at_end",
+    "trainer.ddp_timeout",
+    "trainer.dataloader_num_workers",
+    "trainer.dataloader_pin_memory",
+    "trainer.dataloader_prefetch_factor",
     "trainer.report_to",
+    "trainer.run_name",
     "trainer.disable_tqdm",
     "trainer.log_level",
+    "trainer.log_level_replica",
+    "trainer.log_on_each_node",
 )
 
 

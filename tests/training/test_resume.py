@@ -174,8 +174,18 @@ def test_resume_refuses_other_settings_in_an_engines_file(tmp_path: Path, backbo
 
 def test_fields_that_touch_no_weight_may_change_on_resuming(tmp_path: Path, backbone: Path, straight: Path) -> None:
     shutil.copytree(straight, tmp_path / "run")
-    recipe = run_recipe(tmp_path, backbone, trainer={"report_to": "tensorboard"}, evaluation={"batch_size": 3})
+    free = {"report_to": "tensorboard", "ddp_timeout": 3600, "dataloader_num_workers": 1}
+    recipe = run_recipe(tmp_path, backbone, trainer=free, evaluation={"batch_size": 3})
     assert train(recipe, resume=True)["steps"] == 8
+
+
+def test_when_a_run_validates_may_not_change_on_resuming(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    kinds = ("eval", "logging", "save")
+    changes = {f"{kind}_strategy": "epoch" for kind in kinds} | {f"{kind}_steps": 2 for kind in kinds}
+    recipe = run_recipe(tmp_path, backbone, trainer=changes)
+    with pytest.raises(InputError, match=f"values of: {', '.join(f'trainer.{name}' for name in sorted(changes))}$"):
+        train(recipe, resume=True)
 
 
 def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
