@@ -24,7 +24,7 @@ pytest.importorskip("deepspeed")
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2_offload"]
 # Four steps an epoch: the run is stopped inside its second one.
 _STEPS, _SAVED, _STOPPED = 7, 3, 5
-_OF_THE_MACHINE = ("tokens_per_second", "seconds", "peak_bytes")
+_OF_THE_PROCESS = ("tokens_per_second", "padding_share", "seconds", "peak_bytes")  # which counts from its beginning
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def _assert_done(folder: Path, statuses: list[int], wanted: list[int]) -> None:
 
 def _numbers(run: Path) -> list[dict[str, Any]]:
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "train_runtime" not in line]
-    return [{key: value for key, value in line.items() if key not in _OF_THE_MACHINE} for line in lines]
+    return [{key: value for key, value in line.items() if key not in _OF_THE_PROCESS} for line in lines]
 
 
 def _assert_same_run(resumed: Path, straight: Path) -> None:
@@ -58,9 +58,11 @@ def _assert_same_run(resumed: Path, straight: Path) -> None:
     assert results[0] == results[1]
 
 
-def _stop_and_resume(folder: Path, backbone: Path, engine: str, **sections: Any) -> list[dict[str, Any]]:
+def _stop_and_resume(
+    folder: Path, backbone: Path, engine: str, *, step: int = _STOPPED, **sections: Any
+) -> list[dict[str, Any]]:
     straight, stopped = (_recipe(folder / engine / name, backbone, engine, **sections) for name in ("straight", "stop"))
-    fault = {"kind": "signal", "rank": 1, "step": _STOPPED}
+    fault = {"kind": "signal", "rank": 1, "step": step}
     return [
         {"job": "hycam", "arguments": ["train", straight]},
         {"job": "hycam", "arguments": ["train", stopped], "fault": fault, "status": 128 + signal.SIGTERM},
@@ -70,9 +72,13 @@ def _stop_and_resume(folder: Path, backbone: Path, engine: str, **sections: Any)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
-    """ZeRO-3 with a frozen router; FSDP2 on length-bucketed batches of tasks with a temperature."""
+    """ZeRO-3 with a frozen router; FSDP2 on length-bucketed batches of tasks with a temperature.
+
+    A mean of FSDP2's losses is that of the steps before the stop and after it.
+    """
     folder = tmp_path_factory.mktemp("runs")
     bucketed = {"data": {"temperature": 3.0}, "trainer": {"train_sampling_strategy": "group_by_length"}}
+    bucketed["trainer"] |= {"logging_steps": 3}
     jobs = _stop_and_resume(folder, backbone, "zero3", method={"train_router": False})
     jobs += _stop_and_resume(folder, backbone, "fsdp2", **bucketed)
     jobs.append(jobs[-1])  # there is nothing left to train: it measures again
@@ -152,8 +158,10 @@ def test_a_kill_during_a_save_under_every_engine(tmp_path: Path, backbone: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_stop_and_resume_under_every_engine(tmp_path: Path, backbone: Path, engine: str) -> None:
-    _assert_done(tmp_path, run_jobs(tmp_path, _stop_and_resume(tmp_path, backbone, engine)), [0, 0])
+def test_stop_before_a_validation_and_resume_under_every_engine(tmp_path: Path, backbone: Path, engine: str) -> None:
+    jobs = _stop_and_resume(tmp_path, backbone, engine, step=2 * _SAVED)
+    _assert_done(tmp_path, run_jobs(tmp_path, jobs), [0, 0])
+    assert f"stopped by SIGTERM after step {2 * _SAVED}" in log_of(tmp_path, 0)
     _assert_same_run(tmp_path / engine / "stop" / "run", tmp_path / engine / "straight" / "run")
 
 

@@ -4,13 +4,18 @@ import json
 import os
 import re
 import shlex
+import signal
 import stat
+import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.distributed.ranks import REPOSITORY, free_port, launch
+from hycam.training.trainer import last_checkpoint
+from tests.distributed.ranks import REPOSITORY, environment, free_port, launch
 from tests.training.runs import recipe_values, save_backbone, save_recipe
 
 pytestmark = pytest.mark.slow
@@ -126,6 +131,35 @@ def test_slurm(tmp_path: Path, losses: list[float]) -> None:
     settings = " ".join(f"{name}={value}" for name, value in job.items())
     command = ["bash", "-c", f"{path} {settings} bash job.sh"]
     assert _run(tmp_path, command) == pytest.approx(losses, rel=1e-5)
+
+
+def test_sigterm_to_the_job(tmp_path: Path) -> None:
+    """A job manager's, to the launcher and to its workers, who get the launcher's too."""
+    values = recipe_values(tmp_path, save_backbone(tmp_path / "backbone"))
+    values["trainer"] |= {"max_steps": 100_000, "eval_steps": 100_000, "save_steps": 100_000}
+    save_recipe(tmp_path, values)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(
+            _TORCHRUN, env=environment(), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        begun = time.monotonic()
+        while not (metrics.is_file() and metrics.read_text()):
+            assert job.poll() is None
+            assert time.monotonic() - begun < 200
+            time.sleep(0.2)
+        for process in (*psutil.Process(job.pid).children(recursive=True), job):
+            os.kill(process.pid, signal.SIGTERM)
+        assert job.wait(timeout=100) != 0
+    finally:
+        if job.poll() is None:
+            job.kill()
+    output = (tmp_path / "log").read_text()
+    assert output.count("hycam: error: stopped by SIGTERM after step") == 2, output[-3000:]
+    last = last_checkpoint(tmp_path / "run")
+    assert last is not None
+    assert f"the last good checkpoint is {last}; go on with" in output
 
 
 def test_accelerate_names_no_engine(tmp_path: Path) -> None:
