@@ -1,8 +1,14 @@
 """A pytest plugin (``-p benchmarks.shard``): with HYCAM_SHARD=i/n it runs every n-th of the tests, from the i-th on."""
 
 import os
+import signal
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """What a background job starts ignores SIGINT, which tells these processes that their time is up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # after pytest's own choice by marks, so that shards of what runs are equal

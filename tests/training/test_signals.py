@@ -1,6 +1,7 @@
 """A signal stops a run at once with a checkpoint, and the run goes on to all that an undisturbed one measures."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_a_signal_saves_and_stops(
     assert_same_run(tmp_path / "run", straight)
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """As in a terminal: what a background job starts ignores SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_later_signal_acts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with SaveOnSignal() as on_signal:
         signal.raise_signal(signal.SIGINT)
