@@ -14,8 +14,8 @@ from hycam.errors import InputError
 from hycam.planning.activations import Activations, trace_activations
 from hycam.planning.engines import Engine, nbytes, partition
 from hycam.training.backbone import build_model, check_max_length
+from hycam.training.prepare import adapted, check_sharding
 from hycam.training.recipe import Recipe
-from hycam.training.run import adapted, check_sharding
 
 # Fields that ask for hardware or processes that aren't here when a run is planned; the engine accounts for them.
 _ELSEWHERE = ("deepspeed", "fsdp", "fsdp_config", "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")

@@ -17,10 +17,10 @@ from hycam.environment import package_versions
 from hycam.errors import InputError
 from hycam.evaluation.batches import place_in_group
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
+from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import find_deepspeed_settings
 from hycam.training.recipe import Recipe, differing_fields, read_yaml
 from hycam.training.tasks import TaskRows
-from hycam.training.trainer import last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"

@@ -2,26 +2,19 @@
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import IntervalStrategy
 
 from hycam import HyCAMConfig
 from hycam.analysis import prompt_modulation, write_plots
@@ -29,32 +22,17 @@ from hycam.data import Collator
 from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.expert_load import evaluate_expert_load
-from hycam.training.backbone import (
-    backbone_commit,
-    backbone_name,
-    build_model,
-    check_available,
-    check_max_length,
-    load_backbone_config,
-    load_model,
-    load_tokenizer,
-)
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, validation_is_due, write_whole
-from hycam.training.engines import check_gpus, timeouts_told
-from hycam.training.folder import check_folder, open_folder, shared_checkpoint
+from hycam.training.checkpoints import checkpoint_state, last_checkpoint, remove_unfinished
+from hycam.training.engines import timeouts_told
+from hycam.training.folder import open_folder, shared_checkpoint
 from hycam.training.measure import measure, own_draws, training_precision
-from hycam.training.method import MethodConfig
+from hycam.training.prepare import PreparedRun, adapted_backbone, prepare
 from hycam.training.recipe import Recipe
-from hycam.training.schema import suggest
 from hycam.training.tasks import (
-    TaskRows,
-    load_rows,
-    prompts_that_fit,
-    responses_alone,
-    tokenize_split,
     training_set,
 )
-from hycam.training.trainer import HyCAMTrainer, checkpoint_state, last_checkpoint, remove_unfinished
+from hycam.training.trainer import HyCAMTrainer
 
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
@@ -63,19 +41,6 @@ RESULTS_FILE = "results.json"
 PLOTS_FOLDER = "plots"
 _PLOTTED_LAYERS = 4
 _PLOTTED_TOKENS = 80
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """All that a run needs beside its model, checked."""
-
-    arguments: TrainingArguments
-    rows: dict[str, TaskRows]
-    backbone: str
-    commit: str | None
-    tokenizer: PreTrainedTokenizerBase
-    tokenized: dict[str, dict[str, Dataset]]
-    prompts: dict[str, dict[str, Any]] | None
 
 
 def _silent(line: str) -> None:
@@ -158,134 +123,9 @@ def train(
     return results
 
 
-def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
-    """Check and read everything but the model's weights."""
-    if not recipe.tasks:
-        raise InputError("tasks: none given, wanted at least one")
-    arguments = recipe.training_arguments()
-    check_gpus(
-        arguments.n_gpu, f"torchrun --standalone --nproc_per_node {arguments.n_gpu} -m hycam train {recipe.source}"
-    )
-    if arguments.deepspeed and arguments.use_cpu and arguments.world_size > 1:
-        # transformers does this for GPUs alone, and ZeRO-3 parts the weights as soon as they are loaded
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
-    if recipe.early_stopping is not None and arguments.eval_strategy == IntervalStrategy.NO:
-        raise InputError("early_stopping: needs trainer.eval_strategy steps or epoch, got no")
-    if resume and arguments.save_only_model:
-        raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
-    _check_metric(recipe, arguments.metric_for_best_model)
-    check_sharding(
-        recipe.method,
-        sharded=bool(arguments.deepspeed or arguments.fsdp),
-        parted=bool(arguments.fsdp) or is_deepspeed_zero3_enabled(),
-    )
-    recipe.method.check_backend(arguments.device)
-    _check_liger(recipe)
-    check_available(recipe.backbone)
-    check_folder(recipe, resume=resume, overwrite=overwrite)
-    with _first_of_machine(recipe, arguments):
-        rows = load_rows(recipe.tasks, recipe.data)
-    with arguments.main_process_first(local=False, desc="training the backbone"):
-        name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
-    config = load_backbone_config(recipe.backbone, name)
-    commit = backbone_commit(recipe.backbone, name)
-    check_max_length(config, recipe.data.max_length, name)
-    _check_adapter(recipe, config)
-    tokenizer = load_tokenizer(recipe.backbone, name)
-    measured = responses_alone(recipe.data)
-    with _first_of_machine(recipe, arguments):
-        tokenized = {
-            "train": tokenize_split(rows, "train", tokenizer, recipe.data),
-            "validation": tokenize_split(rows, "validation", tokenizer, measured),
-            "test": tokenize_split(rows, "test", tokenizer, measured),
-        }
-    prompts = None
-    if recipe.evaluation.generation:
-        prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
-    return PreparedRun(arguments, rows, name, commit, tokenizer, tokenized, prompts)
-
-
-def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:
-    """With a cache, one process of each machine fills it before the others read it."""
-    if recipe.data.cache_dir is None:
-        return nullcontext()
-    return arguments.main_process_first(local=True, desc="filling data.cache_dir")
-
-
-def _check_metric(recipe: Recipe, metric: str | None) -> None:
-    scopes = ["", *(f"{task.name}_" for task in recipe.tasks)]
-    known = [f"{scope}{name}" for scope in scopes for name in ("loss", "perplexity")]
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
-
-
-def _check_liger(recipe: Recipe) -> None:
-    """Raise `InputError` for what Liger's layers would undo, or don't give."""
-    if not recipe.backbone.liger:
-        return
-    if getattr(recipe.method.adapter_config(), "fuse_norm", False):
-        raise InputError(
-            "method.fuse_norm: got true with backbone.liger: true, wanted one of them: both replace the norms' forward"
-        )
-    if recipe.trainer.get("label_smoothing_factor"):
-        raise InputError(
-            "trainer.label_smoothing_factor: needs logits, which backbone.liger doesn't make in training: wanted 0, or "
-            "backbone.liger: false"
-        )
-
-
-def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None:
-    """Raise `InputError` for a method that needs weights or gradients whole where they are in parts.
-
-    Args:
-        method: what is trained.
-        sharded: whether DeepSpeed or FSDP trains it.
-        parted: whether that is ZeRO-3 or FSDP2, under which no process needs room for all weights.
-    """
-    if method.name == "riemoe" and sharded:
-        raise InputError(
-            "method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed or trainer.fsdp"
-        )
-    if method.name == "full" and parted:
-        raise InputError(
-            "method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed and no "
-            "trainer.fsdp: every process would hold the whole backbone"
-        )
-
-
-def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded."""
-    if not is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
-        adapted(build_model(recipe.backbone, config), recipe.method)
-
-
 def trained_folder(recipe: Recipe) -> Path:
     """Where a run of the recipe leaves what it trained: the adapter, or the whole model."""
     return recipe.output_path / (MODEL_FOLDER if recipe.method.name == "full" else ADAPTER_FOLDER)
-
-
-def adapted_backbone(recipe: Recipe, name: str) -> PeftModel | PreTrainedModel:
-    """The backbone from `name` with the recipe's adapter, untrained. Raises `InputError` where the two don't fit."""
-    return adapted(load_model(recipe.backbone, name), recipe.method)
-
-
-def adapted(backbone: PreTrainedModel, method: MethodConfig) -> PeftModel | PreTrainedModel:
-    """`backbone` with the method's adapter, or itself to be trained whole.
-
-    Raises:
-        InputError: the adapter doesn't fit the backbone.
-    """
-    config = method.adapter_config()
-    if config is None:
-        return backbone
-    try:
-        model = get_peft_model(backbone, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
-    except ValueError as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
-    assert isinstance(model, PeftModel)
-    return model
 
 
 def _trainer(

@@ -1,8 +1,6 @@
 """The HF Trainer with exact per-task validation, which stops on a loss that is not finite."""
 
-import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hycam.data import EpochSampler
@@ -32,11 +29,10 @@ from hycam.training.callbacks import (
     Throughput,
     layer_statistics,
 )
+from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER
 from hycam.training.engines import limit_deepspeed_waits
 from hycam.training.measure import own_draws
 
-UNFINISHED_FOLDER = "unfinished"
-_TRAINER_STATE = "trainer_state.json"
 _TRAINING_ARGUMENTS = "training_args.bin"
 _Kind = TypeVar("_Kind", bound=TrainerCallback)
 
@@ -290,7 +286,7 @@ class HyCAMTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.args.should_save:
             staged = folder / UNFINISHED_FOLDER / name
-            state.save_to_json(str(staged / _TRAINER_STATE))
+            state.save_to_json(str(staged / TRAINER_STATE))
             staged.rename(folder / name)
             staged.parent.rmdir()
             rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint)
@@ -368,26 +364,3 @@ def perplexity_metrics(report: Mapping[str, Any], prefix: str) -> dict[str, floa
         metrics[f"{prefix}_{name}loss"] = result["nll"] / result["tokens"]
         metrics[f"{prefix}_{name}perplexity"] = result["perplexity"]
     return metrics
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, None without one."""
-    states = {folder: checkpoint_state(folder) for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    whole = [(state.global_step, folder) for folder, state in states.items() if state is not None]
-    return max(whole)[1] if whole else None
-
-
-def remove_unfinished(output_dir: Path) -> None:
-    """Remove the checkpoints that a kill left half-written, or half-deleted."""
-    shutil.rmtree(output_dir / UNFINISHED_FOLDER, ignore_errors=True)
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if checkpoint_state(folder) is None:
-            shutil.rmtree(folder)
-
-
-def checkpoint_state(folder: Path) -> TrainerState | None:
-    """The Trainer's state in a checkpoint, None where it is missing or cut short."""
-    try:
-        return TrainerState.load_from_json(str(folder / _TRAINER_STATE))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None

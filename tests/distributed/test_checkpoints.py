@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from hycam.errors import InputError, RunStoppedError
 from hycam.training.callbacks import read_metrics
+from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import join_processes, timeouts_told
 from hycam.training.recipe import load_recipe
 from hycam.training.run import train
-from hycam.training.trainer import last_checkpoint
 from tests.distributed.jobs import engine_fields
 from tests.distributed.ranks import WORLD_SIZE, free_port, log_of, run_jobs
 from tests.training.runs import recipe_values, save_backbone, save_recipe

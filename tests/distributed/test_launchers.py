@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hycam.training.trainer import last_checkpoint
+from hycam.training.checkpoints import last_checkpoint
 from tests.distributed.ranks import REPOSITORY, environment, free_port, launch
 from tests.training.runs import recipe_values, save_backbone, save_recipe
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hycam.data import Collator
 from hycam.training.method import MethodConfig
+from hycam.training.prepare import adapted
 from hycam.training.recipe import load_recipe
-from hycam.training.run import adapted, train
+from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
 from tests.adapter.builders import batch
 from tests.methods.builders import randomise

@@ -204,7 +204,7 @@ def test_methods_that_need_whole_weights_refuse_parts(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, name: str, setting: str, message: str
 ) -> None:
     """The engines are set after the fact: building them would leave their global state in this process."""
-    import hycam.training.run as module
+    import hycam.training.prepare as module
 
     def load(*arguments: Any) -> None:
         raise AssertionError("the model was loaded")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from hycam.training.run import adapted
+from hycam.training.prepare import adapted
 from tests.planning.cases import batch, config, deepspeed, recipe
 
 

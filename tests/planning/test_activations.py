@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from hycam.planning import engine_of, plan_memory
-from hycam.training.run import adapted
+from hycam.training.prepare import adapted
 from tests.planning.cases import batch, config, recipe
 
 

@@ -11,7 +11,7 @@ from hycam.errors import InputError
 from hycam.planning import ENGINES, engine_of, plan_memory
 from hycam.training.engines import packaged_engines
 from hycam.training.method import MethodConfig
-from hycam.training.run import adapted
+from hycam.training.prepare import adapted
 from hycam_cli import main
 from tests.models import tiny_config
 from tests.planning.cases import config, recipe

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 from hycam.errors import InputError
 from hycam.study.recipe import load_study, parse_study
 from hycam.training.backbone import build_model
+from hycam.training.prepare import adapted
 from hycam.training.recipe import Recipe, load_recipe, packaged_backbones, parse_recipe
-from hycam.training.run import adapted
 
 # hub id, class; d, layers, heads, key-value heads, MLP width, vocabulary, tied embeddings: as in the hub's config.json
 ARCHITECTURES: dict[str, tuple[str, type[PretrainedConfig], tuple[int, ...]]] = {

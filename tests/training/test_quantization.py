@@ -13,8 +13,9 @@ from hycam import HyCAMAttention
 from hycam.commands.selection import load_selected_model, select
 from hycam.errors import InputError
 from hycam.training.backbone import check_available, load_model
+from hycam.training.prepare import adapted_backbone
 from hycam.training.recipe import BackboneConfig, load_recipe, parse_recipe
-from hycam.training.run import adapted_backbone, train
+from hycam.training.run import train
 from tests.models import tiny_model
 from tests.training.runs import recipe_values, save_backbone, save_recipe
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from hycam.errors import InputError, RunStoppedError
+from hycam.training.checkpoints import last_checkpoint, remove_unfinished
 from hycam.training.folder import open_folder
 from hycam.training.run import train
-from hycam.training.trainer import last_checkpoint, remove_unfinished
 from tests.training.runs import SignalAt, also_call, assert_same_run, run_recipe
 
 _KILL_AT_STEP = """

@@ -398,7 +398,7 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path, backbone: Path
 
 def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where weights would be loaded: the checks must come before."""
-    import hycam.training.run as module
+    import hycam.training.prepare as module
 
     def load(*args: Any) -> None:
         raise AssertionError("the model was loaded")
