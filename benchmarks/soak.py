@@ -79,12 +79,14 @@ class Soak:
                     raise SoakError(f"{name}: still running after {seconds:.0f} s\n{self._tail(name)}")
                 failed = any(process.poll() not in (None, 0) for process in processes)
                 if failed and killed is None:
-                    self._reap(processes)
-                    raise SoakError(f"{name}: exit status {[p.returncode for p in processes]}\n{self._tail(name)}")
+                    break
                 time.sleep(_POLL)
         finally:
             self._reap(processes)
-        return all(process.returncode == 0 for process in processes), time.monotonic() - started
+        statuses = [process.returncode for process in processes]
+        if killed is None and any(statuses):
+            raise SoakError(f"{name}: exit status {statuses}\n{self._tail(name)}")
+        return not any(statuses), time.monotonic() - started
 
     def _process(self, name: str, rank: int, port: int) -> "subprocess.Popen[bytes]":
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}

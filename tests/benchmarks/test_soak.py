@@ -84,6 +84,7 @@ def test_a_run_that_hangs_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_by_itself_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "_POLL", 2.0)  # both may end between two looks
     own = _processes(monkeypatch, "import sys; sys.exit(3)")(tmp_path, tmp_path / "recipe.yaml", 5.0)
     with pytest.raises(SoakError, match=r"exit status .*3[\s\S]*the end"):
         own.attempt("run", None)
