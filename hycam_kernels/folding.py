@@ -28,15 +28,10 @@ def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
 def unfold_grads(x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
     """Gradients of A, N, a and n from those of M [E * r, d] and, in the sum dtype, of its bias [E * r]."""
     assert x.lora_a is not None and x.lora_n is not None
-    grads = {}
-    d_folded = d_folded.view(x.num_experts, x.rank, -1)
     d_bias = d_bias.view(x.num_experts, x.rank)
-    if need["lora_a"]:
-        grads["lora_a"] = _product(x.lora_n.mT, d_folded)
-    if need["lora_n"]:
-        grads["lora_n"] = _product(d_folded, x.lora_a.mT)
-        if x.lora_a_bias is not None:
-            grads["lora_n"] = grads["lora_n"] + d_bias[:, :, None] * x.lora_a_bias[:, None, :]
+    grads = _unfold(x.lora_a, x.lora_n, d_folded, need)
+    if need["lora_n"] and x.lora_a_bias is not None:
+        grads["lora_n"] = grads["lora_n"] + d_bias[:, :, None] * x.lora_a_bias[:, None, :]
     if need["lora_a_bias"]:
         grads["lora_a_bias"] = _product(x.lora_n.mT, d_bias[..., None]).squeeze(-1)
     if need["lora_n_bias"]:
@@ -50,12 +45,16 @@ def low_rank_gradients(
     """Gradients of A and N as far as they are needed; ``operand`` is h in the compute dtype."""
     if not (need["lora_a"] or need["lora_n"]):
         return {}
-    d_folded = (grad_v.T @ operand).to(x.sum_dtype).view_as(x.lora_a)
+    return _unfold(x.lora_a, x.lora_n, (grad_v.T @ operand).to(x.sum_dtype), need)
+
+
+def _unfold(lora_a: Tensor, lora_n: Tensor, d_folded: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
+    d_folded = d_folded.view_as(lora_a)
     grads = {}
     if need["lora_a"]:
-        grads["lora_a"] = x.lora_n.to(x.sum_dtype).mT @ d_folded
+        grads["lora_a"] = _product(lora_n.mT, d_folded)
     if need["lora_n"]:
-        grads["lora_n"] = d_folded @ x.lora_a.to(x.sum_dtype).mT
+        grads["lora_n"] = _product(d_folded, lora_a.mT)
     return grads
 
 
