@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -19,17 +18,12 @@ from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.training.backbone import load_model, load_tokenizer
 from hycam.training.callbacks import Throughput, read_metrics
-from hycam.training.method import MethodConfig
-from hycam.training.recipe import Recipe, load_recipe
+from hycam.training.recipe import Recipe
 from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
 from hycam.training.trainer import HyCAMTrainer, smoothing_gaps
 from hycam_cli import main
-from tests.training.runs import recipe_values, rows, save_recipe, save_rows, save_tokenizer
-
-
-def _recipe(folder: Path, backbone: Path, /, **sections: Any) -> Recipe:
-    return load_recipe(str(save_recipe(folder, recipe_values(folder, backbone, **sections))))
+from tests.training.runs import rows, run_recipe, save_rows
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
@@ -43,7 +37,7 @@ def _no_constants(name: str) -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> tuple[Recipe, dict[str, Any]]:
     """A run of 30 steps with two accumulated micro-batches and generation at its end."""
-    recipe = _recipe(
+    recipe = run_recipe(
         tmp_path_factory.mktemp("done"),
         backbone,
         trainer={"max_steps": 30, "eval_steps": 10, "save_steps": 10, "save_total_limit": 2, "report_to": "tensorboard"}
@@ -187,7 +181,7 @@ def test_the_saved_adapter_is_the_best_checkpoint(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _script_validation(monkeypatch, [5.0, 4.0, 4.5, 4.25])
-    recipe = _recipe(tmp_path, backbone, trainer={"eval_steps": 2, "save_steps": 2, "save_total_limit": 2})
+    recipe = run_recipe(tmp_path, backbone, trainer={"eval_steps": 2, "save_steps": 2, "save_total_limit": 2})
     results = train(recipe)
     assert (results["steps"], results["best_step"]) == (8, 4)
     saved = load_file(recipe.output_path / "adapter" / "adapter_model.safetensors")
@@ -201,7 +195,7 @@ def test_early_stopping_ends_the_run_and_resuming_keeps_it_ended(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _script_validation(monkeypatch, [5.0, 4.0, 3.95, 4.0])
-    recipe = _recipe(
+    recipe = run_recipe(
         tmp_path,
         backbone,
         trainer={"max_steps": 40, "eval_steps": 2, "save_steps": 2},
@@ -217,7 +211,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path, backbone: Path) -> Non
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         folder = tmp_path / name
         folder.mkdir()
-        recipe = _recipe(folder, backbone, seed=seed, trainer={"max_steps": 3})
+        recipe = run_recipe(folder, backbone, seed=seed, trainer={"max_steps": 3})
         train(recipe)
         runs.append([line["loss"] for line in _lines(recipe.output_path) if "loss" in line])
     assert runs[0] == runs[1] != runs[2]
@@ -228,7 +222,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     """Also that of a micro-batch which is not the step's last."""
     trainer = {"max_steps": 20, "save_steps": 2, "eval_steps": 2, "gradient_accumulation_steps": 2}
-    recipe = _recipe(tmp_path, backbone, trainer=trainer)
+    recipe = run_recipe(tmp_path, backbone, trainer=trainer)
     import hycam.training.trainer as module
 
     step = module.Trainer.training_step
@@ -253,7 +247,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 4, "save_steps": 1, "eval_steps": 1})
+    recipe = run_recipe(tmp_path, backbone, trainer={"max_steps": 4, "save_steps": 1, "eval_steps": 1})
     import hycam.training.trainer as module
 
     step = module.Trainer.training_step
@@ -271,7 +265,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 
 
 def test_a_diverging_run_saves_no_broken_state(tmp_path: Path, backbone: Path) -> None:
-    recipe = _recipe(
+    recipe = run_recipe(
         tmp_path,
         backbone,
         trainer={"learning_rate": 1e30, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -285,7 +279,7 @@ def test_a_diverging_run_saves_no_broken_state(tmp_path: Path, backbone: Path) -
 
 @pytest.mark.parametrize("preset", ["released_code", "shared_only", "spec_only", "inverse_peft"])
 def test_every_form_of_the_adapter_trains(tmp_path: Path, backbone: Path, preset: str) -> None:
-    recipe = _recipe(
+    recipe = run_recipe(
         tmp_path, backbone, method={"preset": preset}, trainer={"max_steps": 2, "eval_steps": 2, "save_steps": 2}
     )
     results = train(recipe)
@@ -298,7 +292,7 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, backbone: Path) 
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         folder = tmp_path / name
         folder.mkdir()
-        recipe = _recipe(folder, backbone, trainer={"max_steps": 3, "gradient_checkpointing": checkpointing})
+        recipe = run_recipe(folder, backbone, trainer={"max_steps": 3, "gradient_checkpointing": checkpointing})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             train(recipe)
@@ -316,7 +310,7 @@ def test_label_smoothing_leaves_the_balance_loss_its_weight(tmp_path: Path, back
         folder = tmp_path / f"{factor}-{accumulated}"
         folder.mkdir()
         batches = {"per_device_train_batch_size": rows_at_once, "gradient_accumulation_steps": accumulated}
-        recipe = _recipe(
+        recipe = run_recipe(
             folder,
             backbone,
             trainer=trainer | batches | {"label_smoothing_factor": factor},
@@ -340,7 +334,7 @@ def test_label_smoothing_leaves_the_balance_loss_its_weight(tmp_path: Path, back
 def test_everything_is_measured_in_the_precision_of_training(tmp_path: Path, backbone: Path) -> None:
     """At the end of training, by `hycam eval`, and on resuming what is finished: bf16 autocast, responses too."""
     trainer = {"bf16": True, "max_steps": 4, "logging_steps": 4}
-    recipe = _recipe(
+    recipe = run_recipe(
         tmp_path,
         backbone,
         trainer=trainer,
@@ -367,7 +361,7 @@ def test_smoothed_labels_are_those_of_cross_entropy() -> None:
 
 
 def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path, backbone: Path) -> None:
-    recipe = _recipe(tmp_path, backbone, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
+    recipe = run_recipe(tmp_path, backbone, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
     train(recipe)
     (recipe.output_path / "backbone-kept").mkdir()
     for name in ("results.partial", "eval-test.json"):
@@ -396,158 +390,8 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path, backbone: Path
         train(recipe)
 
 
-def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail where weights would be loaded: the checks must come before."""
-    import hycam.training.prepare as module
-
-    def load(*args: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(module, "load_model", load)
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"tasks": []}, "tasks: none given"),
-        ({"tasks": [{"name": "nowhere", "source": "nowhere.jsonl"}]}, "nowhere.jsonl"),
-        ({"data": {"max_length": 129}}, "data.max_length: 129 given, the backbone has 128 positions"),
-        (
-            {"method": {"backend": "triton"}},
-            "method.backend: got triton, wanted auto or torch: the triton backend can't run",
-        ),
-        ({"method": {"preset": "full_spec", "backend": "triton"}}, "method.backend: got triton, wanted auto or torch"),
-        ({"backbone": {"name_or_path": "./no-such-backbone"}}, "backbone.name_or_path: ./no-such-backbone: can't be"),
-        ({"backbone": {"revision": "v2"}}, "backbone.revision: got 'v2' for the folder"),
-        ({"backbone": {"pad_token": "<none>"}}, "backbone.pad_token: '<none>' is no token of"),
-        ({"backbone": {"liger": True}}, "backbone.liger: liger_kernel is not installed"),
-        (
-            {"backbone": {"attn_implementation": "flash_attention_2"}},
-            "attn_implementation: flash_attn is not installed",
-        ),
-        ({"backbone": {"liger": True}, "method": {"fuse_norm": True}}, "method.fuse_norm: got true"),
-        (
-            {"backbone": {"liger": True}, "trainer": {"label_smoothing_factor": 0.1}},
-            "trainer.label_smoothing_factor: n",
-        ),
-        (
-            {"early_stopping": {"patience": 1}, "trainer": {"eval_strategy": "no", "load_best_model_at_end": False}},
-            "early_",
-        ),
-        ({"evaluation": {"generation": True, "max_new_tokens": 120}}, "evaluation.max_new_tokens: 120 given"),
-    ],
-)
-def test_wrong_input_is_found_before_the_model_is_loaded(
-    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], message: str
-) -> None:
-    _without_model(monkeypatch)
-    if "liger" in message or "flash" in message:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError) as error:
-        train(_recipe(tmp_path, backbone, **sections))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (MethodConfig(options={"target_modules": "nothing"}), r"^method: .*nothing"),
-        (MethodConfig(options={"layers_to_transform": [7]}), r"^method: .*7"),
-        (MethodConfig("lora", options={"target_modules": ["nothing"]}), r"^method: .*nothing"),
-        (MethodConfig("moelora", options={"target_modules": ["nothing"]}), r"^method: .*nothing"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused_before_loading(
-    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, method: MethodConfig, message: str
-) -> None:
-    _without_model(monkeypatch)
-    recipe = _recipe(tmp_path, backbone)
-    recipe.method = method
-    with pytest.raises(InputError, match=message):
-        train(recipe)
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_metric_of_the_best_checkpoint(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = _recipe(tmp_path, backbone, trainer={"metric_for_best_model": "animals_perplexity", "max_steps": 1})
-    assert recipe.training_arguments().greater_is_better is False
-    train(recipe)
-    _without_model(monkeypatch)
-    wrong = _recipe(tmp_path, backbone, output_dir="elsewhere", trainer={"metric_for_best_model": "animal_loss"})
-    with pytest.raises(InputError, match=r"got 'animal_loss'; did you mean 'animals_loss'\?"):
-        train(wrong)
-
-
-def test_several_gpus_need_a_process_each(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a launcher transformers would make replicas in threads, on rows of their own."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    on_gpus = _recipe(tmp_path, backbone, trainer={"use_cpu": False})
-    with pytest.raises(InputError) as error:
-        train(on_gpus)
-    launch = f"torchrun --standalone --nproc_per_node 4 -m hycam train {tmp_path / 'recipe.yaml'}"
-    assert str(error.value) == (
-        f"one process sees 4 GPUs, wanted a process for each: {launch}; or one GPU: CUDA_VISIBLE_DEVICES=0"
-    )
-    assert not (tmp_path / "run").exists()
-
-
-def test_resuming_needs_the_optimizers_state(tmp_path: Path, backbone: Path) -> None:
-    with pytest.raises(InputError, match=r"^--resume: trainer.save_only_model is true"):
-        train(_recipe(tmp_path, backbone, trainer={"save_only_model": True}), resume=True)
-
-
-def test_a_logger_that_is_not_installed(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _without_model(monkeypatch)
-    with pytest.raises(
-        InputError, match=r"recipe.yaml: trainer.report_to: got 'wandbb', wanted one of those installed"
-    ):
-        train(_recipe(tmp_path, backbone, trainer={"report_to": ["tensorboard", "wandbb"]}))
-
-
-def test_a_tokenizer_needs_eos_and_pad(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _without_model(monkeypatch)
-    copy = tmp_path / "copy"
-    shutil.copytree(backbone, copy)
-    save_tokenizer(copy, pad_token="<pad>")
-    with pytest.raises(InputError, match=r"tokenizer: .*copy: no eos token"):
-        train(_recipe(tmp_path, copy))
-    save_tokenizer(copy, eos_token="<eos>")
-    with pytest.raises(InputError, match=r"tokenizer: .*copy: no pad token, .*backbone\.pad_token: '<eos>' in a"):
-        train(_recipe(tmp_path, copy))
-    recipe = _recipe(tmp_path, copy, backbone={"pad_token": "<eos>"})
-    assert load_tokenizer(recipe.backbone, str(copy)).pad_token == "<eos>"
-
-
-def test_weights_come_from_safetensors_alone(tmp_path: Path, backbone: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(backbone, copy)
-    state = load_file(copy / "model.safetensors")
-    (copy / "model.safetensors").unlink()
-    torch.save(state, copy / "pytorch_model.bin")
-    recipe = _recipe(tmp_path, copy)
-    with pytest.raises(InputError, match=r"backbone.name_or_path: .*copy: can't be loaded: .*safetensors"):
-        load_model(recipe.backbone, str(copy))
-    (copy / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"backbone.name_or_path: .*copy: can't be loaded"):
-        load_model(recipe.backbone, str(copy))
-
-
-def test_code_of_the_backbones_repository_is_not_run(tmp_path: Path, backbone: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(backbone, copy)
-    config = json.loads((copy / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}}
-    (copy / "config.json").write_text(json.dumps(config))
-    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(InputError, match=r"backbone.name_or_path: .*can't be loaded"):
-        train(_recipe(tmp_path, copy))
-    assert not (tmp_path / "ran").exists()
-
-
 def test_dtype_and_attention_reach_the_backbone(tmp_path: Path, backbone: Path) -> None:
-    recipe = _recipe(tmp_path, backbone, backbone={"dtype": "bfloat16", "attn_implementation": "eager"})
+    recipe = run_recipe(tmp_path, backbone, backbone={"dtype": "bfloat16", "attn_implementation": "eager"})
     model = load_model(recipe.backbone, str(backbone))
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
@@ -556,13 +400,7 @@ def test_dtype_and_attention_reach_the_backbone(tmp_path: Path, backbone: Path) 
 def test_rows_that_are_cut_are_reported(tmp_path: Path, backbone: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = [row | {"output": "a very long answer " * 20} for row in rows(30)]
     tasks = [{"name": "long", "source": str(save_rows(tmp_path / "long.jsonl", long))}]
-    recipe = _recipe(tmp_path, backbone, tasks=tasks, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
+    recipe = run_recipe(tmp_path, backbone, tasks=tasks, trainer={"max_steps": 1, "save_steps": 1, "eval_steps": 1})
     train(recipe)
     assert "long, train split: of" in caplog.text
     assert "were cut to data.max_length=64" in caplog.text
-
-
-def test_a_split_without_rows_is_an_error(tmp_path: Path, backbone: Path) -> None:
-    few = [{"name": "few", "source": str(save_rows(tmp_path / "few.jsonl", rows(3)))}]
-    with pytest.raises(InputError, match=r"^tasks: few: fold 0: no row of 3 falls to"):
-        train(_recipe(tmp_path, backbone, tasks=few))
