@@ -2,13 +2,14 @@
 
 from hycam.data.cache import RowCache, rows_digest
 from hycam.data.collation import Collator
-from hycam.data.config import NUM_FOLDS, PROMPT_STYLES, DataConfig, TaskConfig
+from hycam.data.config import NUM_FOLDS, PROMPT_STYLES, DataConfig, StreamingConfig, TaskConfig
 from hycam.data.formats import KNOWN_SETS
 from hycam.data.packing import pack_dataset
 from hycam.data.prompts import prompt_text
 from hycam.data.sampling import EpochSampler, mix_tasks
 from hycam.data.sources import load_task
 from hycam.data.splits import split_dataset
+from hycam.data.streaming import StreamedRows, read_held_out
 from hycam.data.tokenization import (
     IGNORED_LABEL,
     TokenizedTask,
@@ -26,6 +27,8 @@ __all__ = [
     "DataConfig",
     "EpochSampler",
     "RowCache",
+    "StreamedRows",
+    "StreamingConfig",
     "TaskConfig",
     "TokenizedTask",
     "check_tokenizer",
@@ -34,6 +37,7 @@ __all__ = [
     "mix_tasks",
     "pack_dataset",
     "prompt_text",
+    "read_held_out",
     "rows_digest",
     "split_dataset",
     "tokenize_dataset",

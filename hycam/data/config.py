@@ -75,6 +75,37 @@ class TaskConfig:
 
 
 @dataclass
+class StreamingConfig:
+    """Training rows that are read while training goes on, and never all at once.
+
+    Attributes:
+        shuffle_buffer: rows of a task among which the next one is drawn, kept as text in memory; 1 keeps the source's
+            order.
+        held_out_rows: the most rows of a task to validate on, and the most to test on: the first of its parts.
+        weights: task name -> its share of the training rows, relative to the others'; 1 for a task not named.
+
+    Raises:
+        InputError: for a value of the wrong type or out of range.
+    """
+
+    shuffle_buffer: int = 10_000
+    held_out_rows: int = 1000
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("shuffle_buffer", "held_out_rows"):
+            value = getattr(self, option)
+            if not (_is_int(value) and value >= 1):
+                raise InputError(f"{option}: {value!r}, wanted an integer of 1 or more")
+        if self.weights is not None and not isinstance(self.weights, Mapping):
+            raise InputError(f"weights: {self.weights!r}, wanted a mapping from tasks' names to numbers")
+        for name, weight in (self.weights or {}).items():
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (is_number and 0 < weight < math.inf):
+                raise InputError(f"weights: {name}: {weight!r}, wanted a number above 0")
+
+
+@dataclass
 class DataConfig:
     """How rows become tokens.
 
@@ -88,6 +119,7 @@ class DataConfig:
             equal the tasks' shares; see `mix_tasks`.
         cache_dir: folder for rows and tokens on disk, which are memory-mapped and used again wherever rows, tokenizer
             and these settings are the same; None keeps them in memory.
+        streaming: read training rows while training goes on; None reads all rows before.
 
     Raises:
         InputError: for a value of the wrong type or out of range.
@@ -100,6 +132,7 @@ class DataConfig:
     fold: int = 0
     temperature: float = 1.0
     cache_dir: str | None = None
+    streaming: StreamingConfig | None = None
 
     def __post_init__(self) -> None:
         if not (_is_int(self.max_length) and self.max_length >= 3):
@@ -113,6 +146,14 @@ class DataConfig:
             raise InputError(f"temperature: {self.temperature!r}, wanted a number of 1 or more")
         if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir):
             raise InputError(f"cache_dir: {self.cache_dir!r}, wanted a folder, or null to keep rows in memory")
+        if self.streaming is not None:
+            if self.temperature != 1:
+                raise InputError(
+                    f"temperature: {self.temperature!r}, wanted 1 with streaming, which doesn't know how many rows a "
+                    "task has: streaming.weights gives the tasks' shares"
+                )
+            if self.cache_dir is not None:
+                raise InputError(f"cache_dir: {self.cache_dir!r}, wanted null with streaming, which keeps no rows")
 
 
 def check_prompt_style(style: object) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from hycam.errors import InputError
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_BATCH = 100
 _SYNTHETIC_PREFIX = "synthetic_"
 _SYNTHETIC_ROWS = 1000
 _HUB_OPTIONS = ("split", "subset", "revision")
 
-_FEATURES = Features({field: Value("string") for field in UNIFIED_FIELDS})
+TEXT_FEATURES = Features({field: Value("string") for field in UNIFIED_FIELDS})
 _SHOWN_PLACES = 10
 
 _PlacedRow = tuple[str, Any]  # a row with the place that an error names: `file.jsonl:12`, `file.json: row 3`
@@ -50,8 +53,7 @@ def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
     """
     source = config.source or config.name
     if source.startswith(_SYNTHETIC_PREFIX):
-        _refuse(config, ("fields", "format", *_HUB_OPTIONS), "a synthetic task")
-        return synthetic_task(source, config.max_rows or _SYNTHETIC_ROWS, seed=0)
+        return _synthetic(source, config)
     content, placed_rows = _opened(source, config)
     parse = _parser(source, config)
 
@@ -60,20 +62,58 @@ def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
 
     if cache is None:
         notes: dict[str, Any] = {}
-        dataset = in_memory(make(notes), _FEATURES)
+        dataset = in_memory(make(notes), TEXT_FEATURES)
     else:
-        key: dict[str, Any] = {"rows of": content, "task": dataclasses.asdict(config) | {"name": None, "source": None}}
+        key: dict[str, Any] = {
+            "rows of": content(),
+            "task": dataclasses.asdict(config) | {"name": None, "source": None},
+        }
         key["task"]["known set"] = next((name for name, known in KNOWN_SETS.items() if known.parse is parse), None)
-        cached = cache.rows(key, _FEATURES, make)
+        cached = cache.rows(key, TEXT_FEATURES, make)
         dataset, notes = cached.dataset, cached.notes
+    report_blank(config, notes)
+    if not len(dataset):
+        raise InputError(no_rows(config, notes))
+    return dataset
+
+
+def stream_task(config: TaskConfig, notes: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """A task's rows as they are read, `{instruction, input, output}`, the rows of `load_task`; none is kept.
+
+    Args:
+        config: the task.
+        notes: is given the number of blank rows met so far, `blank`, and the first ones' places, `places`.
+
+    Raises:
+        InputError: as `load_task`, but each flaw where the reading comes to it; for a `.json` file, which is read as a
+            whole; for a hub set without the commit that it is read from, which each pass and a resumed run read again.
+    """
+    source = config.source or config.name
+    if source.startswith(_SYNTHETIC_PREFIX):
+        notes |= {"blank": 0, "places": []}
+        yield from _synthetic(source, config)
+        return
+    _, placed_rows = _opened(source, config, streaming=True)
+    yield from _unified_rows(placed_rows, _parser(source, config), config.max_rows, notes)
+
+
+def report_blank(config: TaskConfig, notes: Mapping[str, Any]) -> None:
+    """Warn of the rows that were skipped."""
     if notes["blank"]:
         shown = ", ".join(notes["places"]) + (", ..." if notes["blank"] > _SHOWN_PLACES else "")
         message = "%s: skipped rows with a blank instruction or output, %d: %s"
         logger.warning(message, config.name, notes["blank"], shown)
-    if not len(dataset):
-        given = f"{notes['blank']} rows, all with a blank instruction or output" if notes["blank"] else "no rows"
-        raise InputError(f"{source}: {given}, wanted at least one row with both")
-    return dataset
+
+
+def no_rows(config: TaskConfig, notes: Mapping[str, Any]) -> str:
+    """What an error says of a source without a row to use."""
+    given = f"{notes['blank']} rows, all with a blank instruction or output" if notes["blank"] else "no rows"
+    return f"{config.source or config.name}: {given}, wanted at least one row with both"
+
+
+def _synthetic(source: str, config: TaskConfig) -> Dataset:
+    _refuse(config, ("fields", "format", *_HUB_OPTIONS), "a synthetic task")
+    return synthetic_task(source, config.max_rows or _SYNTHETIC_ROWS, seed=0)
 
 
 def _unified_rows(
@@ -110,27 +150,35 @@ def _parser(source: str, config: TaskConfig) -> RowParser:
     return fields_parser("instruction", "output", input="input")
 
 
-def _opened(source: str, config: TaskConfig) -> tuple[str, Iterator[_PlacedRow]]:
-    """What tells the source's content from any other, and its rows."""
+def _opened(
+    source: str, config: TaskConfig, *, streaming: bool = False
+) -> tuple[Callable[[], str], Iterator[_PlacedRow]]:
+    """What finds out how the source's content differs from any other, and its rows."""
     path = Path(source).expanduser()
-    if path.suffix.lower() in _FILE_READERS:
+    kind = path.suffix.lower()
+    if kind in _FILE_READERS:
         _refuse(config, _HUB_OPTIONS, "a file")
-        try:
-            content = file_digest(path)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        return f"{path.suffix.lower()} {content}", _FILE_READERS[path.suffix.lower()](path)
+        if streaming and kind == ".json":
+            raise InputError(f"{path}: a .json file is read as a whole, wanted .jsonl or .parquet with data.streaming")
+        return lambda: f"{kind} {_file_content(path)}", _FILE_READERS[kind](path)
     if source in KNOWN_SETS:
-        return _hub_rows(source, config)
+        return _hub_rows(source, config, streaming)
     if path.exists():
         wanted = ", ".join(_FILE_READERS)
         raise InputError(f"tasks: {config.name}: source: {source!r}, wanted a file that ends in one of {wanted}")
     if _HUB_ID.fullmatch(source):
-        return _hub_rows(source, config)
+        return _hub_rows(source, config, streaming)
     raise InputError(
         f"tasks: {config.name}: source: unknown task {source!r}, wanted one of {', '.join(KNOWN_SETS)}, a "
         f"{_SYNTHETIC_PREFIX}* task, a hub id (owner/name) or a file that ends in {', '.join(_FILE_READERS)}"
     )
+
+
+def _file_content(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[_PlacedRow]:
@@ -186,15 +234,41 @@ def _parquet_rows(path: Path) -> Iterator[_PlacedRow]:
 _FILE_READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
-def _hub_rows(source: str, config: TaskConfig) -> tuple[str, Iterator[_PlacedRow]]:
+def _hub_rows(source: str, config: TaskConfig, streaming: bool) -> tuple[Callable[[], str], Iterator[_PlacedRow]]:
     known = KNOWN_SETS.get(source)
     hub_id = source if known is None else known.hub_id
     revision = config.revision or (None if known is None else known.revision)
     data_files = None if known is None else known.data_files
-    try:
-        rows = datasets.load_dataset(
-            hub_id, config.subset, split=config.split, data_files=data_files, revision=revision
+    if streaming and not _COMMIT.fullmatch(revision or ""):
+        raise InputError(
+            f"tasks: {config.name}: revision: {revision!r}, wanted the commit of the hub set, 40 hexadecimal digits, "
+            "with data.streaming: every pass and a resumed run read the set again"
         )
+    options = {"streaming": True} if streaming else {}
+    with _hub_failures(hub_id, config):
+        rows = datasets.load_dataset(
+            hub_id, config.subset, split=config.split, data_files=data_files, revision=revision, **options
+        )
+    return lambda: f"{hub_id} {rows._fingerprint}", _placed(rows, hub_id, config)
+
+
+def _placed(rows: Dataset | datasets.IterableDataset, hub_id: str, config: TaskConfig) -> Iterator[_PlacedRow]:
+    number = 0
+    with _hub_failures(hub_id, config):
+        # in batches: a stream's own iterator gives each worker of a DataLoader other rows
+        for batch in rows.iter(batch_size=_HUB_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield f"{hub_id}: row {number}", dict(zip(batch, values, strict=True))
+
+
+@contextmanager
+def _hub_failures(hub_id: str, config: TaskConfig) -> Iterator[None]:
+    """Turns what goes wrong at the hub into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
     except ConnectionError as error:
         raise InputError(
             f"tasks: {config.name}: source: hub set {hub_id!r} is out of reach (no network) and not cached here; "
@@ -205,8 +279,6 @@ def _hub_rows(source: str, config: TaskConfig) -> tuple[str, Iterator[_PlacedRow
             f"tasks: {config.name}: source: hub set {hub_id!r} can't be loaded: {type(error).__name__}: "
             f"{_first_line(error)}"
         ) from error
-    placed = ((f"{hub_id}: row {number}", row) for number, row in enumerate(rows, start=1))
-    return f"{hub_id} {rows._fingerprint}", placed
 
 
 def _refuse(config: TaskConfig, options: tuple[str, ...], kind: str) -> None:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from array import array
+from collections.abc import Mapping
 
 from datasets import Dataset
 
 from hycam.data.config import NUM_FOLDS, check_fold
 from hycam.errors import InputError
 
+PARTS = ("train", "validation", "test")
 _NUM_BINS = 2 * NUM_FOLDS
 
 
@@ -26,14 +28,24 @@ def split_dataset(dataset: Dataset, fold: int = 0) -> dict[str, Dataset]:
         InputError: for a fold outside 0 to 4, and where a part would be empty.
     """
     check_fold(fold)
-    held_out = {2 * fold: "validation", 2 * fold + 1: "validation", (2 * fold + 2) % _NUM_BINS: "test"}
-    indices = {part: array("q") for part in ("train", "validation", "test")}
+    indices = {part: array("q") for part in PARTS}
     for index, prompt in enumerate(zip(dataset["instruction"], dataset["input"], strict=True)):
-        indices[held_out.get(_bin(*prompt), "train")].append(index)
-    for part, rows in indices.items():
-        if not rows:
-            raise InputError(f"fold {fold}: no row of {len(dataset)} falls to the {part} part, wanted more rows")
+        indices[part_of(*prompt, fold)].append(index)
+    check_parts({part: len(rows) for part, rows in indices.items()}, len(dataset), fold)
     return {part: dataset.select(rows) for part, rows in indices.items()}
+
+
+def part_of(instruction: str, context: str, fold: int) -> str:
+    """The part that a row with this prompt belongs to: `train`, `validation` or `test`."""
+    held_out = {2 * fold: "validation", 2 * fold + 1: "validation", (2 * fold + 2) % _NUM_BINS: "test"}
+    return held_out.get(_bin(instruction, context), "train")
+
+
+def check_parts(counts: Mapping[str, int], num_rows: int, fold: int) -> None:
+    """Raise `InputError` for a part of the fold that is empty."""
+    for part, count in counts.items():
+        if not count:
+            raise InputError(f"fold {fold}: no row of {num_rows} falls to the {part} part, wanted more rows")
 
 
 def _bin(instruction: str, context: str) -> int:

@@ -6,8 +6,9 @@ response ends in its closing: the eos token, or what the chat template adds afte
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,16 @@ def tokenize_dataset(
         InputError: for a tokenizer without eos, pad or (prompt: chat) chat template, a dataset without the three
             columns, and where no row is left.
     """
-    check_tokenizer(tokenizer)
     for column in UNIFIED_FIELDS:
         if column not in dataset.column_names:
             raise InputError(f"dataset: no column {column!r} in {dataset.column_names}, wanted {UNIFIED_FIELDS}")
-    prefix, closing = _prefix_ids(tokenizer), _closing_ids(tokenizer, data_config.prompt)
+    tokenize = batch_tokenizer(tokenizer, data_config)
 
     def make(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         notes["truncated"] = 0
         for batch in dataset.iter(batch_size=_BATCH):
             assert isinstance(batch, dict)
-            for input_ids, labels, truncated in _tokenize_batch(batch, tokenizer, data_config, prefix, closing):
+            for input_ids, labels, truncated in tokenize(batch):
                 notes["truncated"] += truncated
                 yield {"input_ids": input_ids, "labels": labels, "task_id": task_id}
 
@@ -128,6 +128,21 @@ def tokenize_dataset(
     return TokenizedTask(tokenized, notes["truncated"], dropped=len(dataset) - len(tokenized))
 
 
+def batch_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Callable[[Mapping[str, list[str]]], Iterator[tuple[list[int], list[int], bool]]]:
+    """What makes tokens of a batch of text rows, given as columns `instruction`, `input`, `output`.
+
+    It gives, of each row that has room for a response: input ids, labels, and whether the response was cut.
+
+    Raises:
+        InputError: for a tokenizer without eos, pad or (prompt: chat) chat template.
+    """
+    check_tokenizer(tokenizer)
+    prefix, closing = _prefix_ids(tokenizer), _closing_ids(tokenizer, config.prompt)
+    return partial(_tokenize_batch, tokenizer=tokenizer, config=config, prefix=prefix, closing=closing)
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of everything that makes the tokenizer's output: the files that it saves, and the code's versions."""
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +159,6 @@ def _tokenize_batch(
     prefix: list[int],
     closing: list[int],
 ) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Input ids, labels, and whether the response was cut, of the rows that have room for one."""
     for prompt, response in _encode_rows(batch, tokenizer, config.prompt, prefix):
         room = config.max_length - len(prompt)
         truncated = len(response) > room

@@ -117,7 +117,7 @@ def measure_tokens(run: RunFolder) -> dict[str, Any]:
     cache = row_cache(run.recipe.data)
     return {
         "tasks": {
-            name: token_statistics(task.splits["all"], run.tokenizer, run.recipe.data, cache)
+            name: token_statistics(task.split("all"), run.tokenizer, run.recipe.data, cache)
             | {"test_tokens": sum(map(len, run.test_rows[name]["input_ids"]))}
             for name, task in run.rows.items()
         }

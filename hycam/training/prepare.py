@@ -71,6 +71,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     if resume and arguments.save_only_model:
         raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
+    _check_streaming(recipe, arguments)
     check_sharding(
         recipe.method,
         sharded=bool(arguments.deepspeed or arguments.fsdp),
@@ -91,11 +92,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     tokenizer = load_tokenizer(recipe.backbone, name)
     measured = responses_alone(recipe.data)
     with _first_of_machine(recipe, arguments):
-        tokenized = {
-            "train": tokenize_split(rows, "train", tokenizer, recipe.data),
-            "validation": tokenize_split(rows, "validation", tokenizer, measured),
-            "test": tokenize_split(rows, "test", tokenizer, measured),
-        }
+        tokenized = {} if recipe.data.streaming else {"train": tokenize_split(rows, "train", tokenizer, recipe.data)}
+        tokenized |= {split: tokenize_split(rows, split, tokenizer, measured) for split in ("validation", "test")}
     prompts = None
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
@@ -114,6 +112,34 @@ def _check_metric(recipe: Recipe, metric: str | None) -> None:
     known = [f"{scope}{name}" for scope in scopes for name in ("loss", "perplexity")]
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise InputError(f"trainer.metric_for_best_model: got {metric!r}{suggest(metric, known)}")
+
+
+def _check_streaming(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Raise `InputError` for what a stream of training rows can't give, and for shares of unknown tasks."""
+    if recipe.data.streaming is None:
+        return
+    names = [task.name for task in recipe.tasks]
+    for name in recipe.data.streaming.weights or {}:
+        if name not in names:
+            raise InputError(f"data.streaming.weights: got {name!r}{suggest(name, names)}")
+    if arguments.max_steps <= 0:
+        raise InputError("trainer.max_steps: none given, wanted the number of steps with data.streaming: it has no end")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(arguments, name) == IntervalStrategy.EPOCH:
+            raise InputError(f"trainer.{name}: got epoch, wanted steps (or no) with data.streaming: it has no epochs")
+    if arguments.train_sampling_strategy != "random":
+        raise InputError(
+            f"trainer.train_sampling_strategy: got {arguments.train_sampling_strategy}, wanted random with "
+            "data.streaming: the rows come in the stream's order"
+        )
+    accelerator: Any = arguments.accelerator_config  # a mapping or a file where it was given, an AcceleratorConfig here
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(accelerator, name):
+            raise InputError(
+                f"trainer.accelerator_config.{name}: got true, wanted false with data.streaming: every process takes "
+                "its rows of the stream"
+            )
+    accelerator.dispatch_batches = False  # accelerate's default for streams is true
 
 
 def _check_liger(recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
@@ -18,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 
 from hycam import HyCAMConfig
 from hycam.analysis import prompt_modulation, write_plots
-from hycam.data import Collator
+from hycam.data import Collator, StreamedRows
 from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.expert_load import evaluate_expert_load
@@ -29,9 +30,7 @@ from hycam.training.folder import open_folder, shared_checkpoint
 from hycam.training.measure import measure, own_draws, training_precision
 from hycam.training.prepare import PreparedRun, adapted_backbone, prepare
 from hycam.training.recipe import Recipe
-from hycam.training.tasks import (
-    training_set,
-)
+from hycam.training.tasks import training_set
 from hycam.training.trainer import HyCAMTrainer
 
 ADAPTER_FOLDER = "adapter"
@@ -139,7 +138,7 @@ def _trainer(
     return HyCAMTrainer(
         model=model,
         args=prepared.arguments,
-        train_dataset=training_set(prepared.tokenized["train"], recipe.data, recipe.seed),
+        train_dataset=_training_rows(recipe, prepared),
         data_collator=Collator(pad, packing=recipe.data.packing),
         validation=prepared.tokenized["validation"],
         evaluation_collator=Collator(pad),
@@ -147,6 +146,14 @@ def _trainer(
         prepare_optimizer=recipe.method.prepare_optimizer,
         callbacks=callbacks,
     )
+
+
+def _training_rows(recipe: Recipe, prepared: PreparedRun) -> Dataset | StreamedRows:
+    if recipe.data.streaming is None:
+        return training_set(prepared.tokenized["train"], recipe.data, recipe.seed)
+    seed = recipe.seed if prepared.arguments.data_seed is None else prepared.arguments.data_seed
+    group_size = prepared.arguments.train_batch_size * prepared.arguments.world_size
+    return StreamedRows(recipe.tasks, prepared.tokenizer, recipe.data, seed, group_size)
 
 
 def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> TrainerState:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from hycam.data import (
@@ -19,6 +19,7 @@ from hycam.data import (
     mix_tasks,
     pack_dataset,
     prompt_text,
+    read_held_out,
     rows_digest,
     split_dataset,
     tokenize_dataset,
@@ -31,11 +32,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Text rows of one task per split: columns `instruction`, `input`, `output`; `sha256` is that of all its rows."""
+    """Text rows of one task per split: columns `instruction`, `input`, `output`; `sha256` is that of all its rows.
+
+    Of a stream these are the rows held out from training alone.
+    """
 
     task_id: int
     splits: Mapping[str, Dataset]
     sha256: str
+
+    def split(self, name: str) -> Dataset:
+        """The rows of a split. Raises `InputError` for one that a stream doesn't keep."""
+        if name not in self.splits:
+            raise InputError(f"data.streaming keeps no {name!r} split, wanted one of {', '.join(self.splits)}")
+        return self.splits[name]
 
 
 def row_cache(config: DataConfig) -> RowCache | None:
@@ -44,10 +54,14 @@ def row_cache(config: DataConfig) -> RowCache | None:
 
 
 def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, TaskRows]:
-    """Every task's rows, read and split before any model is."""
+    """Every task's rows, read and split before any model is; of streams those held out from training."""
     cache = row_cache(config)
     rows: dict[str, TaskRows] = {}
     for task_id, task in enumerate(tasks):
+        if config.streaming is not None:
+            held_out = read_held_out(task, config.fold, config.streaming.held_out_rows)
+            rows[task.name] = TaskRows(task_id, held_out, rows_digest(concatenate_datasets(list(held_out.values()))))
+            continue
         dataset = load_task(task, cache)
         try:
             splits = split_dataset(dataset, config.fold)
@@ -71,7 +85,7 @@ def tokenize_split(
     for name, task in rows.items():
         content = f"{task.sha256} {split} {config.fold}"
         try:
-            result = tokenize_dataset(task.splits[split], tokenizer, config, task.task_id, cache, content)
+            result = tokenize_dataset(task.split(split), tokenizer, config, task.task_id, cache, content)
         except InputError as error:
             raise InputError(f"tasks: {name}: {split} split: {error}") from error
         if result.truncated or result.dropped:

@@ -129,6 +129,26 @@ def test_what_a_step_took_is_logged(runs: Path) -> None:
         assert line["peak_bytes"] > 2**20
 
 
+def test_two_processes_share_a_stream(tmp_path: Path, backbone: Path) -> None:
+    """They go on after a stop as if there had been none, and learn what one process learns of the same rows."""
+    sections = {
+        "data": {"streaming": {"shuffle_buffer": 8, "held_out_rows": 5}},
+        "method": {"noise": "never", "balance_coef": 0.0},
+        "trainer": {"per_device_train_batch_size": 4, "dataloader_num_workers": 2},
+    }
+    _assert_done(tmp_path, run_jobs(tmp_path, _stop_and_resume(tmp_path, backbone, "ddp", **sections)), [0, 0])
+    two = tmp_path / "ddp" / "straight" / "run"
+    _assert_same_run(tmp_path / "ddp" / "stop" / "run", two)
+    sections["trainer"] = {"per_device_train_batch_size": 8}
+    train(load_recipe(_recipe(tmp_path / "one", backbone, "ddp", **sections)))
+    losses = [
+        [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+        for run in (two, tmp_path / "one" / "run")
+    ]
+    assert len(losses[0]) == _STEPS
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def _killed(folder: Path, backbone: Path, engine: str) -> None:
     """A run whose second process is killed while it saves, and that then goes on."""
     recipe = _recipe(folder / "run", backbone, engine)

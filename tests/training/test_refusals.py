@@ -55,6 +55,25 @@ def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
             "early_",
         ),
         ({"evaluation": {"generation": True, "max_new_tokens": 120}}, "evaluation.max_new_tokens: 120 given"),
+        ({"data": {"streaming": {}}, "trainer": {"max_steps": -1}}, "trainer.max_steps: none given, wanted the number"),
+        (
+            {"data": {"streaming": {"weights": {"colors": 2.0}}}},
+            "data.streaming.weights: got 'colors'; did you mean 'colours'?",
+        ),
+        ({"data": {"streaming": {}}, "trainer": {"eval_strategy": "epoch", "save_strategy": "epoch"}}, "eval_strategy"),
+        (
+            {"data": {"streaming": {}}, "trainer": {"save_strategy": "epoch", "load_best_model_at_end": False}},
+            "trainer.save_strategy: got epoch, wanted steps (or no)",
+        ),
+        (
+            {"data": {"streaming": {}}, "trainer": {"train_sampling_strategy": "group_by_length"}},
+            "trainer.train_sampling_strategy: got group_by_length, wanted random with data.streaming",
+        ),
+        (
+            {"data": {"streaming": {}}, "trainer": {"accelerator_config": {"dispatch_batches": True}}},
+            "trainer.accelerator_config.dispatch_batches: got true, wanted false",
+        ),
+        ({"data": {"streaming": {"shuffle_bufer": 8}}}, "data.streaming.shuffle_bufer"),
     ],
 )
 def test_wrong_input_is_found_before_the_model_is_loaded(

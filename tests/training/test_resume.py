@@ -105,6 +105,26 @@ def test_resumes_across_epochs_with_accumulation_and_packing(
     assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
 
 
+def test_a_stream_goes_on_where_it_was(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its second pass over the rows, and with another number of loader processes."""
+    streaming = {"shuffle_buffer": 8, "held_out_rows": 5, "weights": {"animals": 2.0}}
+    sections = {
+        "data": {"streaming": streaming},
+        "trainer": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 6},
+    }
+    train(run_recipe(tmp_path / "whole", backbone, **sections))
+    stopped = run_recipe(tmp_path / "stopped", backbone, **sections)
+    with monkeypatch.context() as patch:
+        also_call(patch, SignalAt(signal.SIGTERM, 6))
+        with pytest.raises(RunStoppedError):
+            train(stopped)
+    stopped.trainer["dataloader_num_workers"] = 2
+    results = train(stopped, resume=True)
+    assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
+    # held_out_rows is a bound, and these files have 3 rows to test on
+    assert results["rows"] == {"validation": {"colours": 5, "animals": 5}, "test": {"colours": 3, "animals": 3}}
+
+
 def test_loader_processes_change_nothing(tmp_path: Path, backbone: Path, straight: Path) -> None:
     train(run_recipe(tmp_path, backbone, trainer={"dataloader_num_workers": 2}))
     assert_same_run(tmp_path / "run", straight)

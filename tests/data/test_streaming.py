@@ -1,0 +1,312 @@
+"""Streams of training rows: which rows, in which order, for any number of workers and processes; how far they read."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import DataLoader
+
+import hycam.data.streaming as module
+from hycam.data import (
+    DataConfig,
+    StreamedRows,
+    StreamingConfig,
+    TaskConfig,
+    load_task,
+    pack_dataset,
+    read_held_out,
+    split_dataset,
+    tokenize_dataset,
+)
+from hycam.errors import InputError
+from tests.data.tokenizers import byte_tokenizer
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+TOKENIZER = byte_tokenizer(adds="bos")
+
+
+def text_rows(count: int, word: str = "colour") -> list[dict[str, str]]:
+    return [{"instruction": f"{word} {n}?", "input": "", "output": f"It is {n * n}."} for n in range(count)]
+
+
+def task(folder: Path, name: str, count: int, **fields: Any) -> TaskConfig:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in text_rows(count, name)))
+    return TaskConfig(name, str(path), **fields)
+
+
+def config(*, max_length: int = 256, packing: bool = False, fold: int = 0, **streaming: Any) -> DataConfig:
+    return DataConfig(max_length, packing=packing, fold=fold, streaming=StreamingConfig(**streaming))
+
+
+def stream(tasks: list[TaskConfig], data: DataConfig, *, seed: int = 3, group_size: int = 4) -> StreamedRows:
+    return StreamedRows(tasks, TOKENIZER, data, seed, group_size)
+
+
+def taken(rows: Any, count: int) -> list[tuple[int, ...]]:
+    return [tuple(row["input_ids"]) for row in itertools.islice(rows, count)]
+
+
+def train_rows(config: TaskConfig, data: DataConfig) -> list[dict[str, Any]]:
+    """What training without streaming takes of a task."""
+    text = split_dataset(load_task(config), data.fold)["train"]
+    return list(tokenize_dataset(text, TOKENIZER, data, task_id=0).dataset.remove_columns("task_id"))
+
+
+def test_a_pass_has_every_training_row_once_in_an_order_of_its_own(tmp_path):
+    source, data = task(tmp_path, "colours", 150), config(shuffle_buffer=20, fold=2)
+    want = train_rows(source, data)
+    rows = list(itertools.islice(stream([source], data), 3 * len(want)))
+    passes = [rows[start : start + len(want)] for start in range(0, len(rows), len(want))]
+    for one in passes:
+        assert sorted(map(str, one)) == sorted(map(str, want))
+    assert passes[0] != passes[1] != passes[2] != passes[0] != want
+    assert list(itertools.islice(stream([source], data), 3 * len(want))) == rows
+    assert list(itertools.islice(stream([source], data, seed=4), 3 * len(want))) != rows
+
+
+def test_a_buffer_of_one_keeps_the_sources_order(tmp_path):
+    source, data = task(tmp_path, "colours", 60), config(shuffle_buffer=1)
+    want = train_rows(source, data)
+    assert list(itertools.islice(stream([source], data), 2 * len(want))) == 2 * want
+
+
+def test_a_row_is_drawn_from_the_buffer(tmp_path):
+    """What comes n-th was among the first n + buffer rows, and waited for a time of chance."""
+    source = task(tmp_path, "colours", 400)
+    want = train_rows(source, config())
+    place = {tuple(row["input_ids"]): n for n, row in enumerate(want)}
+
+    def moves(buffer: int) -> list[int]:
+        rows = taken(stream([source], config(shuffle_buffer=buffer)), len(want))
+        return [place[row] - n for n, row in enumerate(rows)]
+
+    within = moves(50)
+    assert max(within) <= 50
+    assert len(set(within)) > 80  # a draw that is none gives all rows but the last ones the same
+    # a buffer that holds all rows: the mean way of a row in a permutation is a third of them, give or take 2 %
+    whole = moves(1000)
+    assert sum(map(abs, whole)) / len(whole) == pytest.approx(len(want) / 3, rel=0.15)
+
+
+@pytest.mark.parametrize("weights", [None, {"animals": 3.0}])
+def test_weights_are_the_tasks_shares(tmp_path, weights):
+    tasks = [task(tmp_path, "colours", 900), task(tmp_path, "animals", 60)]
+    of_animals = {tuple(row["input_ids"]) for row in train_rows(tasks[1], config())}
+    rows = taken(stream(tasks, config(weights=weights)), 2000)
+    # the standard deviation of 2,000 draws is at most 1.1 %
+    assert sum(row in of_animals for row in rows) / 2000 == pytest.approx(0.75 if weights else 0.5, abs=0.04)
+
+
+def test_a_tasks_rows_do_not_depend_on_the_other_tasks(tmp_path):
+    tasks = [task(tmp_path, "colours", 90), task(tmp_path, "animals", 60)]
+    alone = taken(stream(tasks[:1], config()), 100)
+    mixed = taken(stream(tasks, config()), 400)
+    assert [row for row in mixed if row in set(alone)][:100] == alone
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_order_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch, packing, workers):
+    monkeypatch.setattr(module, "_PACKED_AT_ONCE", 30)
+    tasks = [task(tmp_path, "colours", 90), task(tmp_path, "animals", 60)]
+    rows = stream(tasks, config(packing=packing, shuffle_buffer=16), group_size=4)
+    batches = DataLoader(rows, batch_size=4, num_workers=workers, collate_fn=list)
+    got = [row for batch in itertools.islice(batches, 30) for row in batch]
+    assert got == list(itertools.islice(rows, 120))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_take_the_groups_in_turn(tmp_path, workers):
+    rows = stream([task(tmp_path, "colours", 150)], config(), group_size=6)
+    shards = [
+        itertools.islice(
+            DataLoader(
+                IterableDatasetShard(rows, batch_size=2, num_processes=3, process_index=rank),
+                batch_size=2,
+                num_workers=workers,
+                collate_fn=list,
+            ),
+            20,
+        )
+        for rank in range(3)
+    ]
+    got = [row for parts in zip(*shards, strict=True) for part in parts for row in part]
+    assert got == list(itertools.islice(rows, 120))
+
+
+def test_packed_bins_hold_whole_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PACKED_AT_ONCE", 50)
+    source = task(tmp_path, "colours", 150)
+    longest = max(len(row["input_ids"]) for row in train_rows(source, config()))
+    data = config(max_length=4 * longest, packing=True)
+    plain = config(max_length=4 * longest)
+    window = datasets.Dataset.from_list(list(itertools.islice(stream([source], plain), 50)))
+    want = pack_dataset(window, 4 * longest).to_list()
+    assert list(itertools.islice(stream([source], data), len(want))) == want
+
+
+def test_held_out_rows_are_the_first_of_their_parts_and_never_trained_on(tmp_path):
+    source = task(tmp_path, "colours", 400)
+    parts = split_dataset(load_task(source), 1)
+    held_out = read_held_out(source, 1, 12)
+    assert {part: rows.to_list() for part, rows in held_out.items()} == {
+        part: parts[part].to_list()[:12] for part in ("validation", "test")
+    }
+    everything = read_held_out(source, 1, 10_000)
+    assert {part: rows.to_list() for part, rows in everything.items()} == {
+        part: parts[part].to_list() for part in ("validation", "test")
+    }
+
+
+def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
+    source = task(tmp_path, "colours", 4000)
+    places = []
+    read = module.stream_task
+
+    def counted(*args):
+        for row in read(*args):
+            places.append(row["instruction"])
+            yield row
+
+    monkeypatch.setattr(module, "stream_task", counted)
+    held_out = read_held_out(source, 0, 20)
+    assert [len(rows) for rows in held_out.values()] == [20, 20]
+    assert len(places) < 400  # 200 rows have 20 test rows among them, on average
+    places.clear()
+    next(iter(stream([source], config(shuffle_buffer=100))))
+    # 7 of 10 rows are trained on; a batch is made of as many rows as are tokenized at once
+    assert len(places) < 2 * (100 + 100)
+
+
+def test_every_kind_of_source_gives_the_rows_of_load_task(tmp_path):
+    jsonl = task(tmp_path, "colours", 40, max_rows=25)
+    parquet = TaskConfig("colours", str(tmp_path / "rows.parquet"), max_rows=25)
+    pq.write_table(pa.Table.from_pylist(text_rows(40, "colours")), parquet.source)
+    synthetic = TaskConfig("synthetic_code", max_rows=30)
+    for source in (jsonl, parquet, synthetic):
+        notes: dict[str, Any] = {}
+        assert list(module.stream_task(source, notes)) == load_task(source).to_list()
+        assert notes["blank"] == 0
+
+
+def hub(monkeypatch, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A hub whose sets stream `rows` from two shards."""
+    calls = []
+
+    def load(path, subset, **options):
+        calls.append(options)
+        return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_hub_set_is_streamed_and_every_worker_reads_all_of_it(monkeypatch, workers):
+    calls = hub(monkeypatch, text_rows(80))
+    source, data = TaskConfig("mine", "owner/set", revision=COMMIT), config()
+    rows = stream([source], data)
+    got = [
+        row
+        for batch in itertools.islice(DataLoader(rows, batch_size=4, num_workers=workers, collate_fn=list), 20)
+        for row in batch
+    ]
+    assert got == list(itertools.islice(rows, 80))
+    assert calls[0] == {"split": "train", "data_files": None, "revision": COMMIT, "streaming": True}
+    once = len({str(row) for row in got})
+    assert max(Counter(map(str, got)).values()) - 80 // once <= 1
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT[:7]])
+def test_a_hub_set_needs_its_commit(monkeypatch, revision):
+    assert not hub(monkeypatch, [])
+    with pytest.raises(InputError, match=rf"^tasks: mine: revision: {revision!r}, wanted the commit .* 40 hexadecimal"):
+        read_held_out(TaskConfig("mine", "owner/set", revision=revision), 0, 10)
+
+
+def test_a_hub_that_fails_while_it_is_read_is_named(monkeypatch):
+    def rows():
+        yield from text_rows(1)
+        raise OSError("the line is cut\nsomewhere")
+
+    stream_of_one = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: stream_of_one)
+    with pytest.raises(InputError, match=r"'owner/set' can't be loaded: OSError: the line is cut$"):
+        read_held_out(TaskConfig("mine", "owner/set", revision=COMMIT), 0, 10)
+
+
+def test_a_json_file_is_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(text_rows(40)))
+    with pytest.raises(InputError, match=r"rows.json: a .json file is read as a whole, wanted .jsonl or .parquet"):
+        read_held_out(TaskConfig("mine", str(path)), 0, 10)
+
+
+def test_a_flaw_is_named_where_the_reading_comes_to_it(tmp_path):
+    source = task(tmp_path, "colours", 150)
+    with Path(source.source).open("a") as file:
+        file.write('{"instruction": 3}\n')
+    assert len(read_held_out(source, 0, 3)["test"]) == 3
+    rows = iter(stream([source], config(shuffle_buffer=1)))
+    for _ in range(100):
+        next(rows)
+    with pytest.raises(InputError, match=r"colours.jsonl:151: "):
+        next(rows)
+
+
+def test_blank_rows_are_skipped_and_told(tmp_path, caplog):
+    source = task(tmp_path, "colours", 80)
+    with Path(source.source).open("a") as file:
+        file.write(json.dumps({"instruction": "colour?", "input": "", "output": " "}) + "\n")
+    read_held_out(source, 0, 1000)
+    assert "colours: skipped rows with a blank instruction or output, 1: " in caplog.text
+    assert "colours.jsonl:81" in caplog.text
+
+
+def test_a_source_without_a_row_for_a_part_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"^tasks: colours: fold 0: no row of 3 falls to the \w+ part, wanted more"):
+        read_held_out(task(tmp_path, "colours", 3), 0, 10)
+    with pytest.raises(InputError, match=r"colours.jsonl: no rows, wanted at least one row with both$"):
+        read_held_out(task(tmp_path, "colours", 0), 0, 10)
+
+
+def test_a_pass_without_room_for_any_response_ends_with_an_error(tmp_path):
+    data = config(max_length=8)
+    with pytest.raises(InputError, match=r"^tasks: colours: data.max_length: 8, wanted more: no row of the stream"):
+        next(iter(stream([task(tmp_path, "colours", 40)], data)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shuffle_buffer": 0}, "shuffle_buffer: 0, wanted an integer of 1 or more"),
+        ({"held_out_rows": 1.5}, "held_out_rows: 1.5, wanted an integer of 1 or more"),
+        ({"weights": ["a"]}, r"weights: \['a'\], wanted a mapping"),
+        ({"weights": {"a": 0}}, "weights: a: 0, wanted a number above 0"),
+        ({"weights": {"a": True}}, "weights: a: True, wanted a number above 0"),
+        ({"weights": {"a": float("inf")}}, "weights: a: inf, wanted a number above 0"),
+    ],
+)
+def test_wrong_settings(fields, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        StreamingConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 2.0}, "temperature: 2.0, wanted 1 with streaming"),
+        ({"cache_dir": "rows"}, "cache_dir: 'rows', wanted null with streaming"),
+    ],
+)
+def test_what_streaming_excludes(fields, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        DataConfig(streaming=StreamingConfig(), **fields)
