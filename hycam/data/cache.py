@@ -1,7 +1,7 @@
 """Rows on disk, memory-mapped, under the name of the content that they were made from.
 
-A memory-mapped file instead of a stream: shuffling, exact resuming, packing and batches by length need rows in any
-order, and every process of a machine shares the file's pages.
+Shuffling over all rows, packing them best and batches by length need rows in any order, which a stream doesn't
+give, and every process of a machine shares the file's pages.
 """
 
 import hashlib

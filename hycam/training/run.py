@@ -177,6 +177,9 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
     except RunStoppedError as error:
         if trainer.on_signal.received is None:
             raise RunStoppedError(f"{error}; {_kept(folder)}") from error
+    except InputError as error:  # a stream's, where it was read to a flaw; of a loader's worker, below its traceback
+        flaw = str(error).splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+        raise InputError(f"{flaw}; {_kept(folder)}") from error
     number = trainer.on_signal.agree(trainer.args.device)
     if number is not None:
         where = f"stopped by {number.name} after step {trainer.state.global_step}; {_kept(folder)}"

@@ -14,7 +14,7 @@ from hycam.errors import InputError, RunStoppedError
 from hycam.training.checkpoints import last_checkpoint, remove_unfinished
 from hycam.training.folder import open_folder
 from hycam.training.run import train
-from tests.training.runs import SignalAt, also_call, assert_same_run, run_recipe
+from tests.training.runs import SignalAt, also_call, assert_same_run, rows, run_recipe, save_rows
 
 _KILL_AT_STEP = """
 from hycam.training.callbacks import MetricsFile
@@ -123,6 +123,23 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path, backbone: Path, monkeypat
     assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
     # held_out_rows is a bound, and these files have 3 rows to test on
     assert results["rows"] == {"validation": {"colours": 5, "animals": 5}, "test": {"colours": 3, "animals": 3}}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flaw_that_a_stream_comes_to_is_named(tmp_path: Path, backbone: Path, workers: int) -> None:
+    sections = {
+        "data": {"streaming": {"shuffle_buffer": 2, "held_out_rows": 2}},
+        "trainer": {"dataloader_num_workers": workers, "max_steps": 20, "per_device_train_batch_size": 24},
+    }
+    recipe = run_recipe(tmp_path, backbone, **sections)
+    with save_rows(tmp_path / "colours.jsonl", rows(200)).open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(InputError) as error:
+        train(recipe)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/colours.jsonl:201: broken JSON")
+    assert "\n" not in message
+    assert f"; the last good checkpoint is {tmp_path}/run/checkpoint-" in message
 
 
 def test_loader_processes_change_nothing(tmp_path: Path, backbone: Path, straight: Path) -> None:
