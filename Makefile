@@ -4,9 +4,12 @@ PYTHON ?= python3
 # the folder of what test-all and gpu write
 OUT ?= results
 EXTRAS := train,test,bench,docs,deepspeed
+# a folder of their own: where transformers finds these libraries it imports them, and they write warnings to every command
+QUANTIZATION := $(VENV)/quantization
 # Two processes of one thread each; threads that spin while they wait would starve each other. The kernels' tests need a
 # process of their own: TRITON_INTERPRET must be set before triton is imported.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2
+QUANTIZATION_PYTEST := PYTHONPATH=$(QUANTIZATION) $(PYTEST) tests/training/test_quantization.py
 
 .PHONY: setup demo test test-all lint docs build gpu bench
 
@@ -18,18 +21,26 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
+$(QUANTIZATION)/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target $(QUANTIZATION) bitsandbytes torchao
+	touch $@
+
 demo: setup
 	$(BIN)/hycam train
 
-test: setup lint docs
+test: setup lint docs $(QUANTIZATION)/.installed
 	$(PYTEST) --ignore tests/kernels/triton -m "not slow"
+	$(QUANTIZATION_PYTEST)
 	$(PYTEST) tests/kernels/triton -m "not slow"
 
 # and a record of what passed
-test-all: setup lint docs
+test-all: setup lint docs $(QUANTIZATION)/.installed
 	$(PYTEST) --ignore tests/kernels/triton --junitxml $(OUT)/tests.xml
+	$(QUANTIZATION_PYTEST) --junitxml $(OUT)/quantization_tests.xml
 	$(PYTEST) tests/kernels/triton --junitxml $(OUT)/kernel_tests.xml
-	$(BIN)/python -m benchmarks.outcomes $(OUT)/tests.xml $(OUT)/kernel_tests.xml --out $(OUT)/tests.json
+	$(BIN)/python -m benchmarks.outcomes $(OUT)/tests.xml $(OUT)/quantization_tests.xml \
+		$(OUT)/kernel_tests.xml --out $(OUT)/tests.json
 
 lint: setup
 	$(BIN)/ruff check .
