@@ -1,6 +1,8 @@
 """A study's runs, read again, and what a report measures of their models and tokenizers."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from hycam.commands.selection import Selection, load_selected_model, load_select
 from hycam.data import IGNORED_LABEL, Collator
 from hycam.data.cache import digest, file_digest
 from hycam.training.folder import RECIPE_FILE, RECORD_FILE
-from hycam.training.measure import own_draws
+from hycam.training.measure import own_draws, training_precision
 from hycam.training.recipe import Recipe, load_recipe, read_yaml
 from hycam.training.run import RESULTS_FILE, trained_folder
 from hycam.training.tasks import TaskRows, load_rows, responses_alone, row_cache, tokenize_split
@@ -96,6 +98,13 @@ class RunFolder:
         selection = self._selection(adapted=adapted)
         return load_selected_model(selection, load_selected_tokenizer(selection)[0])
 
+    @contextmanager
+    def measuring(self, model: nn.Module) -> Iterator[None]:
+        """The draws and the precision that every measurement of the run's models is made with."""
+        device = next(model.parameters()).device
+        with own_draws(self.recipe.seed, device), training_precision(self.recipe, device):
+            yield
+
     def _selection(self, *, adapted: bool = False) -> Selection:
         return Selection(self.recipe, trained_folder(self.recipe) if adapted else None, self.path)
 
@@ -132,7 +141,7 @@ def measure_text(run: RunFolder, texts: list[str], *, adapted: bool) -> dict[str
     """
     windows = text_windows(texts, run.tokenizer, run.recipe.data.max_length)
     model = run.model(adapted=adapted)
-    with own_draws(run.recipe.seed, next(model.parameters()).device):
+    with run.measuring(model):
         result = text_perplexity(model, windows, run.collator.pad_token_id, batch_size=run.recipe.evaluation.batch_size)
     return result | {"texts": digest(texts)}
 
@@ -151,7 +160,7 @@ def measure_value_states(run: RunFolder, model: PeftModel) -> dict[str, Any]:
         )
         return embed_value_states(states)
 
-    with own_draws(run.recipe.seed, next(model.parameters()).device):
+    with run.measuring(model):
         adapted = embedded()
         with model.disable_adapter():
             base = embedded()
@@ -181,7 +190,8 @@ def measure_modulation(run: RunFolder, model: nn.Module, *, hide_text: bool = Fa
         ids, labels = dataset[0]["input_ids"], dataset[0]["labels"]
         first = labels.count(IGNORED_LABEL)
         start, end = max(0, first - _TOKENS_BEFORE), first + _TOKENS_AFTER
-        modulation = prompt_modulation(model, ids[:end], max_layers=_MODULATION_LAYERS)
+        with run.measuring(model):
+            modulation = prompt_modulation(model, ids[:end], max_layers=_MODULATION_LAYERS)
         width = next(iter(modulation.values())).shape[-1]
         features = torch.linspace(0, width - 1, min(width, _MODULATION_FEATURES)).round().int().tolist()
         tokens = [str(run.tokenizer.decode([token])) for token in ids[start:end]]

@@ -105,6 +105,20 @@ def test_the_forgetting_is_the_perplexity_of_the_loaded_models(first: tuple[Path
         assert (after["std"] is None, count) == (len(values) == 1, str(len(values)))
 
 
+def test_models_are_measured_in_the_precision_that_they_were_trained_in(
+    first: tuple[Path, Report, list[str]],
+) -> None:
+    run = runs.RunFolder(first[0] / "cells/tiny/hycam/fold0-seed0", first[0] / "backbones")
+    model = run.model()
+    run.recipe.trainer["bf16"] = True
+    seen = []
+    model.get_submodule("base_model.model.lm_head").register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    runs.measure_value_states(run, model)
+    runs.measure_modulation(run, model)
+    assert seen
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_text_is_hidden_on_request(first: tuple[Path, Report, list[str]], tmp_path: Path) -> None:
     folder, _, _ = first
     shutil.copytree(folder / "report", tmp_path / "report")
