@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -310,3 +313,43 @@ def test_wrong_settings(fields, message):
 def test_what_streaming_excludes(fields, message):
     with pytest.raises(InputError, match=f"^{message}"):
         DataConfig(streaming=StreamingConfig(), **fields)
+
+
+_MEMORY = """
+import itertools, sys
+from pathlib import Path
+from tests.data.test_streaming import TaskConfig, config, read_held_out, stream
+
+def anonymous():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def run(path, count):
+    task = TaskConfig("big", path)
+    read_held_out(task, 0, 100)
+    before = peak = anonymous()
+    rows = stream([task], config(shuffle_buffer=1000))
+    for number, _ in enumerate(itertools.islice(rows, count)):
+        if number % 100 == 0:
+            peak = max(peak, anonymous())
+    return peak - before
+
+run(sys.argv[1], 3000)
+print("grown", run(sys.argv[1], 60_000))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for row in text_rows(80_000):
+            file.write(json.dumps(row | {"output": f"{row['output']} " * 30}) + "\n")
+    assert path.stat().st_size > 25e6
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY, str(path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) < 5e6
