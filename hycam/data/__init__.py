@@ -9,7 +9,7 @@ from hycam.data.prompts import prompt_text
 from hycam.data.sampling import EpochSampler, mix_tasks
 from hycam.data.sources import load_task
 from hycam.data.splits import split_dataset
-from hycam.data.streaming import StreamedRows, read_held_out
+from hycam.data.streaming import StreamCollator, StreamedRows, read_held_out
 from hycam.data.tokenization import (
     IGNORED_LABEL,
     TokenizedTask,
@@ -27,6 +27,7 @@ __all__ = [
     "DataConfig",
     "EpochSampler",
     "RowCache",
+    "StreamCollator",
     "StreamedRows",
     "StreamingConfig",
     "TaskConfig",

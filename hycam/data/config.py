@@ -113,7 +113,8 @@ class DataConfig:
         max_length: the most tokens in a row, prompt and end token included, and in a packed bin.
         prompt: `alpaca` (the Stanford-Alpaca template) or `chat` (the tokenizer's own chat template).
         train_on_prompt: take the loss on the prompt's tokens too.
-        packing: fill bins of `max_length` tokens with whole rows instead of padding.
+        packing: fill bins of `max_length` tokens with whole rows instead of padding; with streaming, concatenate the
+            rows of a micro-batch.
         fold: which of the five folds is validated and tested on; see `split_dataset`.
         temperature: of the tasks' shares in training, 1 or more: 1 takes every row once an epoch; the higher, the more
             equal the tasks' shares; see `mix_tasks`.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset, Features, Value
@@ -45,25 +45,15 @@ def pack_dataset(dataset: Dataset, max_length: int, cache: RowCache | None = Non
     def make(notes: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
         for members in bins:
             packed = rows[members]
-            yield _packed(packed["input_ids"], packed["labels"])
+            yield {
+                "input_ids": [token for ids in packed["input_ids"] for token in ids],
+                "labels": [label for labels in packed["labels"] for label in [IGNORED_LABEL, *labels[1:]]],
+                "position_ids": [position for ids in packed["input_ids"] for position in range(len(ids))],
+            }
 
     if cache is None:
         return in_memory(make({}), _FEATURES)
     return cache.rows({"bins of": content.hexdigest(), "max_length": max_length}, _FEATURES, make).dataset
-
-
-def pack_rows(rows: Sequence[Mapping[str, list[int]]], max_length: int) -> Iterator[dict[str, list[int]]]:
-    """The bins that `pack_dataset` makes, of rows that are in memory."""
-    for members in _best_fit([len(row["input_ids"]) for row in rows], max_length):
-        yield _packed([rows[i]["input_ids"] for i in members], [rows[i]["labels"] for i in members])
-
-
-def _packed(input_ids: Sequence[list[int]], labels: Sequence[list[int]]) -> dict[str, list[int]]:
-    return {
-        "input_ids": [token for ids in input_ids for token in ids],
-        "labels": [label for row in labels for label in [IGNORED_LABEL, *row[1:]]],
-        "position_ids": [position for ids in input_ids for position in range(len(ids))],
-    }
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

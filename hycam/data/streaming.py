@@ -1,7 +1,7 @@
 """Training rows that are read while training goes on, and the few rows that it is measured on.
 
-A source is never held: not in memory, not on disk. What a stream gives up for it: batches by length, the tasks' sizes
-(so their shares are given), and counts of rows that were cut or left out.
+A source is never held: not in memory, not on disk. What a stream gives up for it: batches by length, bins packed best,
+the tasks' sizes (so their shares are given), and counts of rows that were cut or left out.
 """
 
 import itertools
@@ -9,75 +9,62 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from datasets import Dataset
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from hycam.data.cache import in_memory
+from hycam.data.collation import Collator
 from hycam.data.config import UNIFIED_FIELDS, DataConfig, StreamingConfig, TaskConfig
-from hycam.data.packing import pack_rows
 from hycam.data.sources import TEXT_FEATURES, no_rows, report_blank, stream_task
 from hycam.data.splits import PARTS, check_parts, part_of
-from hycam.data.tokenization import batch_tokenizer
+from hycam.data.tokenization import IGNORED_LABEL, batch_tokenizer
 from hycam.errors import InputError
-
-_TOKENIZED_AT_ONCE = 100
-_PACKED_AT_ONCE = 1000
 
 _Item = TypeVar("_Item")
 
 
-class StreamedRows(IterableDataset[dict[str, list[int]]]):
-    """The tasks' training rows as tokens, without end.
+class StreamedRows(IterableDataset[dict[str, str]]):
+    """The tasks' training rows, `{instruction, input, output}`, without end.
 
     The next row's task is drawn with the probability `streaming.weights` over their sum. A task's rows come in passes:
     each reads the source from its start, leaves out the rows of validation and test, and draws the next row from a
-    buffer of `streaming.shuffle_buffer`, in every pass in another order. With packing, the rows come in bins made of
-    1000 rows each.
+    buffer of `streaming.shuffle_buffer`, in every pass in another order.
 
     All draws follow from `seed`, so an iteration gives the same rows in the same order wherever it is made, whatever
-    the number of a DataLoader's workers: they take turns by groups, and each reads and tokenizes all rows.
+    the number of a DataLoader's workers: each reads the whole stream, and they take turns by groups.
 
     Args:
         tasks: where the rows come from.
-        tokenizer: with eos and pad token.
         config: with `streaming`.
         seed: of all draws.
         group_size: rows that all processes take in one micro-batch.
 
+    Attributes:
+        skipped: how many of the first rows, whole groups, are given as `{}`: a resumed run passes over them.
+
     Raises:
-        InputError: on iterating, where the reading comes to a flaw of a source, and after a pass without a row whose
-            prompt leaves room for a response.
+        InputError: on iterating, where the reading comes to a flaw of a source.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[TaskConfig],
-        tokenizer: PreTrainedTokenizerBase,
-        config: DataConfig,
-        seed: int,
-        group_size: int,
-    ) -> None:
+    def __init__(self, tasks: Sequence[TaskConfig], config: DataConfig, seed: int, group_size: int) -> None:
         assert config.streaming is not None
         self.tasks = tasks
-        self.config = config
+        self.fold = config.fold
         self.streaming: StreamingConfig = config.streaming
         self.seed = seed
         self.group_size = group_size
-        self.tokenize = batch_tokenizer(tokenizer, config)
+        self.skipped = 0
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+    def __iter__(self) -> Iterator[dict[str, str]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        rows = self._mixed()
-        if self.config.packing:
-            windows = _groups(rows, _PACKED_AT_ONCE)
-            rows = (row for window in windows for row in pack_rows(window, self.config.max_length))
-        for number, group in enumerate(_groups(rows, self.group_size)):
-            if number % workers == worker:
-                yield from group
+        for number, row in enumerate(self._mixed()):
+            if number // self.group_size % workers == worker:
+                yield {} if number < self.skipped else row
 
-    def _mixed(self) -> Iterator[dict[str, list[int]]]:
+    def _mixed(self) -> Iterator[dict[str, str]]:
         weights = self.streaming.weights or {}
         streams = [self._passes(task) for task in self.tasks]
         draws = random.Random(f"{self.seed} tasks")
@@ -85,26 +72,44 @@ class StreamedRows(IterableDataset[dict[str, list[int]]]):
             (stream,) = draws.choices(streams, [weights.get(task.name, 1.0) for task in self.tasks])
             yield next(stream)
 
-    def _passes(self, task: TaskConfig) -> Iterator[dict[str, list[int]]]:
+    def _passes(self, task: TaskConfig) -> Iterator[dict[str, str]]:
         for number in itertools.count():
             draws = random.Random(f"{self.seed} {number} {task.name}")
-            rows = _shuffled(self._training_rows(task), self.streaming.shuffle_buffer, draws)
-            found = False
-            for group in _groups(rows, _TOKENIZED_AT_ONCE):
-                columns = {field: [row[field] for row in group] for field in UNIFIED_FIELDS}
-                for input_ids, labels, _ in self.tokenize(columns):
-                    found = True
-                    yield {"input_ids": input_ids, "labels": labels}
-            if not found:
-                raise InputError(
-                    f"tasks: {task.name}: data.max_length: {self.config.max_length}, wanted more: no row of the stream "
-                    "has a prompt that leaves room for a response"
-                )
+            yield from _shuffled(self._training_rows(task), self.streaming.shuffle_buffer, draws)
 
     def _training_rows(self, task: TaskConfig) -> Iterator[dict[str, str]]:
         for row in stream_task(task, {}):
-            if part_of(row["instruction"], row["input"], self.config.fold) == "train":
+            if part_of(row["instruction"], row["input"], self.fold) == "train":
                 yield row
+
+
+class StreamCollator:
+    """Makes model inputs of text rows: a process, or its worker, tokenizes the rows of its own batches alone.
+
+    A row whose prompt leaves no room for a response is left out. Where no row is left, a single token without a target
+    stands for them: batches are made of as many rows of the stream in every process.
+
+    Args:
+        tokenizer: with eos and pad token.
+        config: prompt style, length and where the loss is taken; with `packing`, a batch's rows are concatenated.
+
+    Raises:
+        InputError: for a tokenizer without eos, pad or (prompt: chat) chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self.tokenize = batch_tokenizer(tokenizer, config)
+        assert tokenizer.pad_token_id is not None
+        self.collate = Collator(tokenizer.pad_token_id, packing=config.packing)
+        self.without_target = {"input_ids": [tokenizer.eos_token_id], "labels": [IGNORED_LABEL]}
+
+    def __call__(self, rows: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
+        """The inputs of `Collator`; nothing of rows that are passed over, `{}`."""
+        if not rows[0]:
+            return {}
+        columns = {field: [row[field] for row in rows] for field in UNIFIED_FIELDS}
+        tokens = [{"input_ids": input_ids, "labels": labels} for input_ids, labels, _ in self.tokenize(columns)]
+        return self.collate(tokens or [self.without_target])
 
 
 def read_held_out(task: TaskConfig, fold: int, limit: int) -> dict[str, Dataset]:
@@ -153,9 +158,3 @@ def _shuffled(rows: Iterable[_Item], buffer_size: int, draws: random.Random) -> 
         buffer[place] = row
     draws.shuffle(buffer)
     yield from buffer
-
-
-def _groups(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
-        yield group

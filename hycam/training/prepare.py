@@ -132,6 +132,8 @@ def _check_streaming(recipe: Recipe, arguments: TrainingArguments) -> None:
             f"trainer.train_sampling_strategy: got {arguments.train_sampling_strategy}, wanted random with "
             "data.streaming: the rows come in the stream's order"
         )
+    if arguments.auto_find_batch_size:
+        raise InputError("trainer.auto_find_batch_size: got true, wanted false with data.streaming: it counts batches")
     accelerator: Any = arguments.accelerator_config  # a mapping or a file where it was given, an AcceleratorConfig here
     for name in ("dispatch_batches", "split_batches"):
         if getattr(accelerator, name):

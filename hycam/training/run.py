@@ -19,9 +19,10 @@ from transformers.trainer_callback import TrainerState
 
 from hycam import HyCAMConfig
 from hycam.analysis import prompt_modulation, write_plots
-from hycam.data import Collator, StreamedRows
+from hycam.data import Collator, StreamCollator, StreamedRows
 from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
+from hycam.evaluation.batches import Collate
 from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, validation_is_due, write_whole
 from hycam.training.checkpoints import checkpoint_state, last_checkpoint, remove_unfinished
@@ -139,7 +140,7 @@ def _trainer(
         model=model,
         args=prepared.arguments,
         train_dataset=_training_rows(recipe, prepared),
-        data_collator=Collator(pad, packing=recipe.data.packing),
+        data_collator=_training_collator(recipe, prepared),
         validation=prepared.tokenized["validation"],
         evaluation_collator=Collator(pad),
         on_signal=on_signal,
@@ -153,7 +154,13 @@ def _training_rows(recipe: Recipe, prepared: PreparedRun) -> Dataset | StreamedR
         return training_set(prepared.tokenized["train"], recipe.data, recipe.seed)
     seed = recipe.seed if prepared.arguments.data_seed is None else prepared.arguments.data_seed
     group_size = prepared.arguments.train_batch_size * prepared.arguments.world_size
-    return StreamedRows(recipe.tasks, prepared.tokenizer, recipe.data, seed, group_size)
+    return StreamedRows(recipe.tasks, recipe.data, seed, group_size)
+
+
+def _training_collator(recipe: Recipe, prepared: PreparedRun) -> Collate:
+    if recipe.data.streaming is None:
+        return Collator(prepared.tokenizer.pad_token_id, packing=recipe.data.packing)
+    return StreamCollator(prepared.tokenizer, recipe.data)
 
 
 def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> TrainerState:

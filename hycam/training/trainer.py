@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hycam.data import EpochSampler
+from hycam.data import EpochSampler, StreamedRows
 from hycam.errors import RunStoppedError
 from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
@@ -131,6 +131,8 @@ class HyCAMTrainer(Trainer):
         self.throughput.begin()
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self.throughput.count(batches)
+        if num_items is not None:  # where no row of a stream has room for a response, the loss is 0, not 0 / 0
+            num_items = torch.as_tensor(num_items).clamp(min=1)
         return batches, num_items
 
     def compute_loss(
@@ -179,6 +181,10 @@ class HyCAMTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._make_up_for_validation()
+        if isinstance(self.train_dataset, StreamedRows) and not self.args.ignore_data_skip:
+            # the rows of the batches that the Trainer takes and lets go
+            micro_batches = self.state.global_step * self.args.gradient_accumulation_steps
+            self.train_dataset.skipped = micro_batches * self.train_dataset.group_size
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 

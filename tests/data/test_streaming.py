@@ -13,17 +13,19 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 
 import hycam.data.streaming as module
 from hycam.data import (
+    Collator,
     DataConfig,
+    StreamCollator,
     StreamedRows,
     StreamingConfig,
     TaskConfig,
     load_task,
-    pack_dataset,
     read_held_out,
     split_dataset,
     tokenize_dataset,
@@ -45,27 +47,32 @@ def task(folder: Path, name: str, count: int, **fields: Any) -> TaskConfig:
     return TaskConfig(name, str(path), **fields)
 
 
-def config(*, max_length: int = 256, packing: bool = False, fold: int = 0, **streaming: Any) -> DataConfig:
-    return DataConfig(max_length, packing=packing, fold=fold, streaming=StreamingConfig(**streaming))
+def config(*, fold: int = 0, **streaming: Any) -> DataConfig:
+    return DataConfig(fold=fold, streaming=StreamingConfig(**streaming))
 
 
 def stream(tasks: list[TaskConfig], data: DataConfig, *, seed: int = 3, group_size: int = 4) -> StreamedRows:
-    return StreamedRows(tasks, TOKENIZER, data, seed, group_size)
+    return StreamedRows(tasks, data, seed, group_size)
 
 
-def taken(rows: Any, count: int) -> list[tuple[int, ...]]:
-    return [tuple(row["input_ids"]) for row in itertools.islice(rows, count)]
+def taken(rows: Any, count: int) -> list[str]:
+    return [row["instruction"] for row in itertools.islice(rows, count)]
 
 
-def train_rows(config: TaskConfig, data: DataConfig) -> list[dict[str, Any]]:
+def loaded(rows: Any, count: int, *, workers: int) -> list[dict[str, str]]:
+    """As a DataLoader with batches of 4 gives them."""
+    batches = DataLoader(rows, batch_size=4, num_workers=workers, collate_fn=list)
+    return [row for batch in itertools.islice(batches, count // 4) for row in batch]
+
+
+def train_rows(config: TaskConfig, fold: int = 0) -> list[dict[str, str]]:
     """What training without streaming takes of a task."""
-    text = split_dataset(load_task(config), data.fold)["train"]
-    return list(tokenize_dataset(text, TOKENIZER, data, task_id=0).dataset.remove_columns("task_id"))
+    return split_dataset(load_task(config), fold)["train"].to_list()
 
 
 def test_a_pass_has_every_training_row_once_in_an_order_of_its_own(tmp_path):
     source, data = task(tmp_path, "colours", 150), config(shuffle_buffer=20, fold=2)
-    want = train_rows(source, data)
+    want = train_rows(source, 2)
     rows = list(itertools.islice(stream([source], data), 3 * len(want)))
     passes = [rows[start : start + len(want)] for start in range(0, len(rows), len(want))]
     for one in passes:
@@ -77,15 +84,15 @@ def test_a_pass_has_every_training_row_once_in_an_order_of_its_own(tmp_path):
 
 def test_a_buffer_of_one_keeps_the_sources_order(tmp_path):
     source, data = task(tmp_path, "colours", 60), config(shuffle_buffer=1)
-    want = train_rows(source, data)
+    want = train_rows(source)
     assert list(itertools.islice(stream([source], data), 2 * len(want))) == 2 * want
 
 
 def test_a_row_is_drawn_from_the_buffer(tmp_path):
     """What comes n-th was among the first n + buffer rows, and waited for a time of chance."""
     source = task(tmp_path, "colours", 400)
-    want = train_rows(source, config())
-    place = {tuple(row["input_ids"]): n for n, row in enumerate(want)}
+    want = train_rows(source)
+    place = {row["instruction"]: n for n, row in enumerate(want)}
 
     def moves(buffer: int) -> list[int]:
         rows = taken(stream([source], config(shuffle_buffer=buffer)), len(want))
@@ -102,7 +109,7 @@ def test_a_row_is_drawn_from_the_buffer(tmp_path):
 @pytest.mark.parametrize("weights", [None, {"animals": 3.0}])
 def test_weights_are_the_tasks_shares(tmp_path, weights):
     tasks = [task(tmp_path, "colours", 900), task(tmp_path, "animals", 60)]
-    of_animals = {tuple(row["input_ids"]) for row in train_rows(tasks[1], config())}
+    of_animals = {row["instruction"] for row in train_rows(tasks[1])}
     rows = taken(stream(tasks, config(weights=weights)), 2000)
     # the standard deviation of 2,000 draws is at most 1.1 %
     assert sum(row in of_animals for row in rows) / 2000 == pytest.approx(0.75 if weights else 0.5, abs=0.04)
@@ -115,15 +122,19 @@ def test_a_tasks_rows_do_not_depend_on_the_other_tasks(tmp_path):
     assert [row for row in mixed if row in set(alone)][:100] == alone
 
 
-@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_order_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch, packing, workers):
-    monkeypatch.setattr(module, "_PACKED_AT_ONCE", 30)
+def test_the_order_is_the_same_for_any_number_of_workers(tmp_path, workers):
     tasks = [task(tmp_path, "colours", 90), task(tmp_path, "animals", 60)]
-    rows = stream(tasks, config(packing=packing, shuffle_buffer=16), group_size=4)
-    batches = DataLoader(rows, batch_size=4, num_workers=workers, collate_fn=list)
-    got = [row for batch in itertools.islice(batches, 30) for row in batch]
-    assert got == list(itertools.islice(rows, 120))
+    rows = stream(tasks, config(shuffle_buffer=16), group_size=4)
+    assert loaded(rows, 120, workers=workers) == list(itertools.islice(rows, 120))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_passed_over_is_empty(tmp_path, workers):
+    rows = stream([task(tmp_path, "colours", 90)], config())
+    want = loaded(rows, 80, workers=workers)
+    rows.skipped = 52
+    assert loaded(rows, 80, workers=workers) == 52 * [{}] + want[52:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,15 +156,34 @@ def test_processes_take_the_groups_in_turn(tmp_path, workers):
     assert got == list(itertools.islice(rows, 120))
 
 
-def test_packed_bins_hold_whole_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_PACKED_AT_ONCE", 50)
-    source = task(tmp_path, "colours", 150)
-    longest = max(len(row["input_ids"]) for row in train_rows(source, config()))
-    data = config(max_length=4 * longest, packing=True)
-    plain = config(max_length=4 * longest)
-    window = datasets.Dataset.from_list(list(itertools.islice(stream([source], plain), 50)))
-    want = pack_dataset(window, 4 * longest).to_list()
-    assert list(itertools.islice(stream([source], data), len(want))) == want
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_is_that_of_tokenized_rows(tmp_path, packing):
+    data = DataConfig(packing=packing, streaming=StreamingConfig())
+    rows = list(itertools.islice(stream([task(tmp_path, "colours", 60)], data), 6))
+    tokens = tokenize_dataset(datasets.Dataset.from_list(rows), TOKENIZER, data, task_id=0).dataset
+    want = Collator(TOKENIZER.pad_token_id, packing=packing)(tokens.to_list())
+    got = StreamCollator(TOKENIZER, data)(rows)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_without_room_are_left_out_of_a_batch(packing):
+    """Of a batch without any other, a token stays that is no target."""
+    short, long = text_rows(2)
+    long["instruction"] *= 100
+    data = DataConfig(max_length=300, packing=packing, streaming=StreamingConfig())
+    collate = StreamCollator(TOKENIZER, data)
+    for name, value in collate([short, long]).items():
+        assert torch.equal(value, collate([short])[name])
+    alone = collate([long, long])
+    assert alone["input_ids"].tolist() == [[TOKENIZER.eos_token_id]]
+    assert alone["labels"].tolist() == [[-100]]
+
+
+def test_nothing_is_made_of_rows_that_are_passed_over():
+    assert StreamCollator(TOKENIZER, config())([{}, {}]) == {}
 
 
 def test_held_out_rows_are_the_first_of_their_parts_and_never_trained_on(tmp_path):
@@ -185,8 +215,7 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
     assert len(places) < 400  # 200 rows have 20 test rows among them, on average
     places.clear()
     next(iter(stream([source], config(shuffle_buffer=100))))
-    # 7 of 10 rows are trained on; a batch is made of as many rows as are tokenized at once
-    assert len(places) < 2 * (100 + 100)
+    assert len(places) < 200  # 7 of 10 rows are trained on
 
 
 def test_every_kind_of_source_gives_the_rows_of_load_task(tmp_path):
@@ -217,11 +246,7 @@ def test_a_hub_set_is_streamed_and_every_worker_reads_all_of_it(monkeypatch, wor
     calls = hub(monkeypatch, text_rows(80))
     source, data = TaskConfig("mine", "owner/set", revision=COMMIT), config()
     rows = stream([source], data)
-    got = [
-        row
-        for batch in itertools.islice(DataLoader(rows, batch_size=4, num_workers=workers, collate_fn=list), 20)
-        for row in batch
-    ]
+    got = loaded(rows, 80, workers=workers)
     assert got == list(itertools.islice(rows, 80))
     assert calls[0] == {"split": "train", "data_files": None, "revision": COMMIT, "streaming": True}
     once = len({str(row) for row in got})
@@ -255,14 +280,15 @@ def test_a_json_file_is_refused(tmp_path):
 
 def test_a_flaw_is_named_where_the_reading_comes_to_it(tmp_path):
     source = task(tmp_path, "colours", 150)
+    want = train_rows(source)
     with Path(source.source).open("a") as file:
         file.write('{"instruction": 3}\n')
     assert len(read_held_out(source, 0, 3)["test"]) == 3
-    rows = iter(stream([source], config(shuffle_buffer=1)))
-    for _ in range(100):
-        next(rows)
+    got = []
     with pytest.raises(InputError, match=r"colours.jsonl:151: "):
-        next(rows)
+        for row in stream([source], config(shuffle_buffer=1)):
+            got.append(row)
+    assert got == want[:-1]
 
 
 def test_blank_rows_are_skipped_and_told(tmp_path, caplog):
@@ -279,12 +305,6 @@ def test_a_source_without_a_row_for_a_part_is_refused(tmp_path):
         read_held_out(task(tmp_path, "colours", 3), 0, 10)
     with pytest.raises(InputError, match=r"colours.jsonl: no rows, wanted at least one row with both$"):
         read_held_out(task(tmp_path, "colours", 0), 0, 10)
-
-
-def test_a_pass_without_room_for_any_response_ends_with_an_error(tmp_path):
-    data = config(max_length=8)
-    with pytest.raises(InputError, match=r"^tasks: colours: data.max_length: 8, wanted more: no row of the stream"):
-        next(iter(stream([task(tmp_path, "colours", 40)], data)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from hycam.data import StreamCollator
 from hycam.errors import InputError, RunStoppedError
 from hycam.training.checkpoints import last_checkpoint, remove_unfinished
 from hycam.training.folder import open_folder
@@ -105,8 +107,11 @@ def test_resumes_across_epochs_with_accumulation_and_packing(
     assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
 
 
-def test_a_stream_goes_on_where_it_was(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its second pass over the rows, and with another number of loader processes."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_where_it_was(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """In its second pass over the rows, with another number of loader processes too; no row is tokenized twice."""
     streaming = {"shuffle_buffer": 8, "held_out_rows": 5, "weights": {"animals": 2.0}}
     sections = {
         "data": {"streaming": streaming},
@@ -118,8 +123,18 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path, backbone: Path, monkeypat
         also_call(patch, SignalAt(signal.SIGTERM, 6))
         with pytest.raises(RunStoppedError):
             train(stopped)
-    stopped.trainer["dataloader_num_workers"] = 2
+    stopped.trainer["dataloader_num_workers"] = workers
+    collate, passed_over = StreamCollator.__call__, []
+
+    def noted(self: StreamCollator, batch: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        made = collate(self, batch)
+        passed_over.append(not made)
+        return made
+
+    monkeypatch.setattr(StreamCollator, "__call__", noted)
     results = train(stopped, resume=True)
+    if not workers:
+        assert passed_over[:16] == 12 * [True] + 4 * [False]
     assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
     # held_out_rows is a bound, and these files have 3 rows to test on
     assert results["rows"] == {"validation": {"colours": 5, "animals": 5}, "test": {"colours": 3, "animals": 3}}

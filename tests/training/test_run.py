@@ -109,6 +109,26 @@ def test_what_a_step_took_is_logged(done: tuple[Recipe, dict[str, Any]]) -> None
         assert line["peak_bytes"] > 2**20
 
 
+def test_a_step_of_a_stream_without_a_target_changes_nothing(tmp_path: Path, backbone: Path) -> None:
+    """Every other row has a prompt that leaves no room: a step of such a row has no loss and no gradient."""
+    long = [row | {"instruction": f"{row['instruction']} {'and so on ' * 20}"} for row in rows(40, offset=40)]
+    mixed = [row for pair in zip(rows(40), long, strict=True) for row in pair]
+    recipe = run_recipe(
+        tmp_path,
+        backbone,
+        tasks=[{"name": "colours", "source": str(save_rows(tmp_path / "mixed.jsonl", mixed))}],
+        data={"streaming": {}},
+        method={"balance_coef": 0.0},
+        trainer={"per_device_train_batch_size": 1, "max_steps": 12, "eval_steps": 6, "save_steps": 6},
+    )
+    train(recipe)
+    training = [line for line in _lines(recipe.output_path) if "loss" in line]
+    assert len(training) == 12
+    empty = [line for line in training if line["loss"] == 0]
+    assert 2 < len(empty) < 10
+    assert all(line["grad_norm"] == 0 for line in empty)
+
+
 def test_throughput_counts_tokens_without_padding() -> None:
     throughput = Throughput()
     ids = torch.zeros(2, 5, dtype=torch.int64)
