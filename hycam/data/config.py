@@ -11,6 +11,7 @@ from hycam.errors import InputError
 NUM_FOLDS = 5
 UNIFIED_FIELDS = ("instruction", "input", "output")
 PROMPT_STYLES = ("alpaca", "chat")
+_MOST_WEIGHT = 1e6
 
 
 @dataclass
@@ -24,7 +25,7 @@ class TaskConfig:
             hub id (`owner/name`). Defaults to `name`.
         fields: unified field -> native field, dotted for a nested one (`question.full_text`, `turns.0.value`).
             `instruction` and `output` are needed; without `input` the rows have none.
-        split: the split of a hub set, with any slice that `datasets` reads, as in `train[:1000]`.
+        split: the split of a hub set, with any slice that `datasets` reads, as in `train[:1000]`; a stream takes none.
         max_rows: keep the first so many usable rows; for a synthetic task, its number of rows.
         format: the known set whose native fields the source has. Without `fields` and `format` they are those of the
             known set called `name`, else the unified names themselves.
@@ -100,9 +101,11 @@ class StreamingConfig:
         if self.weights is not None and not isinstance(self.weights, Mapping):
             raise InputError(f"weights: {self.weights!r}, wanted a mapping from tasks' names to numbers")
         for name, weight in (self.weights or {}).items():
+            if not isinstance(name, str):
+                raise InputError(f"weights: {name!r}, wanted a task's name, in quotes where YAML reads it otherwise")
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not (is_number and 0 < weight < math.inf):
-                raise InputError(f"weights: {name}: {weight!r}, wanted a number above 0")
+            if not (is_number and 0 < weight <= _MOST_WEIGHT):
+                raise InputError(f"weights: {name}: {weight!r}, wanted a number above 0, at most {_MOST_WEIGHT:g}")
 
 
 @dataclass

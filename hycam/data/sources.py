@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_BATCH = 100
+_PARQUET_BUFFER = 1 << 20  # bytes
 _SYNTHETIC_PREFIX = "synthetic_"
 _SYNTHETIC_ROWS = 1000
 _HUB_OPTIONS = ("split", "subset", "revision")
@@ -221,7 +222,9 @@ def _parquet_rows(path: Path) -> Iterator[_PlacedRow]:
     number = 0
     try:
         with path.open("rb") as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
+            # else pyarrow reads row groups whole, and keeps all that it has read
+            parquet = pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+            for batch in parquet.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row

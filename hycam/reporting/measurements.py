@@ -74,6 +74,9 @@ class Measurements:
         of_folds = self.tokens.setdefault(backbone, {})
         for fold in sorted({cell["fold"] for cell in cells}):
             run = self._any_run(cell for cell in cells if cell["fold"] == fold)
+            if run is not None and run.recipe.data.streaming is not None:
+                self.missing.append(f"tokens of {backbone}/fold{fold}: data.streaming keeps no rows to count them in")
+                continue
             inputs = None if run is None else run.token_inputs
             measure = None if run is None else partial(measure_tokens, run)
             values = self._get("tokens", f"{backbone}/fold{fold}", inputs, measure)

@@ -65,6 +65,16 @@ def check_gpus(count: int, launch: str) -> None:
         )
 
 
+def check_launcher(deepspeed: bool, fsdp: bool, source: str) -> None:
+    """Raise `InputError` for an engine that no launcher has told of its processes; one process is told too."""
+    if (deepspeed or fsdp) and "LOCAL_RANK" not in os.environ:
+        name = "deepspeed" if deepspeed else "fsdp"
+        raise InputError(
+            f"trainer.{name}: needs a launcher, for one process too: "
+            f"torchrun --standalone --nproc_per_node 1 -m hycam train {source}"
+        )
+
+
 def check_checkpointing(arguments: TrainingArguments) -> None:
     """Raise `InputError` for gradient checkpointing that would draw other noise in the forward that it repeats."""
     if arguments.fsdp and arguments.fsdp_plugin_args.get("activation_checkpointing"):

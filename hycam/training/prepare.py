@@ -26,7 +26,7 @@ from hycam.training.backbone import (
     load_model,
     load_tokenizer,
 )
-from hycam.training.engines import check_gpus
+from hycam.training.engines import check_gpus, check_launcher
 from hycam.training.folder import check_folder
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
@@ -61,6 +61,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     check_gpus(
         arguments.n_gpu, f"torchrun --standalone --nproc_per_node {arguments.n_gpu} -m hycam train {recipe.source}"
     )
+    check_launcher(bool(arguments.deepspeed), bool(arguments.fsdp), recipe.source)
     if arguments.deepspeed and arguments.use_cpu and arguments.world_size > 1:
         # transformers does this for GPUs alone, and ZeRO-3 parts the weights as soon as they are loaded
         import deepspeed
@@ -132,8 +133,12 @@ def _check_streaming(recipe: Recipe, arguments: TrainingArguments) -> None:
             f"trainer.train_sampling_strategy: got {arguments.train_sampling_strategy}, wanted random with "
             "data.streaming: the rows come in the stream's order"
         )
-    if arguments.auto_find_batch_size:
-        raise InputError("trainer.auto_find_batch_size: got true, wanted false with data.streaming: it counts batches")
+    for name in ("auto_find_batch_size", "ignore_data_skip"):
+        if getattr(arguments, name):
+            raise InputError(
+                f"trainer.{name}: got true, wanted false with data.streaming: the rows are told by the batches before "
+                "them"
+            )
     accelerator: Any = arguments.accelerator_config  # a mapping or a file where it was given, an AcceleratorConfig here
     for name in ("dispatch_batches", "split_batches"):
         if getattr(accelerator, name):

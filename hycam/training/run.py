@@ -76,7 +76,8 @@ def train(
         What `results.json` holds.
 
     Raises:
-        InputError: anything wrong with the recipe, the data or the output folder, before the model is loaded.
+        InputError: anything wrong with the recipe, the data or the output folder, before the model is loaded; a flaw
+            of a stream's row where training comes to it, with the last good checkpoint kept.
         RunStoppedError: a signal, or a loss that is not finite; the last good checkpoint is kept.
     """
     prepared = prepare(recipe, resume=resume, overwrite=overwrite)
@@ -96,7 +97,8 @@ def train(
                 remove_unfinished(recipe.output_path)
         checkpoint = shared_checkpoint(recipe.output_path, prepared.arguments.device)
         if resume:
-            announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}")
+            read = "" if recipe.data.streaming is None else ", once the streams are read up to it"
+            announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}{read}")
         if test and base is None and not isinstance(model, PeftModel):  # training will change the backbone
             device: Any = prepared.arguments.device
             with training_precision(recipe, device):

@@ -181,7 +181,7 @@ class HyCAMTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._make_up_for_validation()
-        if isinstance(self.train_dataset, StreamedRows) and not self.args.ignore_data_skip:
+        if isinstance(self.train_dataset, StreamedRows):
             # the rows of the batches that the Trainer takes and lets go
             micro_batches = self.state.global_step * self.args.gradient_accumulation_steps
             self.train_dataset.skipped = micro_batches * self.train_dataset.group_size

@@ -119,6 +119,20 @@ def test_models_are_measured_in_the_precision_that_they_were_trained_in(
     assert set(seen) == {torch.bfloat16}
 
 
+def test_the_tokens_of_streams_are_left_out(
+    first: tuple[Path, Report, list[str]], tmp_path: Path, undrawn: None
+) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(first[0], folder)
+    for method, seed in CELLS:
+        record = folder / f"cells/tiny/{method}/fold0-seed{seed}/recipe.yaml"
+        record.write_text(record.read_text().replace("streaming: null", "streaming: {shuffle_buffer: 8}"))
+        assert "streaming: {" in record.read_text()
+    made, said = report(folder, texts=False)
+    assert "tokens of tiny/fold0: data.streaming keeps no rows to count them in" in made.missing
+    assert not any("tokens" in line for line in said)
+
+
 def test_text_is_hidden_on_request(first: tuple[Path, Report, list[str]], tmp_path: Path) -> None:
     folder, _, _ = first
     shutil.copytree(folder / "report", tmp_path / "report")

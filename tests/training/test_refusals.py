@@ -74,6 +74,15 @@ def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
             "trainer.accelerator_config.dispatch_batches: got true, wanted false",
         ),
         ({"data": {"streaming": {"shuffle_bufer": 8}}}, "data.streaming.shuffle_bufer"),
+        (
+            {"data": {"streaming": {}}, "trainer": {"auto_find_batch_size": True}},
+            "trainer.auto_find_batch_size: got true, wanted false",
+        ),
+        (
+            {"data": {"streaming": {}}, "trainer": {"ignore_data_skip": True}},
+            "trainer.ignore_data_skip: got true, wanted false",
+        ),
+        ({"trainer": {"fsdp": True}}, "trainer.fsdp: needs a launcher, for one process too: torchrun --standalone"),
     ],
 )
 def test_wrong_input_is_found_before_the_model_is_loaded(
