@@ -59,7 +59,7 @@ def decode_down_kernel(
         column_mask = columns < NUM_EXPERTS
         product = row_product(
             hidden, router_weight, rows, row_mask, columns, column_mask, start, end, stride_hidden, stride_router,
-            COMPUTE, "ieee", BLOCK_T, BLOCK_N, BLOCK_K, "evict_first",
+            COMPUTE, "ieee", BLOCK_T, BLOCK_N, BLOCK_K, "evict_first", BLOCK_SUMS=True,
         )  # fmt: skip
         first = low_rank
     offsets = (split * tokens + rows)[:, None] * (low_rank + NUM_EXPERTS) + first + columns[None, :]

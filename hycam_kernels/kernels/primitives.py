@@ -48,14 +48,27 @@ def as_compute(values, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def add_block_product(total, left, right, LENGTH: tl.constexpr):
+    """total + left right, IEEE products, with the block's LENGTH products summed apart from the total.
+
+    NVIDIA's matrix instructions truncate each sum to float32 (Fasi et al., Numerical behavior of NVIDIA tensor cores,
+    2021): in one chain over d the error grows with d. Blocks are added to nearest. The bound on the chain keeps the
+    compiler from making the total the product's accumulator.
+    """
+    return total + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=LENGTH)
+
+
+@triton.jit
 def row_product(
     hidden, weight, rows, row_mask, columns, column_mask, start, end, stride_hidden, stride_weight,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WEIGHT_EVICTION: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr = False,
 ):  # fmt: skip
     """h[:, start:end] times the weight's rows ``columns``, both cast to COMPUTE: [BLOCK_T, BLOCK_N] in float32.
 
     ``WEIGHT_EVICTION`` is "evict_first" where the weight is read once, so that h stays in the cache, else "".
+    ``BLOCK_SUMS`` is for a product that is not rounded to 16 bits: `add_block_product`, in IEEE precision.
     """
     product = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     hidden_rows = hidden + rows.to(tl.int64)[:, None] * stride_hidden
@@ -70,7 +83,11 @@ def row_product(
             other=0.0,
             eviction_policy=WEIGHT_EVICTION,
         )
-        product = tl.dot(as_compute(h, COMPUTE), tl.trans(as_compute(w, COMPUTE)), product, input_precision=PRECISION)
+        left, right = as_compute(h, COMPUTE), tl.trans(as_compute(w, COMPUTE))
+        if BLOCK_SUMS:
+            product = add_block_product(product, left, right, BLOCK_K)
+        else:
+            product = tl.dot(left, right, product, input_precision=PRECISION)
     return product
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..inputs import ModulationInputs
 from .cost import Cost
 from .launch import Launcher, padded_experts, row_stride
+from .primitives import add_block_product
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def router_kernel(
             col_mask = (cols < d)[None, :]
             h = tl.load(hidden_rows + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
             w = tl.load(weight_rows + cols[None, :], mask=expert_mask[:, None] & col_mask, other=0.0)
-            logit = tl.dot(h, tl.trans(w), logit, input_precision="ieee")
+            logit = add_block_product(logit, h, tl.trans(w), BLOCK_D)
         if bias is not None:
             logit += tl.load(bias + experts, mask=expert_mask, other=0.0).to(tl.float32)[None, :]
         tl.store(logits + offsets, logit, mask=mask)

@@ -30,6 +30,17 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def truncating_products(device, monkeypatch) -> None:
+    """Products of tiles are summed as NVIDIA's instructions do: by them on a GPU, emulated in the interpreter."""
+    if INTERPRETING:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        from tests.kernels.triton.truncating_products import create_dot
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
 def own_product(device, tmp_path, monkeypatch) -> None:
     """The forward makes the shared product itself: by a table whose rows for it have no limit of choice."""
     from hycam_kernels import triton_backend

@@ -74,6 +74,24 @@ assert not row_grad.absent
     assert done.returncode == 0, done.stderr
 
 
+def test_blocks_of_the_logits_are_summed_apart():
+    """The block's product starts at 0: of a plain sum the compiler makes the product's accumulator."""
+    script = r"""
+import re, triton
+from hycam_kernels import aot
+compiled, compile = [], triton.compile
+triton.compile = lambda *arguments, **options: compiled.append(compile(*arguments, **options)) or compiled[-1]
+for launch in aot.one_of_each_configuration(aot.record("sm_90").launches):
+    if launch.name in ("router_kernel", "decode_down_kernel") and launch.dtype == "bf16":
+        aot.build(launch, "sm_90")
+        apart = re.findall(r"tt\.dot %\S+, %\S+, (%\S+) .*maxNumImpreciseAcc", compiled[-1].asm["ttir"])
+        assert len(apart) == 1 and apart[0].startswith("%cst"), (launch, apart)
+assert len(compiled) > 3
+"""
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_bad_configuration_is_found(tmp_path):
     """Tiles that spill, that need too much shared memory and that don't compile: each is named, exit status 1."""
     script = """

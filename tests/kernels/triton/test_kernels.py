@@ -182,6 +182,26 @@ def test_router(name, dtype, noise, launch, device):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6)
 
 
+def test_router_of_a_wide_layer(device, truncating_products):
+    """The error that truncated sums make grows with d: one chain of them over d is far from that of float32."""
+    at = Setting(Case((64,), 4096, 3, 1, shared=False), torch.float16, device, seed=None)
+    x = at.x
+
+    def equation(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return router.route_reference(
+            x.hidden.to(dtype), x.router_weight.to(dtype), None, None, x.tau, x.hard, at.mask.to(dtype)
+        )
+
+    results = zip(
+        router.route(triton_backend.launcher(device), x, x.hidden),
+        equation(torch.float32),
+        equation(torch.float64),
+        strict=True,
+    )
+    for got, of_float32, want in results:
+        assert (got - want).norm() <= 2 * (of_float32 - want).norm() + torch.finfo(torch.float32).eps * want.norm()
+
+
 @pytest.mark.parametrize("absent", [(), ("load",), ("probs", "router_prob"), ("probs", "load", "router_prob")])
 @pytest.mark.parametrize("name", ["paper", "ragged"])
 def test_router_backward(name, absent, launch, device):

@@ -97,6 +97,11 @@ FAULTS = {
     "b grad: bias dropped": (BACKWARD, "load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[:, None]", "0"),
     "router: noise counter": (ROUTER, "rows[:, None] * NUM_EXPERTS +", "rows[:, None] * 16 +"),
     "router: temperature dropped": (ROUTER, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
+    "router: logits in one chain of sums": (
+        ROUTER,
+        "add_block_product(logit, h, tl.trans(w), BLOCK_D)",
+        'tl.dot(h, tl.trans(w), logit, input_precision="ieee")',
+    ),
     "router: bias dropped": (ROUTER, "logit += tl.load(bias", "tl.load(bias"),
     "router: token mask ignored": (ROUTER, "counted = tl.load(token_mask", "tl.load(token_mask"),
     "router: given logits ignored": (
@@ -149,6 +154,7 @@ FAULTS = {
         '"COMPUTE": COMPUTE_NAMES[x.compute_dtype]',
         '"COMPUTE": "fp32"',
     ),
+    "decode: logits in one chain of sums": (DECODE, ", BLOCK_SUMS=True", ""),
     "decode: router columns misplaced": (DECODE, "first = low_rank\n", "first = low_rank - 1\n"),
     "decode: token row past the last": (DECODE, "row_mask = rows < tokens\n", "row_mask = rows <= tokens\n"),
     "decode: column past the last": (DECODE, "col_mask = cols < d\n", "col_mask = cols <= d\n"),
