@@ -61,7 +61,6 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     check_gpus(
         arguments.n_gpu, f"torchrun --standalone --nproc_per_node {arguments.n_gpu} -m hycam train {recipe.source}"
     )
-    check_launcher(bool(arguments.deepspeed), bool(arguments.fsdp), recipe.source)
     if arguments.deepspeed and arguments.use_cpu and arguments.world_size > 1:
         # transformers does this for GPUs alone, and ZeRO-3 parts the weights as soon as they are loaded
         import deepspeed
@@ -78,6 +77,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
         sharded=bool(arguments.deepspeed or arguments.fsdp),
         parted=bool(arguments.fsdp) or is_deepspeed_zero3_enabled(),
     )
+    check_launcher(bool(arguments.deepspeed), bool(arguments.fsdp), recipe.source)
     recipe.method.check_backend(arguments.device)
     _check_liger(recipe)
     check_available(recipe.backbone)
