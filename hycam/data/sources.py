@@ -270,8 +270,6 @@ def _hub_failures(hub_id: str, config: TaskConfig) -> Iterator[None]:
     """Turns what goes wrong at the hub into an `InputError`."""
     try:
         yield
-    except InputError:
-        raise
     except ConnectionError as error:
         raise InputError(
             f"tasks: {config.name}: source: hub set {hub_id!r} is out of reach (no network) and not cached here; "

@@ -65,11 +65,12 @@ class StreamedRows(IterableDataset[dict[str, str]]):
                 yield {} if number < self.skipped else row
 
     def _mixed(self) -> Iterator[dict[str, str]]:
-        weights = self.streaming.weights or {}
+        given = self.streaming.weights or {}
+        weights = [given.get(task.name, 1.0) for task in self.tasks]
         streams = [self._passes(task) for task in self.tasks]
         draws = random.Random(f"{self.seed} tasks")
         while True:
-            (stream,) = draws.choices(streams, [weights.get(task.name, 1.0) for task in self.tasks])
+            (stream,) = draws.choices(streams, weights)
             yield next(stream)
 
     def _passes(self, task: TaskConfig) -> Iterator[dict[str, str]]:

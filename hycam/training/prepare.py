@@ -136,8 +136,8 @@ def _check_streaming(recipe: Recipe, arguments: TrainingArguments) -> None:
     for name in ("auto_find_batch_size", "ignore_data_skip"):
         if getattr(arguments, name):
             raise InputError(
-                f"trainer.{name}: got true, wanted false with data.streaming: the rows are told by the batches before "
-                "them"
+                f"trainer.{name}: got true, wanted false with data.streaming: a batch's rows follow from how many rows "
+                "were in those before it"
             )
     accelerator: Any = arguments.accelerator_config  # a mapping or a file where it was given, an AcceleratorConfig here
     for name in ("dispatch_batches", "split_batches"):

@@ -15,6 +15,7 @@ from hycam.data import StreamCollator
 from hycam.errors import InputError, RunStoppedError
 from hycam.training.checkpoints import last_checkpoint, remove_unfinished
 from hycam.training.folder import open_folder
+from hycam.training.recipe import Recipe
 from hycam.training.run import train
 from tests.training.runs import SignalAt, also_call, assert_same_run, rows, run_recipe, save_rows
 
@@ -44,6 +45,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     train(run_recipe(folder, backbone))
     return folder / "run"
+
+
+def _train_until_sigterm(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where the run is, until a signal in the middle of `step`."""
+    with monkeypatch.context() as patch:
+        also_call(patch, SignalAt(signal.SIGTERM, step))
+        with pytest.raises(RunStoppedError):
+            train(recipe, resume=True)
 
 
 @pytest.mark.parametrize(("killer", "kept"), [(_KILL_AT_STEP, "checkpoint-4"), (_KILL_WHILE_SAVING, "checkpoint-4")])
@@ -77,10 +86,7 @@ def test_a_mean_that_a_stop_parts_is_logged_whole(
     }
     train(run_recipe(tmp_path / "whole", backbone, **sections))
     stopped = run_recipe(tmp_path / "stopped", backbone, **sections)
-    with monkeypatch.context() as patch:
-        also_call(patch, SignalAt(signal.SIGTERM, 5))
-        with pytest.raises(RunStoppedError):
-            train(stopped)
+    _train_until_sigterm(stopped, 5, monkeypatch)
     for _ in range(2):  # the second time there is nothing left to train
         train(stopped, resume=True)
         assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
@@ -99,10 +105,7 @@ def test_resumes_across_epochs_with_accumulation_and_packing(
     assert steps > 6
     stopped = run_recipe(tmp_path / "stopped", backbone, **sections)
     for step in (steps // 3, steps // 3 + 2):  # the end of an epoch, and inside the next
-        with monkeypatch.context() as patch:
-            also_call(patch, SignalAt(signal.SIGTERM, step))
-            with pytest.raises(RunStoppedError):
-                train(stopped, resume=True)
+        _train_until_sigterm(stopped, step, monkeypatch)
     train(stopped, resume=True)
     assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
 
@@ -119,10 +122,7 @@ def test_a_stream_goes_on_where_it_was(
     }
     train(run_recipe(tmp_path / "whole", backbone, **sections))
     stopped = run_recipe(tmp_path / "stopped", backbone, **sections)
-    with monkeypatch.context() as patch:
-        also_call(patch, SignalAt(signal.SIGTERM, 6))
-        with pytest.raises(RunStoppedError):
-            train(stopped)
+    _train_until_sigterm(stopped, 6, monkeypatch)
     stopped.trainer["dataloader_num_workers"] = workers
     collate, passed_over = StreamCollator.__call__, []
 
