@@ -1,16 +1,13 @@
 """Rows and tokens on disk: used again for the same content, never trusted blindly, and out of the process's memory."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, Features, Value
 
 from hycam.data import DataConfig, RowCache, TaskConfig, load_task, pack_dataset, tokenize_dataset
 from hycam.errors import InputError
+from tests.data.memory import last_number, needs_proc
 from tests.training.runs import rows, save_rows, save_tokenizer
 
 FEATURES = Features({"number": Value("int64")})
@@ -166,15 +163,11 @@ def test_bins_from_disk_are_those_in_memory(tmp_path):
 
 
 _MEMORY = """
-import json, sys, threading, time
-from pathlib import Path
+import sys, threading
 from transformers import AutoTokenizer
 from hycam.data import DataConfig, TaskConfig
 from hycam.training.tasks import load_rows, tokenize_split, training_set
-
-def anonymous():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+from tests.data.memory import anonymous
 
 def run(source, cache):
     config = DataConfig(max_length=356, cache_dir=cache)
@@ -201,17 +194,8 @@ print("grown", peak - before)
 """
 
 
-def _growth(folder, *, cached):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TOKENIZERS_PARALLELISM": "false"}
-    run = subprocess.run(
-        [sys.executable, "-c", _MEMORY, str(folder), str(cached)], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return int(run.stdout.split()[-1])
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+@needs_proc
 def test_memory_does_not_grow_with_the_data(tmp_path):
     save_tokenizer(tmp_path)
     with (tmp_path / "large.jsonl").open("w") as large, (tmp_path / "small.jsonl").open("w") as small:
@@ -222,8 +206,8 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
                 small.write(line)
     size = (tmp_path / "large.jsonl").stat().st_size
     assert size > 14e6
-    growth = _growth(tmp_path, cached=True)
+    growth = last_number(_MEMORY, str(tmp_path), "True")
     # the split's row numbers and the buffers of one writer
     assert growth < 24e6
     # what the same rows take without a cache
-    assert _growth(tmp_path, cached=False) > 4 * max(growth, 1)
+    assert last_number(_MEMORY, str(tmp_path), "False") > 4 * max(growth, 1)

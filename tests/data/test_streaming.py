@@ -3,10 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from hycam.data import (
     tokenize_dataset,
 )
 from hycam.errors import InputError
+from tests.data.memory import last_number, needs_proc
 from tests.data.tokenizers import byte_tokenizer
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -358,12 +356,8 @@ def test_what_streaming_excludes(fields, message):
 
 _MEMORY = """
 import itertools, sys
-from pathlib import Path
+from tests.data.memory import anonymous
 from tests.data.test_streaming import TaskConfig, config, read_held_out, stream
-
-def anonymous():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 def run(path, count):
     task = TaskConfig("big", path)
@@ -381,7 +375,7 @@ print("grown", run(sys.argv[2], 60_000))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+@needs_proc
 @pytest.mark.parametrize(("kind", "allowed"), [("jsonl", 5e6), ("parquet", 60e6)])
 def test_memory_does_not_grow_with_the_data(tmp_path, kind, allowed):
     """A Parquet file is decoded by pages and columns, here of one row group."""
@@ -394,8 +388,4 @@ def test_memory_does_not_grow_with_the_data(tmp_path, kind, allowed):
         else:
             pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=count, compression="none")
     assert large.stat().st_size > 120e6
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", _MEMORY, str(small), str(large)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) < allowed
+    assert last_number(_MEMORY, str(small), str(large)) < allowed
