@@ -30,15 +30,15 @@ demo: setup
 	$(BIN)/hycam train
 
 test: setup lint docs $(QUANTIZATION)/.installed
-	$(PYTEST) --ignore tests/kernels/triton -m "not slow"
+	$(PYTEST) --ignore tests/kernels/backends/triton -m "not slow"
 	$(QUANTIZATION_PYTEST)
-	$(PYTEST) tests/kernels/triton -m "not slow"
+	$(PYTEST) tests/kernels/backends/triton -m "not slow"
 
 # and a record of what passed
 test-all: setup lint docs $(QUANTIZATION)/.installed
-	$(PYTEST) --ignore tests/kernels/triton --junitxml $(OUT)/tests.xml
+	$(PYTEST) --ignore tests/kernels/backends/triton --junitxml $(OUT)/tests.xml
 	$(QUANTIZATION_PYTEST) --junitxml $(OUT)/quantization_tests.xml
-	$(PYTEST) tests/kernels/triton --junitxml $(OUT)/kernel_tests.xml
+	$(PYTEST) tests/kernels/backends/triton --junitxml $(OUT)/kernel_tests.xml
 	$(BIN)/python -m benchmarks.outcomes $(OUT)/tests.xml $(OUT)/quantization_tests.xml \
 		$(OUT)/kernel_tests.xml --out $(OUT)/tests.json
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .record import Entry
+from benchmarks.harness.record import Entry
 
 OURS = {"torch", "fused"}
 _RESAMPLES = 1000

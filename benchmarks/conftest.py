@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from .checks import Oracle
-from .measure import dtype_name
-from .peers import Arguments, make_arguments, peer, work
-from .record import Entry, Record, environment
-from .shapes import Shape
-from .timing import Work, device_clock, sets_beyond_cache
+from benchmarks.harness.record import Entry, Record, environment
+from benchmarks.harness.timing import Work, device_clock, sets_beyond_cache
+from benchmarks.op.checks import Oracle
+from benchmarks.op.measure import dtype_name
+from benchmarks.op.peers import Arguments, make_arguments, peer, work
+from benchmarks.op.shapes import Shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 30 if DEVICE.type == "cuda" else 7

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from .backbones import ModelShape
-from .longest import measure_longest
-from .measure import Session, measure_op, measure_overhead, measure_rates
-from .model_shapes import CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
-from .models import measure_attention, measure_generation, measure_steps
-from .record import Budget, Record, environment
-from .shapes import CPU, CPU_SWEEP, LAUNCH, Shape
-from .timing import HostTimer
-from .training import PLAIN, Setting
+from benchmarks.harness.record import Budget, Record, environment
+from benchmarks.harness.timing import HostTimer
+from benchmarks.models.backbones import ModelShape
+from benchmarks.models.longest import measure_longest
+from benchmarks.models.measure import measure_attention, measure_generation, measure_steps
+from benchmarks.models.shapes import CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
+from benchmarks.models.training import PLAIN, Setting
+from benchmarks.op.measure import Session, measure_op, measure_overhead, measure_rates
+from benchmarks.op.shapes import CPU, CPU_SWEEP, LAUNCH, Shape
 
 PAPER_PEERS = ("eager", "torch", "torch-recompute", "compile", "compile-max-autotune")
 RELEASED_PEERS = ("released", "torch-released")

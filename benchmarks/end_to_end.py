@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from .backbones import ModelShape
-from .cpu import measure_models
-from .longest import measure_longest
-from .measure import Session
-from .methods import METHODS
-from .model_shapes import GENERATION, LAYERS, LONGEST, MODELS, NEW_TOKENS
-from .models import measure_attention, measure_generation, measure_steps
-from .record import Budget, Record, environment, gpu_state
-from .timing import EventTimer, GraphTimer, HostTimer
-from .training import PLAIN, Setting
+from benchmarks.cpu import measure_models
+from benchmarks.harness.record import Budget, Record, environment, gpu_state
+from benchmarks.harness.timing import EventTimer, GraphTimer, HostTimer
+from benchmarks.models.backbones import ModelShape
+from benchmarks.models.longest import measure_longest
+from benchmarks.models.measure import measure_attention, measure_generation, measure_steps
+from benchmarks.models.methods import METHODS
+from benchmarks.models.shapes import GENERATION, LAYERS, LONGEST, MODELS, NEW_TOKENS
+from benchmarks.models.training import PLAIN, Setting
+from benchmarks.op.measure import Session
 
 DTYPE = torch.bfloat16
 CHECKPOINTING = Setting(checkpointing=True)

@@ -19,17 +19,11 @@ from pathlib import Path
 
 import torch
 
-from .kernel_tests import run_tests, wait
-from .measure import (
-    Session,
-    measure_decode_floors,
-    measure_op,
-    measure_overhead,
-    measure_rates,
-)
-from .record import ROOT, Budget, Entry, Record, environment, gpu_state
-from .shapes import DECODE, LAUNCH, SWEEP, TRAINING, Shape
-from .timing import EventTimer, GraphTimer
+from benchmarks.harness.kernel_tests import run_tests, wait
+from benchmarks.harness.record import ROOT, Budget, Entry, Record, environment, gpu_state
+from benchmarks.harness.timing import EventTimer, GraphTimer
+from benchmarks.op.measure import Session, measure_decode_floors, measure_op, measure_overhead, measure_rates
+from benchmarks.op.shapes import DECODE, LAUNCH, SWEEP, TRAINING, Shape
 
 DTYPE = torch.bfloat16
 OUR_PEERS = ("eager", "torch", "fused", "fused-recompute")
@@ -75,7 +69,7 @@ def compiled_phase(session: Session, training: Sequence[Shape] = TRAINING, dtype
 
 
 def _times_on_gpu(record: Record, budget: Budget, out: Path) -> None:
-    from .kernels import measure_kernels  # imports triton, as below
+    from benchmarks.op.kernels import measure_kernels  # imports triton, as below
 
     device = torch.device("cuda", torch.cuda.current_device())
     session = Session(record, budget, device, [GraphTimer(), EventTimer()], rounds=25)
@@ -88,14 +82,14 @@ def _times_on_gpu(record: Record, budget: Budget, out: Path) -> None:
 
 
 def _candidates_on_gpu(record: Record, budget: Budget, out: Path) -> None:
-    from .candidates import measure_candidates  # imports triton, which only this phase needs
+    from benchmarks.op.candidates import measure_candidates  # imports triton, which only this phase needs
 
     device = torch.device("cuda", torch.cuda.current_device())
     measure_candidates(Session(record, budget, device, [GraphTimer()], rounds=15), out)
 
 
 def _models_on_gpu(record: Record, budget: Budget, out: Path) -> None:
-    from .end_to_end import measure_on_gpu  # imports transformers and PEFT, which only this phase needs
+    from benchmarks.end_to_end import measure_on_gpu  # imports transformers and PEFT, which only this phase needs
 
     measure_on_gpu(record, budget)
 

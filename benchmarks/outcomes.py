@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .record import Entry, Record, environment
+from benchmarks.harness.record import Entry, Record, environment
 
 OUTCOMES = ("passed", "failed", "skipped")
 

@@ -15,12 +15,11 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
+from benchmarks.harness.record import ROOT, Entry, Record, environment
+from benchmarks.tables import markdown
 from hycam.environment import package_versions
 from hycam.planning import ENGINES, engine_of, plan_memory
 from hycam.training.recipe import parse_recipe
-
-from .record import ROOT, Entry, Record, environment
-from .tables import markdown
 
 PAGES = (ROOT / "docs" / "scale.md", ROOT / "docs" / "memory.md")
 RECORD = ROOT / "benchmarks" / "results" / "memory.json"

@@ -22,10 +22,9 @@ from typing import Any
 
 import yaml
 
+from benchmarks.harness.record import ROOT, Budget, Entry, Record, environment
 from hycam.environment import package_versions
 from hycam.training.scratch import ScratchConfig, train_scratch_backbone
-
-from .record import ROOT, Budget, Entry, Record, environment
 
 PROCESSES = 2
 # What is logged of training and validation, beside times, speeds and memory.

@@ -13,9 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness.record import ROOT
 from hycam.reporting import write_report
-
-from .record import ROOT
 
 PAGE = ROOT / "docs" / "study.md"
 STUDY = ROOT / "docs" / "study"

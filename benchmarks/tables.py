@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .compare import key, relative_samples
-from .plots import figures, floor_key, floors_of, link, outdated, redraw, size
-from .record import ROOT, Entry
+from benchmarks.compare import key, relative_samples
+from benchmarks.harness.plots import figures, floor_key, floors_of, link, outdated, redraw, size
+from benchmarks.harness.record import ROOT, Entry
 
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from .backbones import ModelShape
-from .conftest import DEVICE
-from .generation import Generation, check_generation
-from .measure import dtype_name
-from .memory import release
-from .model_shapes import CPU_GENERATION, CPU_MODELS, GENERATION, LAYERS, MODELS, NEW_TOKENS
-from .peers import work
-from .shapes import PASSES
-from .timing import sets_beyond_cache
-from .training import AttentionLayer, Setting, TrainingStep, check_attention, check_step
+from benchmarks.conftest import DEVICE
+from benchmarks.harness.memory import release
+from benchmarks.harness.timing import sets_beyond_cache
+from benchmarks.models.backbones import ModelShape
+from benchmarks.models.generation import Generation, check_generation
+from benchmarks.models.shapes import CPU_GENERATION, CPU_MODELS, GENERATION, LAYERS, MODELS, NEW_TOKENS
+from benchmarks.models.training import AttentionLayer, Setting, TrainingStep, check_attention, check_step
+from benchmarks.op.measure import dtype_name
+from benchmarks.op.peers import work
+from benchmarks.op.shapes import PASSES
 
 ON_CUDA = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from .conftest import DEVICE
-from .measure import dtype_name
-from .memory import kept_bytes
-from .peers import make_arguments, peer
-from .shapes import CPU_DECODE, CPU_QUICK, DECODE, PASSES, TRAINING
+from benchmarks.conftest import DEVICE
+from benchmarks.harness.memory import kept_bytes
+from benchmarks.op.measure import dtype_name
+from benchmarks.op.peers import make_arguments, peer
+from benchmarks.op.shapes import CPU_DECODE, CPU_QUICK, DECODE, PASSES, TRAINING
 
 ON_CUDA = DEVICE.type == "cuda"
 SHAPES = TRAINING if ON_CUDA else (CPU_QUICK,)

@@ -1,10 +1,13 @@
 """HyCAM adapters (CIKM 2025): importing this package makes them known to PEFT."""
 
-from .attention import HyCAMAttention
-from .binding import RouterStatistics, bind, router_statistics, track_loss
-from .config import HyCAMConfig
-from .hotswap import hotswap_adapter
-from .peft_plugin import register as _register
+from hycam.adapter.attention import HyCAMAttention
+from hycam.adapter.binding import RouterStatistics, bind, router_statistics, track_loss
+from hycam.adapter.config import HYCAM, HyCAMConfig
+from hycam.adapter.hotswap import hotswap_adapter
+from hycam.adapter.registration import register as _register
+from hycam.adapter.tuner import HyCAMModel
+from hycam.methods.moelora import MOELORA, MoeLoraConfig, MoeLoraModel
+from hycam.methods.multilora import MULTILORA, MultiLoraConfig, MultiLoraModel
 
 __all__ = [
     "HyCAMAttention",
@@ -16,4 +19,6 @@ __all__ = [
     "track_loss",
 ]
 
-_register()
+_register(HYCAM, HyCAMConfig, HyCAMModel)
+_register(MULTILORA, MultiLoraConfig, MultiLoraModel)
+_register(MOELORA, MoeLoraConfig, MoeLoraModel)

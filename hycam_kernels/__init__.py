@@ -3,9 +3,9 @@
 Importing this package needs torch alone.
 """
 
-from .modulation import explain_backend, hycam_modulation
-from .norm_projection import norm_project
-from .output import HyCAMOutput, NormProjectOutput
-from .philox import gumbel_noise
+from hycam_kernels.modulation import explain_backend, hycam_modulation
+from hycam_kernels.norm_projection import norm_project
+from hycam_kernels.output import HyCAMOutput, NormProjectOutput
+from hycam_kernels.philox import gumbel_noise
 
 __all__ = ["HyCAMOutput", "NormProjectOutput", "explain_backend", "gumbel_noise", "hycam_modulation", "norm_project"]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .philox import check_seed
+from hycam_kernels.philox import check_seed
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "triton")

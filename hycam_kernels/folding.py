@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .inputs import ModulationInputs, NormProjectInputs
+from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
 
 
 def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:

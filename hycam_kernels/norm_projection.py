@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from . import norm_torch_backend, norm_triton_backend
-from .checks import check_norm_arguments
-from .inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, empty_gradients
-from .modulation import compute_dtype
-from .output import NormProjectOutput
+from hycam_kernels.backends.torch import norm_projection as norm_torch_backend
+from hycam_kernels.backends.triton import norm_projection as norm_triton_backend
+from hycam_kernels.checks import check_norm_arguments
+from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, empty_gradients
+from hycam_kernels.output import NormProjectOutput
+from hycam_kernels.preparation import compute_dtype
 
 
 def norm_project(

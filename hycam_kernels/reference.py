@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .output import HyCAMOutput, NormProjectOutput
-from .philox import gumbel_noise
+from hycam_kernels.output import HyCAMOutput, NormProjectOutput
+from hycam_kernels.philox import gumbel_noise
 
 
 def modulation_reference(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hycam import HyCAMAttention
+from hycam.adapter.attention import HyCAMAttention
 from hycam.errors import InputError
 from hycam.evaluation.batches import device_of, evaluation_mode, unwrap
 

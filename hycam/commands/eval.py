@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from hycam.commands.selection import Selection, load_selected_model, load_selected_tokenizer, select
+from hycam.commands.selection import select
 from hycam.commands.tables import metrics_table, show
 from hycam.environment import package_versions
 from hycam.errors import InputError
@@ -13,6 +13,7 @@ from hycam.training.callbacks import finite
 from hycam.training.measure import measure, training_precision
 from hycam.training.run import trained_folder
 from hycam.training.tasks import load_rows, prompts_that_fit, responses_alone, tokenize_split
+from hycam.training.trained import Selection, load_selected_model, load_selected_tokenizer
 
 
 def _measured(selection: Selection, *, base: bool) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hycam.commands.selection import load_selected_model, load_selected_tokenizer, select
+from hycam.commands.selection import select
 from hycam.data import prompt_text
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
 from hycam.training.backbone import load_backbone_config
 from hycam.training.measure import training_precision
+from hycam.training.trained import load_selected_model, load_selected_tokenizer
 
 _SUFFIXES = (".txt", ".json", ".jsonl")
 

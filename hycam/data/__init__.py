@@ -10,13 +10,7 @@ from hycam.data.sampling import EpochSampler, mix_tasks
 from hycam.data.sources import load_task
 from hycam.data.splits import split_dataset
 from hycam.data.streaming import StreamCollator, StreamedRows, read_held_out
-from hycam.data.tokenization import (
-    IGNORED_LABEL,
-    TokenizedTask,
-    check_tokenizer,
-    encode_prompt,
-    tokenize_dataset,
-)
+from hycam.data.tokenization import IGNORED_LABEL, TokenizedTask, check_tokenizer, encode_prompt, tokenize_dataset
 
 __all__ = [
     "IGNORED_LABEL",

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from hycam import router_statistics
+from hycam.adapter.binding import router_statistics
 from hycam.errors import InputError
 from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, unwrap
 

@@ -12,11 +12,11 @@ from peft.config import PeftConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import check_targets, is_finite, is_int
-from ..errors import InputError
-from ..model_card import write_usage
-from ..parameters import AdapterLayer, AdapterParameters, placement
-from ..peft_tuner import AdapterTuner
+from hycam.adapter.base_tuner import AdapterTuner
+from hycam.adapter.config import check_targets, is_finite, is_int
+from hycam.adapter.model_card import write_usage
+from hycam.adapter.parameters import AdapterLayer, AdapterParameters, placement
+from hycam.errors import InputError
 
 ALL_LINEAR = "all-linear"
 

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..parameters import AdapterParameters, kaiming_uniform
-from ..peft_type import MOELORA
-from .low_rank import LowRankConfig, LowRankLinear, LowRankModel, check_count
+from hycam.adapter.parameters import AdapterParameters, kaiming_uniform
+from hycam.adapter.peft_type import ForeignPeftType
+from hycam.errors import InputError
+from hycam.methods.low_rank import LowRankConfig, LowRankLinear, LowRankModel, check_count
+
+MOELORA = ForeignPeftType("MOELORA")
 
 GateCorrection = Literal["none", "engineering", "theoretical"]
 

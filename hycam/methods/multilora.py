@@ -10,10 +10,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
-from ..parameters import AdapterParameters, kaiming_uniform
-from ..peft_type import MULTILORA
-from .low_rank import LowRankConfig, LowRankLinear, LowRankModel, check_count
+from hycam.adapter.parameters import AdapterParameters, kaiming_uniform
+from hycam.adapter.peft_type import ForeignPeftType
+from hycam.errors import InputError
+from hycam.methods.low_rank import LowRankConfig, LowRankLinear, LowRankModel, check_count
+
+MULTILORA = ForeignPeftType("MULTILORA")
 
 _PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "budget_matched": {"r": 16, "num_adapters": 4}}
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..config import is_finite
-from ..errors import InputError
-from .moelora import MoeLoraLinear
+from hycam.adapter.config import is_finite
+from hycam.errors import InputError
+from hycam.methods.moelora import MoeLoraLinear
 
 
 class RiemannianPreconditioner:

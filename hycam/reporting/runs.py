@@ -18,7 +18,6 @@ from hycam.analysis.general_text import text_perplexity, text_windows
 from hycam.analysis.modulation import prompt_modulation
 from hycam.analysis.token_statistics import token_statistics
 from hycam.analysis.value_states import embed_value_states, pooled_value_states
-from hycam.commands.selection import Selection, load_selected_model, load_selected_tokenizer
 from hycam.data import IGNORED_LABEL, Collator
 from hycam.data.cache import digest, file_digest
 from hycam.training.folder import RECIPE_FILE, RECORD_FILE
@@ -26,6 +25,7 @@ from hycam.training.measure import own_draws, training_precision
 from hycam.training.recipe import Recipe, load_recipe, read_yaml
 from hycam.training.run import RESULTS_FILE, trained_folder
 from hycam.training.tasks import TaskRows, load_rows, responses_alone, row_cache, tokenize_split
+from hycam.training.trained import Selection, load_selected_model, load_selected_tokenizer
 
 # Fig. 2: rows of each task's test split, and the layer whose value states they have. Fig. 4: tokens around the
 # beginning of a task's first response, and features evenly spaced over the layer's width.

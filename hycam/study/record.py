@@ -5,18 +5,7 @@ from typing import Any
 
 from hycam.errors import InputError
 from hycam.study.recipe import Study
-from hycam.study.units import (
-    Unit,
-    cells,
-    claim,
-    failure,
-    is_done,
-    lock_file,
-    results,
-    run_folder,
-    tuning,
-    weights,
-)
+from hycam.study.units import Unit, cells, claim, failure, is_done, lock_file, results, run_folder, tuning, weights
 from hycam.study.worker import DIVERGED
 from hycam.training.callbacks import finite, read_metrics, write_whole
 from hycam.training.folder import RECORD_FILE

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from hycam.config import HyCAMConfig
+from hycam.adapter.config import HyCAMConfig
 from hycam.study.recipe import Study, parse_study
 from hycam.study.render import Number, Row, Table
 from hycam.study.statistics import METRICS, OVERALL, Comparison, against_best_baseline, finished, scores, summarise

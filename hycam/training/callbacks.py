@@ -17,7 +17,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hycam import HyCAMAttention, router_statistics
+from hycam.adapter.attention import HyCAMAttention
+from hycam.adapter.binding import router_statistics
 from hycam.errors import RunStoppedError
 
 PARTIAL_SUFFIX = ".partial"

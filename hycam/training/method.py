@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from hycam.config import HyCAMConfig, check_targets
+from hycam.adapter.config import HyCAMConfig, check_targets
 from hycam.errors import InputError
 from hycam.methods import MoeLoraConfig, MultiLoraConfig, RiemannianPreconditioner, set_gate_learning_rate
 from hycam.methods.low_rank import ALL_LINEAR, check_low_rank

@@ -31,13 +31,7 @@ from hycam.training.folder import check_folder
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
-from hycam.training.tasks import (
-    TaskRows,
-    load_rows,
-    prompts_that_fit,
-    responses_alone,
-    tokenize_split,
-)
+from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, responses_alone, tokenize_split
 
 
 @dataclass(frozen=True)

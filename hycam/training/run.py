@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
-from hycam import HyCAMConfig
+from hycam.adapter.config import HyCAMConfig
 from hycam.analysis import prompt_modulation, write_plots
 from hycam.data import Collator, StreamCollator, StreamedRows
 from hycam.environment import devices, package_versions

@@ -13,15 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hycam
 from hycam import HyCAMAttention, HyCAMConfig, router_statistics
-from tests.adapter.builders import (
-    adapted_model,
-    batch,
-    gradients,
-    largest_error,
-    layers_of,
-    plain_loss,
-    randomise,
-)
+from tests.adapter.builders import adapted_model, batch, gradients, largest_error, layers_of, plain_loss, randomise
 from tests.models import tiny_model
 
 COEF = 1.0
@@ -326,7 +318,7 @@ def test_ranks_draw_different_noise(monkeypatch):
     model = balanced(noise="always")
     outputs = []
     for rank in (0, 0, 1):
-        monkeypatch.setattr(hycam.binding.Binding, "data_parallel_rank", lambda self, rank=rank: rank)
+        monkeypatch.setattr(hycam.adapter.calls.ModelCalls, "data_parallel_rank", lambda self, rank=rank: rank)
         torch.manual_seed(0)
         outputs.append(model(**batch()).logits)
     assert torch.equal(outputs[0], outputs[1])
@@ -399,5 +391,5 @@ def test_mask_of_another_shape_is_refused():
             hidden_states=torch.randn(3, 12, 32),
             position_embeddings=(torch.ones(3, 12, 8), torch.zeros(3, 12, 8)),
             attention_mask=None,
-            hycam_context=hycam.balance.ForwardContext({}, inputs["attention_mask"]),
+            hycam_context=hycam.adapter.balance.ForwardContext({}, inputs["attention_mask"]),
         )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hycam
-import hycam.attention
+import hycam.adapter.attention
 from hycam import HyCAMAttention, HyCAMConfig, hotswap_adapter
 from tests.adapter.builders import TARGETS, batch, config, gradients, largest_error, layers_of, randomise
 from tests.models import tiny_model
@@ -22,13 +22,13 @@ NORMS = {"gpt2": "ln_1"}
 def projected(monkeypatch) -> list[str]:
     """One entry for each call of `norm_project`: its kind."""
     calls = []
-    norm_project = hycam.attention.norm_project
+    norm_project = hycam.adapter.attention.norm_project
 
     def record(*args, **kwargs):
         calls.append(kwargs["kind"])
         return norm_project(*args, **kwargs)
 
-    monkeypatch.setattr(hycam.attention, "norm_project", record)
+    monkeypatch.setattr(hycam.adapter.attention, "norm_project", record)
     return calls
 
 

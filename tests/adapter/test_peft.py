@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM
 
 import hycam
 from hycam import HyCAMAttention, HyCAMConfig, hotswap_adapter, router_statistics
-from hycam.peft_plugin import register
+from hycam.adapter.config import HYCAM
+from hycam.adapter.registration import register
+from hycam.adapter.tuner import HyCAMModel
 from tests.adapter.builders import adapted_model, batch, config, gradients, layers_of, randomise
 from tests.models import tiny_model
 
@@ -55,7 +57,7 @@ def test_register_again_changes_nothing():
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), dict(PEFT_TYPE_TO_TUNER_MAPPING)
-    register()
+    register(HYCAM, HyCAMConfig, HyCAMModel)
     assert (dict(PEFT_TYPE_TO_CONFIG_MAPPING), dict(PEFT_TYPE_TO_TUNER_MAPPING)) == before
     assert before[0]["HYCAM"] is HyCAMConfig
 

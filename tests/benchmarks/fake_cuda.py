@@ -67,7 +67,7 @@ class FakeCuda:
             "current_stream": lambda: streams, "synchronize": lambda: fake.note("synchronize"),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr("benchmarks.timing._flush_buffer", lambda: flush)
+        monkeypatch.setattr("benchmarks.harness.timing._flush_buffer", lambda: flush)
 
     def note(self, line: str) -> None:
         (self.log if self.capturing is None else self.capturing).append(line)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Session
-from benchmarks.record import Budget, Record
-from benchmarks.timing import Sampler, Work
+from benchmarks.harness.record import Budget, Record
+from benchmarks.harness.timing import Sampler, Work
+from benchmarks.op.measure import Session
 
 
 class CountingTimer:

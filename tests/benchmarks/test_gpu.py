@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import main, orchestrate
-from benchmarks.kernel_tests import run_tests
-from benchmarks.record import Budget
+from benchmarks.harness.kernel_tests import run_tests
+from benchmarks.harness.record import Budget
 
 PASSED = {"passed_all": True, "in_time": True, "passed": 3, "skipped": 0, "failures": []}
 FUSED = {"group": "op", "peer": "fused", "samples_us": [1.0]}
@@ -164,9 +164,9 @@ TESTS = {
 
 
 def run_on(folder, plain: str, triton: str, seconds=60.0):
-    (folder / "triton").mkdir()
+    (folder / "backends" / "triton").mkdir(parents=True)
     (folder / "test_plain.py").write_text(TESTS[plain])
-    (folder / "triton" / "test_triton.py").write_text(TESTS[triton])
+    (folder / "backends" / "triton" / "test_triton.py").write_text(TESTS[triton])
     return run_tests(seconds, folder / "log", processes=3, folder=folder)
 
 
@@ -184,9 +184,9 @@ def test_shards_are_of_what_the_marks_leave(tmp_path):
 
 
 def test_what_needs_no_device_is_left_out(tmp_path):
-    (tmp_path / "triton").mkdir()
+    (tmp_path / "backends" / "triton").mkdir(parents=True)
     for name in ("test_aot.py", "test_planted_faults.py"):
-        (tmp_path / "triton" / name).write_text(TESTS["fail"])
+        (tmp_path / "backends" / "triton" / name).write_text(TESTS["fail"])
     (tmp_path / "test_plain.py").write_text(TESTS["pass"])
     assert run_tests(60.0, tmp_path / "log", processes=1, folder=tmp_path)["passed_all"]
 

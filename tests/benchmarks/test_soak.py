@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import soak
-from benchmarks.record import ROOT, Record
+from benchmarks.harness.record import ROOT, Record
 from benchmarks.soak import Soak, SoakError, main
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.record import ROOT
-from benchmarks.shapes import CPU_QUICK
+from benchmarks.harness.record import ROOT
+from benchmarks.op.shapes import CPU_QUICK
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA it takes the real shapes")

@@ -5,13 +5,7 @@ from datasets import Dataset, load_from_disk
 
 from hycam.data import DataConfig, check_tokenizer, encode_prompt, prompt_text, tokenize_dataset
 from hycam.errors import InputError
-from tests.data.tokenizers import (
-    CHAT_WITH_BOS,
-    CHAT_WITH_GENERATION,
-    SPECIAL,
-    byte_tokenizer,
-    sentencepiece_tokenizer,
-)
+from tests.data.tokenizers import CHAT_WITH_BOS, CHAT_WITH_GENERATION, SPECIAL, byte_tokenizer, sentencepiece_tokenizer
 
 BOS, EOS = SPECIAL.index("<s>"), SPECIAL.index("</s>")
 ROWS = [

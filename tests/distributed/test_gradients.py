@@ -111,9 +111,9 @@ def _one_process(
     if is_exact:
         model.double()
     total = sum(_targets(batch["inputs"]) for kept in ranks for batch in kept)
-    binding = model.get_base_model().hycam_binding
+    calls = model.get_base_model().hycam_binding.calls
     for rank, kept in enumerate(ranks):
-        binding.data_parallel_rank = lambda rank=rank: 0 if same_noise else rank
+        calls.data_parallel_rank = lambda rank=rank: 0 if same_noise else rank
         for batch in kept:
             torch.set_rng_state(batch["random_state"])
             model(**batch["inputs"], num_items_in_batch=total).loss.backward()

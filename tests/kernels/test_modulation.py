@@ -8,8 +8,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation, torch_backend
-from hycam_kernels.modulation import _prepare
+from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation
+from hycam_kernels.backends.torch import modulation as torch_backend
+from hycam_kernels.preparation import prepare
 from hycam_kernels.reference import modulation_reference
 from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, packed, reference_results, run
 
@@ -368,7 +369,7 @@ def test_checkpointing(use_reentrant):
 @pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "full-rank", "no-branch"])
 def test_opcheck(name, keep):
     arguments = packed(CASES[name].make(torch.float32))
-    call = _prepare(**arguments, recompute=not keep, backend="torch")
+    call = prepare(**arguments, recompute=not keep, backend="torch")
     torch.library.opcheck(torch.ops.hycam.modulation.default, tuple(call))
 
 

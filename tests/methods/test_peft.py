@@ -12,16 +12,7 @@ from hycam.errors import InputError
 from hycam.methods import MoeLoraConfig, MoeLoraLinear, MultiLoraConfig, MultiLoraLinear
 from hycam.methods.low_rank import LowRankLinear
 from tests.adapter.builders import batch
-from tests.methods.builders import (
-    adapted_model,
-    adapter,
-    gradients_of,
-    inputs,
-    layer,
-    moelora,
-    multilora,
-    randomise,
-)
+from tests.methods.builders import adapted_model, adapter, gradients_of, inputs, layer, moelora, multilora, randomise
 from tests.models import tiny_model
 
 METHODS = pytest.mark.parametrize("config", [multilora, moelora])

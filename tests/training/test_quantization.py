@@ -10,12 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from hycam import HyCAMAttention
-from hycam.commands.selection import load_selected_model, select
+from hycam.commands.selection import select
 from hycam.errors import InputError
 from hycam.training.backbone import check_available, load_model
 from hycam.training.prepare import adapted_backbone
 from hycam.training.recipe import BackboneConfig, load_recipe, parse_recipe
 from hycam.training.run import train
+from hycam.training.trained import load_selected_model
 from tests.models import tiny_model
 from tests.training.runs import recipe_values, save_backbone, save_recipe
 

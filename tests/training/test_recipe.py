@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from hycam.config import HyCAMConfig
+from hycam.adapter.config import HyCAMConfig
 from hycam.errors import InputError
 from hycam.methods import MoeLoraConfig, MultiLoraConfig
 from hycam.training.engines import fsdp_backend, packaged_engines

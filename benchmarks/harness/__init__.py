@@ -1,0 +1,1 @@
+"""What every measurement shares: timers, records, their comparison, tables and plots."""

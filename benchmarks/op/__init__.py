@@ -1,0 +1,1 @@
+"""The op measured: sizes, peers, kernels, and the ways to arrange it."""

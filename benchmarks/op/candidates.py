@@ -1,0 +1,53 @@
+"""What the op's structure and block sizes are chosen by: library products, then every candidate row of every kernel."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.op.measure import Session, dtype_name
+from benchmarks.op.shapes import DECODE, TRAINING, Shape
+from benchmarks.op.structures import measure_structures
+from hycam_kernels.backends.triton.config_tables import family_of, load_table
+from hycam_kernels.backends.triton.tuned_table import table_text, winners
+from hycam_kernels.backends.triton.tuning import DECODE_TOKENS, Size, Tuner, make_call
+
+DTYPE = torch.bfloat16
+
+
+def measure_candidates(session: Session, out: Path) -> None:
+    """Measure at the training and decode shapes, and write the winning table of the device's family into a folder."""
+    family = family_of(session.device)
+    assert family is not None, "the kernel tests passed, so there is a table"
+    table = load_table(family)
+    for shape in TRAINING:
+        measure_structures(session, shape, DTYPE, table)
+    tuner = Tuner(table, keep_on=lambda: session.budget.lasts(5))
+    sizes = [Size(*shape.as_dict().values()) for shape in (*TRAINING, *DECODE)]
+    search(tuner, session, sizes, out / f"{family}.json")
+
+
+def search(tuner: Tuner, session: Session, sizes: Sequence[Size], table: Path, dtype: torch.dtype = DTYPE) -> None:
+    """Measure every candidate at every size, as far as the budget lasts; after each size, write the winning table."""
+
+    def call(size: Size):
+        return make_call(size, dtype, session.device, training=size.tokens > DECODE_TOKENS)
+
+    candidates = tuner.candidates(sizes, call)
+    for size in sizes:
+        shape = Shape(*size)
+        if not session.starts(5, "candidate", shape):
+            continue
+        x = call(size)
+        tuner.compile_ahead(size, x, candidates, workers=os.cpu_count() or 1)
+        done = len(tuner.found)
+        tuner.run(size, x, candidates)
+        for found in tuner.found[done:]:
+            session.add(
+                "candidate", shape, dtype=dtype_name(dtype), **{"pass": found.pass_}, kernel=found.kernel,
+                row=found.row, median_us=found.median_us, refusal=found.refusal,
+            )  # fmt: skip
+        table.write_text(table_text(winners(tuner.found, tuner.table)))
+        if not tuner.keep_on():
+            session.add("candidate", shape, skipped="out of time: not every candidate was measured")

@@ -1,0 +1,64 @@
+"""What this package's tuners need beyond PEFT's base class."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from hycam.adapter.binding import check_forward_arguments
+
+
+class AdapterTuner(BaseTuner):
+    """Replaces the modules that a configuration targets by adapted layers."""
+
+    @abstractmethod
+    def _new_layer(self, target: nn.Module, peft_config: Any, adapter_name: str) -> Any:
+        """The layer that wraps `target`, with one adapter."""
+
+    def _targets(self, peft_config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules that get the adapter, by path."""
+        wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if name and not name.startswith(wrapped) and self._check_target_module_exists(peft_config, name)
+        }
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            layer: Any = target
+            layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            return
+        layer = self._new_layer(target, peft_config, adapter_name)
+        if adapter_name not in self.active_adapters:
+            layer.set_adapter(self.active_adapters)
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's own cast makes every parameter of a ParameterDict trainable again.
+        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        check_forward_arguments(kwargs)
+        yield

@@ -1,0 +1,62 @@
+"""What the HyCAM layers of a bound model know of its calls, and of this process among those that see other tokens."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from hycam.adapter.balance import ForwardContext
+from hycam.adapter.config import HyCAMConfig
+
+
+class AdaptedLayer(Protocol):
+    adapter_configs: dict[str, HyCAMConfig]
+
+
+class ModelCalls:
+    """The calls of one model, shared by its HyCAM layers.
+
+    Args:
+        layers: the model's HyCAM layers.
+        takes_keywords: whether the model's forward takes keywords that it doesn't name, to hand them on.
+        tensor_parallel_size: processes that see the same tokens.
+
+    Attributes:
+        context: that of the model's last call.
+    """
+
+    def __init__(self, layers: Iterable[AdaptedLayer], *, takes_keywords: bool, tensor_parallel_size: int) -> None:
+        self.context: ForwardContext | None = None
+        self._layers = list(layers)
+        self._hands_keywords_on = takes_keywords
+        self._tensor_parallel_size = tensor_parallel_size
+        self._is_running = False
+
+    def begin(self, context: ForwardContext) -> None:
+        self.context, self._is_running = context, True
+
+    def end(self) -> None:
+        self._is_running = False
+
+    def context_without_keyword(self) -> ForwardContext:
+        """The context for a layer that no keyword reached; a new one for a layer that is called outside its model.
+
+        A model that doesn't hand keywords on to its attentions gets the context of its last call. Where it checkpoints
+        its layers, it must go backward before its next forward.
+        """
+        if self._is_running:
+            self._hands_keywords_on = False
+        if self._hands_keywords_on or self.context is None:
+            return ForwardContext(self.layer_counts())
+        return self.context
+
+    def layer_counts(self) -> dict[str, int]:
+        """Adapter name -> number of layers that it adapts."""
+        return dict(Counter(name for layer in self._layers for name in layer.adapter_configs))
+
+    def data_parallel_rank(self) -> int:
+        """Rank among the processes that see different tokens; those of one tensor-parallel group see the same ones."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank() // self._tensor_parallel_size
+        return 0

@@ -1,0 +1,153 @@
+"""The parameters of adapters: their modules, shapes and starting values."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hycam.adapter.config import HyCAMConfig
+
+ROUTER_STD = 0.02
+
+# The parameters that are stacked over experts, or factors of the shared CAM; without their prefix, the op's
+# arguments.
+STACKED_NAMES = (
+    "hycam_lora_a",
+    "hycam_lora_n",
+    "hycam_lora_b",
+    "hycam_lora_a_bias",
+    "hycam_lora_n_bias",
+    "hycam_lora_b_bias",
+    "hycam_expert_weight",
+    "hycam_shared_lora_a",
+    "hycam_shared_lora_n",
+    "hycam_shared_lora_b",
+)
+
+
+class AdapterParameters(nn.ParameterDict):
+    """One parameter per adapter name.
+
+    It is called to fetch a parameter, not indexed, so that what loads parameters for a module's forward (accelerate's
+    offloading) finds the module that owns this one running.
+    """
+
+    # A ParameterDict refuses to be called.
+    __call__ = nn.Module.__call__
+
+    def forward(self, adapter_name: str) -> Tensor | None:
+        return self.get(adapter_name)
+
+
+class Projection(nn.Module):
+    """Weight and bias of one adapter's dense projection, either of which may be None; its forward hands them out."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = None if weight is None else nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.weight, self.bias
+
+
+class AdapterLayer(BaseTunerLayer):
+    """What every adapted layer needs beyond PEFT's base class; its parameters are `AdapterParameters` and modules."""
+
+    base_layer: nn.Module
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all adapters, without the wrapped layer's."""
+        for name in self.adapter_layer_names:
+            yield from getattr(self, name).parameters()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would also cast what was just loaded to the base layer's dtype, and knows no attention.
+        target = device or placement(self.base_layer)[0]
+        for name in self.adapter_layer_names:
+            for key, parameter in getattr(self, name).named_parameters():
+                if key.split(".")[0] == adapter_name and target.type != "meta":
+                    parameter.data = parameter.data.to(target)
+
+
+def stacked_shapes(config: HyCAMConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of those of `STACKED_NAMES` that the settings ask for."""
+    d, r, experts = hidden_size, config.r, config.num_experts
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.shared == "slora":
+        shapes |= {"hycam_shared_lora_a": (r, d), "hycam_shared_lora_n": (r, r), "hycam_shared_lora_b": (d, r)}
+    if config.experts == "slora":
+        shapes |= {"hycam_lora_a": (experts, r, d), "hycam_lora_n": (experts, r, r), "hycam_lora_b": (experts, d, r)}
+        if config.bias:
+            shapes |= {"hycam_lora_a_bias": (experts, r), "hycam_lora_n_bias": (experts, r)}
+    if config.experts == "full":
+        shapes["hycam_expert_weight"] = (experts, d, d)
+    if config.experts != "none" and config.bias:
+        shapes["hycam_lora_b_bias"] = (experts, d)
+    return shapes
+
+
+def projections(
+    config: HyCAMConfig, hidden_size: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Projection]:
+    """Name -> projection: the shared CAM (zero) and the router (N(0, 0.02^2))."""
+    made = {}
+    if config.shared == "full" or (config.shared == "slora" and config.bias):
+        weight = torch.zeros(hidden_size, hidden_size, device=device, dtype=dtype) if config.shared == "full" else None
+        made["hycam_shared"] = Projection(weight, _zeros(config.bias, hidden_size, device, dtype))
+    if config.experts != "none":
+        router = torch.empty(config.num_experts, hidden_size, device=device, dtype=dtype).normal_(std=ROUTER_STD)
+        made["hycam_router"] = Projection(router, _zeros(config.bias, config.num_experts, device, dtype))
+    return made
+
+
+@torch.no_grad()
+def initialise(name: str, parameter: Tensor) -> None:
+    """Start values: A and N Kaiming-uniform (a = sqrt 5), which is U(-1, 1) / sqrt(fan-in) of one expert's slice;
+    zero else.
+
+    """
+    if name.endswith(("lora_a", "lora_n")):
+        kaiming_uniform(parameter)
+    else:
+        nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def kaiming_uniform(parameter: Tensor) -> None:
+    """Kaiming-uniform (a = sqrt 5) of each matrix of a stack [..., out, in].
+
+    The fan-in that `torch.nn.init` reads off a stacked tensor would be too large by the stack's size, hence matrix by
+    matrix.
+    """
+    for matrix in parameter.flatten(0, -3) if parameter.ndim > 2 else (parameter,):
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+
+
+def _zeros(wanted: bool, size: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    return torch.zeros(size, device=device, dtype=dtype) if wanted else None
+
+
+def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for adapters beside `module`: those of its first float parameter that can be trained in.
+
+    A module whose weights accelerate has offloaded computes on its hook's device, not on the meta device that its
+    parameters show; a quantised one holds integers or 8-bit floats, where the dtype of its model's configuration
+    serves, or else the torch default dtype.
+    """
+    configured = getattr(getattr(module, "config", None), "dtype", None)
+    device, dtype = torch.device("cpu"), configured or torch.get_default_dtype()
+    for index, parameter in enumerate(module.parameters()):
+        if index == 0:
+            device = parameter.device
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            device, dtype = parameter.device, parameter.dtype
+            break
+    if device.type == "meta":
+        for child in module.modules():
+            execution_device = getattr(getattr(child, "_hf_hook", None), "execution_device", None)
+            if execution_device is not None:
+                return torch.device(execution_device), dtype
+    return device, dtype

@@ -1,0 +1,146 @@
+"""HyCAM as a PEFT tuner."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from hycam.adapter.architectures import (
+    ARCHITECTURES,
+    default_targets,
+    hidden_size_of,
+    model_type_of,
+    residual_norm,
+    trained_norms,
+)
+from hycam.adapter.attention import HyCAMAttention
+from hycam.adapter.base_tuner import AdapterTuner
+from hycam.adapter.binding import install, uninstall
+from hycam.adapter.config import HyCAMConfig
+from hycam.adapter.norm_fusion import fusible_norms
+from hycam.errors import InputError
+
+
+class HyCAMModel(AdapterTuner):
+    """Wraps the self-attentions of a model in `HyCAMAttention`, and binds them to its calls."""
+
+    prefix = "hycam_"
+    tuner_layer_cls = HyCAMAttention
+    target_module_mapping = default_targets()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT copies the norms that it trains, and would copy hooks with them: they come off first.
+        uninstall(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            install(model)
+
+    def unload(self) -> nn.Module:
+        """Return the bare backbone, with its own norms where `train_norms` trained copies of them."""
+        uninstall(self.model)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                self.model.set_submodule(name, module.original_module)
+        return super().unload()
+
+    def disable_adapter_layers(self) -> None:
+        self._enable_adapter_layers(enabled=False)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> HyCAMConfig:
+        if peft_config.target_modules is None:
+            model_type = model_config.get("model_type")
+            if model_type not in self.target_module_mapping:
+                known = ARCHITECTURES.get(model_type or "")
+                name = known.attention if known else "self_attn"
+                raise InputError(
+                    f"target_modules: got none for model_type {model_type!r}, want the names of its self-attention "
+                    f"modules, as in [{name!r}]; known without: {', '.join(self.target_module_mapping)}"
+                )
+            peft_config.target_modules = set(self.target_module_mapping[model_type])
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Check all that can be checked before a module is replaced; add the norms to `modules_to_save`."""
+        targets = self._targets(peft_config, model)
+        for name, module in targets.items():
+            _check_is_attention(name, module, peft_config)
+            if peft_config.modulation == "residual":
+                residual_norm(model_type_of(module) or model_type_of(model))
+            if peft_config.fuse_norm:
+                decoder_layer = model.get_submodule(name.rpartition(".")[0])
+                fusible_norms(decoder_layer, model_type_of(module) or model_type_of(model))
+        _check_layers_exist(peft_config, targets)
+        if peft_config.train_norms:
+            norms = {
+                norm if peft_config.layers_to_transform is None else f"{name.rpartition('.')[0]}.{norm}"
+                for name, module in targets.items()
+                for norm in trained_norms(model_type_of(module) or model_type_of(model))
+            }
+            peft_config.modules_to_save = sorted(norms.union(peft_config.modules_to_save or ()))
+
+    def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
+        targets = super()._targets(peft_config, model)
+        if not targets:
+            layers = peft_config.layers_to_transform
+            raise InputError(
+                f"target_modules: got {_shown(peft_config.target_modules)}"
+                f"{'' if layers is None else f' with layers_to_transform={layers}'}, which matches no module of "
+                f"{type(model).__name__}, want its self-attention modules"
+            )
+        return targets
+
+    def _new_layer(self, target: nn.Module, peft_config: Any, adapter_name: str) -> HyCAMAttention:
+        hidden_size = hidden_size_of(target) or hidden_size_of(self.model)
+        return HyCAMAttention(target, peft_config, hidden_size, adapter_name=adapter_name)
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """PEFT's check is about LoRA-like `bias` modes; HyCAM's `bias` is a flag."""
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        kept: set[int] = set()
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                kept.update(map(id, module.parameters()))
+            elif isinstance(module, BaseTunerLayer):
+                base = set(map(id, module.get_base_layer().parameters()))
+                kept.update(id(parameter) for parameter in module.parameters() if id(parameter) not in base)
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict, config: PeftConfig) -> dict:
+        return {}
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise NotImplementedError(
+            "HyCAM can't be merged into a backbone: the modulation depends on the input; unload() returns it bare"
+        )
+
+
+def _check_is_attention(name: str, module: nn.Module, peft_config: HyCAMConfig) -> None:
+    if isinstance(module, HyCAMAttention):
+        return
+    takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
+    if isinstance(module, BaseTunerLayer) or not takes_mask or next(module.children(), None) is None:
+        raise InputError(
+            f"target_modules: got {_shown(peft_config.target_modules)}, matching {name}, a {type(module).__name__}; "
+            "want self-attention modules: they take an attention_mask and return (output, ...)"
+        )
+
+
+def _check_layers_exist(peft_config: HyCAMConfig, targets: Iterable[str]) -> None:
+    wanted = peft_config.layers_to_transform
+    indices = [] if wanted is None else [wanted] if isinstance(wanted, int) else wanted
+    missing = [index for index in indices if not any(f".{index}." in f".{name}" for name in targets)]
+    if missing:
+        raise InputError(f"layers_to_transform: got {missing}, want indices of layers that the model has")
+
+
+def _shown(targets: Any) -> str:
+    return repr(targets) if isinstance(targets, str) else repr(sorted(targets))

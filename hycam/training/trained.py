@@ -1,0 +1,61 @@
+"""What was trained, opened again: the backbone with an adapter's weights, or a whole model, and its tokenizer."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hycam.errors import InputError
+from hycam.training.backbone import backbone_name, check_available, load_model, load_tokenizer
+from hycam.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A recipe and the adapter's folder, None for the backbone alone; `run` is the run's folder that was named.
+
+    After full fine-tuning the adapter's folder holds a whole model instead.
+    """
+
+    recipe: Recipe
+    adapter: Path | None
+    run: Path | None
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether the folder holds a model that was trained whole, not an adapter."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def load_selected_tokenizer(selection: Selection) -> tuple[str, PreTrainedTokenizerBase]:
+    """Where the backbone is, and its tokenizer."""
+    recipe = selection.recipe
+    check_available(recipe.backbone)
+    name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
+    return name, load_tokenizer(recipe.backbone, name)
+
+
+def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | PeftModel:
+    """The backbone with the adapter, or the model that was trained whole, on the device that a run would use."""
+    if selection.adapter is not None and holds_model(selection.adapter):
+        trained = dataclasses.replace(selection.recipe.backbone, revision=None)
+        return _placed(selection, load_model(trained, str(selection.adapter)))
+    model: Any = load_model(selection.recipe.backbone, name)
+    if selection.adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, str(selection.adapter))
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()
+            raise InputError(
+                f"--adapter: {selection.adapter} can't be loaded into {name}: {' '.join(reason[:2])}"
+            ) from error
+    return _placed(selection, model)
+
+
+def _placed(selection: Selection, model: Any) -> PreTrainedModel | PeftModel:
+    if selection.recipe.backbone.quantization is None:  # quantised layers stay where they were made
+        model = model.to(selection.recipe.training_arguments().device)
+    return model.eval()

@@ -1,0 +1,108 @@
+"""Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
+
+A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
+list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank`` and ``kept`` (whether S is kept for the
+backward); an absent one always holds. The rest of a row is what the kernel is launched with: its block sizes,
+``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a call: others do their work
+there. Every other kernel's last row is without limits. A row with ``"candidate": true`` takes no call: nothing says yet
+that it pays, but it is built, tested and measured like the others.
+A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
+shipped one of its family.
+"""
+
+import json
+import os
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Config = dict[str, Any]
+Table = dict[str, list[Config]]
+
+# the table for TRITON_INTERPRET=1, whose cost goes with the number of programs
+INTERPRETER = "interpreter"
+# kernels that a table may leave out
+OPTIONAL = ("row_grad", "product_forward")
+_FOLDER = resources.files("hycam_kernels.backends.triton") / "configs"
+_LIMITS = ("max_tokens", "max_dim", "max_experts", "max_rank")
+_NOT_LAUNCHED = ("candidate", "dtypes", "kept", "min_rank", *_LIMITS)
+
+
+def families() -> list[str]:
+    """GPU families that have a table."""
+    names = [file.name.removesuffix(".json") for file in _FOLDER.iterdir() if file.name.endswith(".json")]
+    return sorted(set(names) - {INTERPRETER})
+
+
+def family_of(device: torch.device) -> str | None:
+    """The table for a CUDA or ROCm device: its own family's, else the newest older one of its major version."""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return name if name in families() else None
+    return family_of_capability(*torch.cuda.get_device_capability(device))
+
+
+def family_of_capability(major: int, minor: int) -> str | None:
+    known = sorted(int(name.removeprefix("sm_")) for name in families() if name.startswith("sm_"))
+    below = [arch for arch in known if arch // 10 == major and arch <= major * 10 + minor]
+    return f"sm_{below[-1]}" if below else None
+
+
+@cache
+def load_table(family: str) -> Table:
+    """The user's own table of a family, else the shipped one."""
+    folder = os.environ.get("HYCAM_KERNELS_TABLES")
+    if folder is None:
+        return json.loads((_FOLDER / f"{family}.json").read_text())
+    if not Path(folder).is_dir():
+        raise ValueError(f"HYCAM_KERNELS_TABLES must name a folder of tables, got {folder!r}")
+    own = Path(folder, f"{family}.json")
+    return json.loads((own if own.exists() else _FOLDER / own.name).read_text())
+
+
+def select(
+    table: Table,
+    kernel: str,
+    dtype: torch.dtype,
+    tokens: int,
+    d: int,
+    num_experts: int,
+    rank: int,
+    *,
+    kept: bool = True,
+) -> int | None:
+    """Index of the first of the kernel's rows that takes the call, None where none does."""
+    values = dict(zip(_LIMITS, (tokens, d, num_experts, rank), strict=True))
+    name = str(dtype).removeprefix("torch.")
+    for index, row in enumerate(table.get(kernel, [])):
+        if (
+            not is_candidate(row)
+            and name in row.get("dtypes", [name])
+            and all(values[key] <= row.get(key, values[key]) for key in _LIMITS)
+            and rank >= row.get("min_rank", rank)
+            and kept == row.get("kept", kept)
+        ):
+            return index
+    return None
+
+
+def launch_parameters(row: Config) -> Config:
+    """A row without its limits."""
+    return {key: value for key, value in row.items() if key not in _NOT_LAUNCHED}
+
+
+def drop_limits(rows: list[Config], *limits: str) -> list[Config]:
+    """The rows without some of their limits."""
+    return [{key: value for key, value in row.items() if key not in limits} for row in rows]
+
+
+def is_candidate(row: Config) -> bool:
+    return row.get("candidate", False)
+
+
+def with_candidates(table: Table) -> Table:
+    """The table in which the candidates take their calls too."""
+    return {kernel: drop_limits(rows, "candidate") for kernel, rows in table.items()}

@@ -1,0 +1,108 @@
+"""Kernel launches: the configuration of a call from the table of its GPU family, and compile-time constants."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hycam_kernels.backends.triton.config_tables import Config, launch_parameters, load_table, select
+from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
+
+# tl.dot needs at least 16 along every dimension
+MIN_DOT = 16
+COMPUTE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def padded_experts(num_experts: int) -> int:
+    """Lanes that hold one token's routing: a power of 2 that `tl.dot` takes as a tile's width."""
+    return max(MIN_DOT, triton.next_power_of_2(num_experts))
+
+
+def row_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def dense_rows(matrix: Tensor | None) -> Tensor | None:
+    """The matrix, or a copy of it, with a last stride of 1."""
+    return matrix if matrix is None or matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def split_length(length: int, splits: int, block: int) -> tuple[int, int]:
+    """Length of a split in whole blocks, and the number of splits that are not empty; 1 of them at least."""
+    per_split = max(triton.cdiv(triton.cdiv(length, splits), block), 1) * block
+    return per_split, max(triton.cdiv(length, per_split), 1)
+
+
+def add_parts(partial: Tensor) -> Tensor:
+    """The sum of the splits' parts, in their order."""
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+
+
+class Launcher:
+    """Launches kernels with the configurations of one GPU family.
+
+    Args:
+        family: name of a table in `hycam_kernels.configs`, as in `tables.family_of`.
+        inline_assembly: whether kernels may use the PTX of NVIDIA GPUs (the interpreter runs none).
+    """
+
+    def __init__(self, family: str, *, inline_assembly: bool) -> None:
+        self.table = load_table(family)
+        self.inline_assembly = inline_assembly
+        self.has_tf32 = family.startswith("sm_")
+
+    def config(self, kernel: str, x: ModulationInputs | NormProjectInputs) -> Config:
+        """Block sizes, warps and stages for the call, BLOCK_R cut to the rank."""
+        index = self.row(kernel, x)
+        if index is None:
+            raise LookupError(f"{kernel}: no configuration for {tuple(x.shape)}, {x.num_experts} x {x.rank}")
+        config = launch_parameters(self.table[kernel][index])
+        if "BLOCK_R" in config:
+            config["BLOCK_R"] = min(config["BLOCK_R"], max(MIN_DOT, triton.next_power_of_2(x.rank)))
+        return config
+
+    def takes(self, kernel: str, x: ModulationInputs) -> bool:
+        """Whether the family has a configuration of an optional kernel for the call."""
+        return self.row(kernel, x) is not None
+
+    def row(self, kernel: str, x: ModulationInputs | NormProjectInputs) -> int | None:
+        """Index of the table's row for the call; None where no row takes it."""
+        tokens, d = x.shape
+        kept = isinstance(x, ModulationInputs) and x.keep
+        return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank, kept=kept)
+
+    def arithmetic(self, x: ModulationInputs | NormProjectInputs) -> dict[str, Any]:
+        """Compile-time constants of the arithmetic: the sigmoid's reciprocal and the precision of float32 products."""
+        reduced = x.compute_dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        return {
+            "FAST_RECIPROCAL": self.inline_assembly,
+            "PRECISION": "tf32" if reduced and self.has_tf32 else "ieee",
+        }
+
+    def fusion_arguments(
+        self, x: ModulationInputs, v: Tensor | None, lora_b: Tensor | None, weights: Tensor
+    ) -> dict[str, Any]:
+        """What all fusion kernels take; V [T, E r], contiguous B [E, d, r] and the used p [T, E]."""
+        tokens, d = x.shape
+        return {
+            "v": v,
+            "lora_b": lora_b,
+            "lora_b_bias": x.lora_b_bias,
+            "weights": weights,
+            "attn_output": x.attn_output,
+            "residual": x.residual,
+            "tokens": tokens,
+            "d": d,
+            "stride_v": row_stride(v),
+            "stride_attn": row_stride(x.attn_output),
+            "stride_residual": row_stride(x.residual),
+            "scale": x.scale,
+            "NUM_EXPERTS": x.num_experts,
+            "RANK": x.rank,
+            **self.arithmetic(x),
+        }
+
+    def __call__(self, kernel, grid: tuple[int, ...], config: Mapping[str, int], **arguments) -> None:
+        kernel[grid](**arguments, **config)

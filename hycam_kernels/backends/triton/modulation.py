@@ -1,0 +1,282 @@
+"""The op by fused Triton kernels: what CUDA users run.
+
+The large products S = h W_s^T, V = h M^T and those of the weight gradients are the library's; the kernels make
+everything between them in one pass each (see `kernels`). The forward keeps S, V, p and the logits; with recomputation
+neither S nor V.
+
+triton is imported by the first call, so that a machine without it can import this module and be told why.
+"""
+
+import functools
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hycam_kernels.folding import fold, unfold_grads
+from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
+
+if TYPE_CHECKING:
+    from hycam_kernels.backends.triton.launch import Launcher
+
+# the oldest triton under which every shipped configuration was built
+OLDEST_TRITON = (3, 6)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_EXPERTS = 64
+# up to so many tokens without gradients are decoding: bound by reading the weights
+MAX_DECODE_TOKENS = 64
+
+
+def refusal(x: ModulationInputs) -> str | None:
+    """Why this backend can't run the call; None where it can."""
+    return environment_refusal(x.hidden, x.backend, "hidden") or _argument_refusal(x)
+
+
+def environment_refusal(tensor: Tensor, backend: str, name: str) -> str | None:
+    """Why no kernel can run where the tensor of this name is; None where one can."""
+    on_cuda = tensor.device.type == "cuda"
+    if not on_cuda and not (_interpreting() and backend == "triton"):
+        return f"{name} is on {tensor.device}: it needs a CUDA device, or TRITON_INTERPRET=1 before triton's import"
+    reason = _installation_refusal()
+    if reason is None and on_cuda and not _interpreting():
+        reason = _device_refusal(tensor.device.index)
+    return reason
+
+
+def _argument_refusal(x: ModulationInputs) -> str | None:
+    if x.expert_weight is not None:
+        return "expert_weight: full-rank experts are library products, which the torch backend runs"
+    if x.compute_dtype not in DTYPES:
+        return f"products in {x.compute_dtype}: it has bfloat16, float16 and float32"
+    if x.num_experts > MAX_EXPERTS:
+        return f"{x.num_experts} experts: a token's routing must fit {MAX_EXPERTS} lanes"
+    for name in ("hidden", "attn_output", "residual"):
+        tensor = getattr(x, name)
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float64:
+            return f"{name} is float64"
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name} has a last stride of {tensor.stride(-1)}: rows must be dense"
+    return None
+
+
+# torch.compile takes what the next three return as constants
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _installation_refusal() -> str | None:
+    version = _triton_version()
+    if version is None:
+        return "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is installed: it needs {'.'.join(map(str, OLDEST_TRITON))} or later"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _device_refusal(index: int) -> str | None:
+    return None if _family(index) else f"{torch.cuda.get_device_name(index)}: no configurations are shipped for it"
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+@functools.cache
+def _family(index: int) -> str | None:
+    from hycam_kernels.backends.triton.config_tables import family_of
+
+    return family_of(torch.device("cuda", index))
+
+
+@functools.cache
+def launcher(device: torch.device) -> "Launcher":
+    from hycam_kernels.backends.triton.config_tables import INTERPRETER
+    from hycam_kernels.backends.triton.launch import Launcher
+
+    if _interpreting():
+        return Launcher(INTERPRETER, inline_assembly=False)
+    family = _family(device.index)
+    assert family is not None
+    return Launcher(family, inline_assembly=family.startswith("sm_"))
+
+
+def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """h_out [T, d], load [E], router_prob [E] and what the backward needs."""
+    # triton launches on the current device, which needn't be hidden's
+    with torch.cuda.device_of(x.hidden):
+        return run_forward(x, launcher(x.hidden.device))
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_load: Tensor | None,
+    grad_router_prob: Tensor | None,
+    x: ModulationInputs,
+    saved: Saved,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the tensors in `DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where ``needs`` is false."""
+    with torch.cuda.device_of(x.hidden):
+        return run_backward(grad_out, grad_load, grad_router_prob, x, saved, needs, launcher(x.hidden.device))
+
+
+def decodes(x: ModulationInputs) -> bool:
+    """Whether `decode` takes the call in place of `forward`."""
+    # with V and the logits given, most of what those kernels join into two launches is done
+    few = 0 < x.shape[0] <= MAX_DECODE_TOKENS and x.given_v is None
+    return x.backend == "triton" and not x.needs_grad and few
+
+
+def decode(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h_out [T, d], load [E], router_prob [E] and the balance loss, a scalar, in two launches at most."""
+    from hycam_kernels.backends.triton.kernels.decode import decode_forward
+
+    with torch.cuda.device_of(x.hidden):
+        return decode_forward(launcher(x.hidden.device), x)
+
+
+def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """`forward` by a given launcher."""
+    from hycam_kernels.backends.triton.kernels.fusion_forward import fusion_forward
+    from hycam_kernels.backends.triton.kernels.product_forward import product_forward
+    from hycam_kernels.backends.triton.kernels.router import route
+
+    x = _dense_weights(x)
+    hidden = x.hidden.to(x.compute_dtype)
+    v = _folded_product(x, hidden)
+    logits, probs, load, router_prob = route(launch, x, hidden)
+    of_experts = v, _cast(x, x.lora_b), _used_weights(x, probs)
+    if x.shared_weight is not None and launch.takes("product_forward", x):
+        out, s = product_forward(launch, x, hidden, *of_experts)
+    else:
+        s = _shared_product(x, hidden)
+        out = fusion_forward(launch, x, s, *of_experts)
+    saved = Saved(
+        s if x.keep and s is not None else hidden.new_empty(0),
+        v if x.keep and v is not None and x.given_v is None else hidden.new_empty(0),
+        probs,
+        logits if x.given_logits is None else probs.new_empty(0),
+    )
+    return out, load, router_prob, saved
+
+
+def run_backward(
+    grad_out: Tensor | None,
+    grad_load: Tensor | None,
+    grad_router_prob: Tensor | None,
+    x: ModulationInputs,
+    saved: Saved,
+    needs: list[bool],
+    launch: "Launcher",
+) -> list[Tensor]:
+    """`backward` by a given launcher."""
+    from hycam_kernels.backends.triton.kernels.fusion_backward import FusionBackward
+    from hycam_kernels.backends.triton.kernels.router import route_backward
+    from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad
+
+    x = _dense_weights(x)
+    need = dict(zip(DIFFERENTIABLE, needs, strict=True))
+    hidden = x.hidden.to(x.compute_dtype)
+    grads: dict[str, Tensor | None] = {}
+    # (gradient of a product with h, the product's weight): each gives a share of h's gradient
+    products: list[tuple[Tensor, Tensor]] = []
+    partial_d_probs = None
+
+    if grad_out is not None:
+        s = saved.s if saved.s.numel() else _shared_product(x, hidden)
+        v = saved.v if saved.v.numel() else _folded_product(x, hidden)
+        if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
+            grad_out = grad_out.contiguous()
+        fusion = FusionBackward(launch, x, grad_out, s, v, _cast(x, x.lora_b), _used_weights(x, saved.probs))
+        folded_wanted = any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias"))
+        v_wanted = v is not None and (need["given_v"] or folded_wanted or (need["hidden"] and x.given_v is None))
+        d_v = None
+        streams = {"attn": need["attn_output"], "residual": need["residual"]}
+        if v_wanted and launch.takes("row_grad", x):
+            grads["attn_output"], grads["residual"], d_s, partial_d_probs, d_v = fusion.stream_and_v(**streams)
+        else:
+            grads["attn_output"], grads["residual"], d_s, partial_d_probs = fusion.stream(**streams)
+            d_v = fusion.v() if v_wanted else None
+        if d_s is not None and x.shared_weight is not None:
+            products.append((d_s, x.shared_weight.to(x.compute_dtype)))
+            if need["shared_weight"]:
+                grads["shared_weight"] = d_s.T @ hidden
+            if need["shared_bias"]:
+                grads["shared_bias"] = d_s.sum(0, dtype=torch.float32)
+        if d_v is not None and x.given_v is not None:
+            grads["given_v"] = d_v
+        elif d_v is not None:
+            products.append((d_v, fold(x)[0]))
+            if folded_wanted:
+                d_folded = (d_v.T @ hidden).to(torch.float32)
+                grads |= unfold_grads(x, d_folded, d_v.sum(0, dtype=torch.float32), need)
+        if v is not None and (need["lora_b"] or need["lora_b_bias"]):
+            grads["lora_b"], grads["lora_b_bias"] = fusion.b()
+
+    if x.num_experts:
+        logits = saved.logits if x.given_logits is None else x.given_logits
+        d_logits = route_backward(launch, x, saved.probs, logits, partial_d_probs, grad_load, grad_router_prob)
+        grads["given_logits"] = d_logits
+        if need["router_bias"]:
+            grads["router_bias"] = d_logits.sum(0)
+        if need["router_weight"]:
+            grads["router_weight"] = router_weight_grad(launch, x, d_logits, hidden)
+        if x.router_weight is not None:
+            products.append((d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype)))
+    if need["hidden"]:
+        grads["hidden"] = _sum_of_products(products)
+
+    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+
+
+_READ_BY_ELEMENT = ("shared_bias", "lora_b", "lora_b_bias", "router_weight", "router_bias")
+
+
+def _dense_weights(x: ModulationInputs) -> ModulationInputs:
+    """The call with the small tensors that kernels read by element in row-major order."""
+    dense = {name: getattr(x, name) for name in _READ_BY_ELEMENT}
+    return x._replace(**{name: tensor.contiguous() for name, tensor in dense.items() if tensor is not None})
+
+
+def _cast(x: ModulationInputs, weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.to(x.compute_dtype)
+
+
+def _shared_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
+    """S = h W_shared^T + bias."""
+    if x.shared_weight is None:
+        return None
+    return F.linear(hidden, x.shared_weight.to(x.compute_dtype), _cast(x, x.shared_bias))
+
+
+def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
+    """V = h M^T + bias, [T, E r], unless it was given; None without experts."""
+    if x.given_v is not None:
+        return x.given_v
+    return None if x.lora_a is None else F.linear(hidden, *fold(x))
+
+
+def _used_weights(x: ModulationInputs, probs: Tensor) -> Tensor:
+    """p as the output uses it: soft, or one-hot at the first largest entry, but NaN where p is."""
+    if not (x.hard and x.num_experts):
+        return probs
+    return torch.zeros_like(probs).scatter_(1, probs.argmax(-1, keepdim=True), 1) + (probs - probs)
+
+
+def _sum_of_products(products: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    total = None
+    for d_output, weight in products:
+        total = d_output @ weight if total is None else total.addmm_(d_output, weight)
+    return total

@@ -1,0 +1,180 @@
+"""The page's numbers are those of the committed records, and nothing stands in a measured table that is in none."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.cpu import measure, measure_models, measure_sweep
+from benchmarks.harness import plots
+from benchmarks.harness.record import environment
+from benchmarks.models.backbones import ModelShape
+from benchmarks.op.shapes import Shape
+from benchmarks.tables import NOT_MEASURED, PAGE, RESULTS, TABLES, fill, main
+from tests.benchmarks.fakes import make_session
+
+EMPTY = "before\n<!-- table: cpu-op -->\nold\n<!-- end -->\n<!-- table: gpu-op -->\n<!-- end -->\nafter\n"
+
+
+def test_the_page_is_what_the_records_say():
+    """Its plots too."""
+    assert fill(PAGE.read_text(), RESULTS) == PAGE.read_text()
+    assert main(["--check"]) == 0
+
+
+def test_the_page_shows_every_table_once():
+    names = re.findall(r"<!-- table: ([\w-]+) -->", PAGE.read_text())
+    assert sorted(names) == sorted(TABLES)
+
+
+def test_committed_records_are_of_clean_known_sources():
+    for path in RESULTS.glob("*/*.json"):
+        record = json.loads(path.read_text())
+        assert record["git"]["commit"], path
+        assert record["git"]["dirty"] is False, path
+        assert (record["gpu"] is None) == (path.parent.name == "cpu"), path
+        if record["gpu"]:
+            assert record["phases"]["tests"] == "passed", path
+
+
+def test_without_a_record_a_table_says_so(tmp_path):
+    assert fill(EMPTY, tmp_path).count(NOT_MEASURED) == 2
+
+
+def test_a_changed_page_is_found(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "performance.md"
+    page.write_text(EMPTY)
+    monkeypatch.setattr(tables, "PAGE", page)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert main(["--check"]) == 1
+    assert page.read_text() == EMPTY
+    assert "python -m benchmarks.tables" in capsys.readouterr().err
+    assert main([]) == 0
+    assert main(["--check"]) == 0
+
+
+@pytest.fixture(scope="module")
+def cpu_record(tmp_path_factory):
+    """A CPU record as `benchmarks.cpu` measures it, with times of a fake clock."""
+    session = make_session(tmp_path_factory.mktemp("record") / "r.json", rounds=3)
+    session.record.content = environment() | session.record.content | {"git": {"commit": "f" * 40, "dirty": False}}
+    shape = Shape(40, 32, num_experts=3, rank=8)
+    measure(session, [shape], copy_bytes=1 << 10, paper_peers=("eager", "torch", "torch-recompute"))
+    measure_sweep(session, [Shape(20, 32, 3, 8), Shape(40, 16, 3, 8)], copy_bytes=1 << 10)
+    models = [ModelShape("tiny-llama", 1, 16, num_experts=2, rank=4)]
+    measure_models(session, models, models, replace(models[0], layers=4), longest_methods=("hycam-torch",))
+    return session.record.path
+
+
+@pytest.fixture
+def results(cpu_record, tmp_path):
+    folder = tmp_path / "results" / "cpu"
+    folder.mkdir(parents=True)
+    shutil.copy(cpu_record, folder / "2026-01-01.json")
+    return tmp_path / "results"
+
+
+def test_every_number_is_traceable_to_the_record(results):
+    path = results / "cpu" / "2026-01-01.json"
+    record = json.loads(path.read_text())
+    for entry in record["entries"]:
+        if entry.get("peer") == "torch" and "samples_us" in entry:
+            entry["samples_us"] = [4000.0, 8000.0, 6000.0]
+    path.write_text(json.dumps(record))
+    shown = fill(EMPTY, results)
+    assert "| 40, 32 | float32 | both | torch | 6.0 | eager: 0.0 | 4000.00 [2000.00, 4000.00] | count |" in shown
+    assert "`benchmarks/results/cpu/2026-01-01.json`" in shown
+    assert "sources ffffffffffff (clean)" in shown
+    assert shown.startswith("before\n")
+    assert shown.endswith("after\n")
+
+
+def test_every_cpu_table_is_filled_by_one_record(results):
+    """What `benchmarks.cpu` measures is all that the page's CPU half shows."""
+    names = [name for name in TABLES if name.startswith("cpu-")]
+    page = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names)
+    shown = fill(page, results)
+    assert NOT_MEASURED not in shown
+    assert shown.count("From `benchmarks/results/cpu/2026-01-01.json`") == len(names)
+
+
+def test_a_step_is_shown_with_its_tokens_and_bytes(results):
+    path = results / "cpu" / "2026-01-01.json"
+    record = json.loads(path.read_text())
+    for entry in record["entries"]:
+        if entry["group"] == "step" and entry["setting"] == "plain":
+            entry["samples_us"] = {"frozen": [2e3] * 3, "lora": [4e3] * 3}.get(entry["peer"], [8e3] * 3)
+        if entry.get("what") == "step" and entry["peer"] == "lora" and entry["setting"] == "plain":
+            entry |= {"kept_bytes": 5_000_000, "peak_bytes": 7_000_000, "optimizer_bytes": 300_000}
+    record["entries"].append(
+        {"group": "step", "shape": {"model": "big", "batch": 8, "length": 1200}, "setting": "plain", "peer": "full",
+         "error": "OutOfMemoryError: CUDA out of memory"}
+    )  # fmt: skip
+    path.write_text(json.dumps(record))
+    shown = tables.render("cpu-steps", results)
+    assert "| tiny-llama, 1 x 16 | plain | lora | 4000 | 2.00 | 5.0 | 7.0 | 0.3 |" in shown
+    assert "| big, 8 x 1200 | plain | full | too little memory |" in shown
+
+
+def test_the_newest_record_with_such_a_measurement_is_shown(results):
+    """A record of models alone leaves the op's tables with theirs."""
+    record = json.loads((results / "cpu" / "2026-01-01.json").read_text())
+    record["entries"] = [entry for entry in record["entries"] if entry["group"] in ("step", "memory")]
+    (results / "cpu" / "2026-03-01.json").write_text(json.dumps(record))
+    assert "2026-03-01" in tables.render("cpu-steps", results)
+    assert "2026-01-01" in tables.render("cpu-op", results)
+    assert "2026-01-01" in tables.render("cpu-memory", results)
+
+
+def test_plots_are_drawn_from_the_record_and_carry_its_digest(results, tmp_path):
+    path, folder = results / "cpu" / "2026-01-01.json", tmp_path / "plots"
+    assert plots.outdated([path], folder)
+    plots.redraw([path], folder)
+    assert {file.name for file in folder.iterdir()} == {f"cpu-{name}.png" for name in ("forward", "backward", "both")}
+    assert not plots.outdated([path], folder)
+    shown = tables.render("cpu-plots", results)
+    assert all(f"(plots/{file.name})" in shown for file in folder.iterdir())
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"time": "later"}))
+    assert plots.outdated([path], folder)
+    plots.redraw([], folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_plotted_share_is_the_floor_over_the_median(results):
+    record = json.loads((results / "cpu" / "2026-01-01.json").read_text())
+    floor = next(
+        entry["floor_us"]
+        for entry in record["entries"]
+        if entry["group"] == "floor" and entry["shape"]["tokens"] == 20 and entry["pass"] == "both"
+    )
+    points = [point for point in plots.figures(record)["both"] if (point.series, point.tokens) == ("torch", 20)]
+    assert [(point.d, point.share) for point in points] == [(32, pytest.approx(floor / 2.0))]  # samples 1, 2, 3 us
+
+
+def test_the_newest_record_is_shown(results):
+    shutil.copy(results / "cpu" / "2026-01-01.json", results / "cpu" / "2026-02-01.json")
+    shown = fill(EMPTY, results)
+    assert "2026-02-01.json" in shown
+    assert "2026-01-01.json" not in shown
+
+
+def test_a_gpu_record_is_shown_against_its_floor(results):
+    header = environment() | {"git": {"commit": "e" * 40, "dirty": False}, "gpu": {"name": "a GPU"}}
+    shape = {"tokens": 8, "d": 16}
+    entries = [
+        {"group": "floor", "shape": shape, "pass": "both", "floor_us": 100.0},
+        {"group": "op", "shape": shape, "pass": "both", "peer": "fused", "method": "graph", "samples_us": [110.0] * 3},
+        {"group": "op", "shape": shape, "pass": "both", "peer": "fused", "method": "events", "samples_us": [900.0] * 3},
+        {"group": "op", "shape": shape, "peer": "eager", "wrong": "not timed"},
+        {"group": "op", "shape": shape, "skipped": "0 s were left"},
+    ]
+    (results / "a-gpu").mkdir()
+    (results / "a-gpu" / "r.json").write_text(json.dumps(header | {"entries": entries}))
+    shown = fill(EMPTY, results)
+    assert "| 8, 16 | both | fused | 110.0 [110.0, 110.0] | 100.0 | 1.10 |" in shown
+    assert "900" not in shown
+    assert "a GPU; torch" in shown
