@@ -18,7 +18,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from benchmarks.harness.record import ROOT, Entry, Record, environment
 from benchmarks.tables import markdown
 from hycam.environment import package_versions
-from hycam.planning import ENGINES, engine_of, plan_memory
+from hycam.planning.engines import ENGINES, engine_of
+from hycam.planning.plan import plan_memory
 from hycam.training.recipe import parse_recipe
 
 PAGES = (ROOT / "docs" / "scale.md", ROOT / "docs" / "memory.md")

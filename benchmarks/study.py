@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.record import ROOT
-from hycam.reporting import write_report
+from hycam.reporting.report import write_report
 
 PAGE = ROOT / "docs" / "study.md"
 STUDY = ROOT / "docs" / "study"

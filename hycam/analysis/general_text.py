@@ -7,9 +7,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hycam.data import Collator, encode_prompt
+from hycam.data.collation import Collator
+from hycam.data.tokenization import encode_prompt
 from hycam.errors import InputError
-from hycam.evaluation import evaluate_perplexity
+from hycam.evaluation.perplexity import evaluate_perplexity
 
 
 def text_windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

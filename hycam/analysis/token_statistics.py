@@ -9,7 +9,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hycam.data import IGNORED_LABEL, DataConfig, RowCache, tokenize_dataset
+from hycam.data.cache import RowCache
+from hycam.data.config import DataConfig
+from hycam.data.tokenization import IGNORED_LABEL, tokenize_dataset
 
 PERCENTILES = (50, 95)
 

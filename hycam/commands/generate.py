@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hycam.commands.selection import select
-from hycam.data import prompt_text
+from hycam.data.prompts import prompt_text
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
 from hycam.training.backbone import load_backbone_config

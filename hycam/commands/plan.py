@@ -7,7 +7,8 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from hycam.commands.tables import show
-from hycam.planning import Plan, engine_of, plan_memory
+from hycam.planning.engines import engine_of
+from hycam.planning.plan import Plan, plan_memory
 from hycam.training.backbone import load_backbone_config
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.scratch import scratch_model_config

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from hycam.errors import InputError
-from hycam.reporting import write_report
+from hycam.reporting.report import write_report
 
 
 def run(options: Namespace) -> None:

@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from hycam.data import TaskConfig
+from hycam.data.config import TaskConfig
 from hycam.errors import InputError
 from hycam.training.recipe import load_recipe, parse_recipe
 from hycam.training.run import trained_folder

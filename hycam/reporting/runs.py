@@ -18,8 +18,9 @@ from hycam.analysis.general_text import text_perplexity, text_windows
 from hycam.analysis.modulation import prompt_modulation
 from hycam.analysis.token_statistics import token_statistics
 from hycam.analysis.value_states import embed_value_states, pooled_value_states
-from hycam.data import IGNORED_LABEL, Collator
 from hycam.data.cache import digest, file_digest
+from hycam.data.collation import Collator
+from hycam.data.tokenization import IGNORED_LABEL
 from hycam.training.folder import RECIPE_FILE, RECORD_FILE
 from hycam.training.measure import own_draws, training_precision
 from hycam.training.recipe import Recipe, load_recipe, read_yaml

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hycam.data import TaskConfig, load_task
-from hycam.data.config import UNIFIED_FIELDS
+from hycam.data.config import UNIFIED_FIELDS, TaskConfig
+from hycam.data.sources import load_task
 from hycam.errors import InputError
 
 # The stand-ins are named as such: they are not the sets whose fields they have.

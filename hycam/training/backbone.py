@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hycam.data import check_tokenizer
+from hycam.data.tokenization import check_tokenizer
 from hycam.errors import InputError
 from hycam.training.quantization import check_quantization, quantization_config
 from hycam.training.recipe import BackboneConfig

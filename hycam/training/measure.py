@@ -10,9 +10,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hycam.data import Collator
-from hycam.evaluation import evaluate_generation_tasks, evaluate_perplexity, generate_responses
+from hycam.data.collation import Collator
 from hycam.evaluation.batches import device_of
+from hycam.evaluation.generation import evaluate_generation_tasks, generate_responses
+from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.training.recipe import EvaluationConfig, Recipe
 
 

@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from hycam.data import DataConfig, TaskConfig
+from hycam.data.config import DataConfig, TaskConfig
 from hycam.errors import InputError
 from hycam.training.engines import check_checkpointing, deepspeed_settings, fsdp_backend, join_processes
 from hycam.training.method import MethodConfig, method_fields, method_section

@@ -18,8 +18,10 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 
 from hycam.adapter.config import HyCAMConfig
-from hycam.analysis import prompt_modulation, write_plots
-from hycam.data import Collator, StreamCollator, StreamedRows
+from hycam.analysis.modulation import prompt_modulation
+from hycam.analysis.report import write_plots
+from hycam.data.collation import Collator
+from hycam.data.streaming import StreamCollator, StreamedRows
 from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.batches import Collate

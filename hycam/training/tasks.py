@@ -10,20 +10,15 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from hycam.data import (
-    DataConfig,
-    RowCache,
-    TaskConfig,
-    encode_prompt,
-    load_task,
-    mix_tasks,
-    pack_dataset,
-    prompt_text,
-    read_held_out,
-    rows_digest,
-    split_dataset,
-    tokenize_dataset,
-)
+from hycam.data.cache import RowCache, rows_digest
+from hycam.data.config import DataConfig, TaskConfig
+from hycam.data.packing import pack_dataset
+from hycam.data.prompts import prompt_text
+from hycam.data.sampling import mix_tasks
+from hycam.data.sources import load_task
+from hycam.data.splits import split_dataset
+from hycam.data.streaming import read_held_out
+from hycam.data.tokenization import encode_prompt, tokenize_dataset
 from hycam.errors import InputError
 from hycam.training.recipe import EvaluationConfig
 

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hycam.data import EpochSampler, StreamedRows
+from hycam.data.sampling import EpochSampler
+from hycam.data.streaming import StreamedRows
 from hycam.errors import RunStoppedError
-from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import Collate
+from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.training.callbacks import (
     DueValidation,
     FiniteGradients,

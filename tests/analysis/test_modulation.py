@@ -3,8 +3,7 @@ import torch
 from peft import get_peft_model
 
 from hycam import HyCAMConfig
-from hycam.analysis import prompt_modulation
-from hycam.analysis.modulation import _evenly_spaced
+from hycam.analysis.modulation import _evenly_spaced, prompt_modulation
 from hycam.errors import InputError
 from tests.models import tiny_model
 

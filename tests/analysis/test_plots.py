@@ -4,7 +4,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from hycam.analysis import plot_expert_load, plot_loss_curves, plot_modulation, write_plots
+from hycam.analysis.plots import plot_expert_load, plot_loss_curves, plot_modulation
+from hycam.analysis.report import write_plots
 from hycam.errors import InputError
 
 METRICS = [

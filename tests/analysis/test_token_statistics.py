@@ -3,7 +3,8 @@ import pytest
 from datasets import Dataset
 
 from hycam.analysis.token_statistics import token_statistics
-from hycam.data import DataConfig, prompt_text
+from hycam.data.config import DataConfig
+from hycam.data.prompts import prompt_text
 from tests.training.runs import rows, save_tokenizer
 
 

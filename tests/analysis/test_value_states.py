@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from hycam import HyCAMConfig
 from hycam.analysis.value_states import embed_value_states, pooled_value_states
-from hycam.data import Collator
+from hycam.data.collation import Collator
 from hycam.errors import InputError
 from tests.adapter.builders import randomise
 from tests.models import tiny_model

@@ -5,7 +5,11 @@ import json
 import pytest
 from datasets import Dataset, Features, Value
 
-from hycam.data import DataConfig, RowCache, TaskConfig, load_task, pack_dataset, tokenize_dataset
+from hycam.data.cache import RowCache
+from hycam.data.config import DataConfig, TaskConfig
+from hycam.data.packing import pack_dataset
+from hycam.data.sources import load_task
+from hycam.data.tokenization import tokenize_dataset
 from hycam.errors import InputError
 from tests.data.memory import last_number, needs_proc
 from tests.training.runs import rows, save_rows, save_tokenizer
@@ -165,7 +169,7 @@ def test_bins_from_disk_are_those_in_memory(tmp_path):
 _MEMORY = """
 import sys, threading
 from transformers import AutoTokenizer
-from hycam.data import DataConfig, TaskConfig
+from hycam.data.config import DataConfig, TaskConfig
 from hycam.training.tasks import load_rows, tokenize_split, training_set
 from tests.data.memory import anonymous
 

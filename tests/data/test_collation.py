@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from hycam.data import Collator
+from hycam.data.collation import Collator
 from hycam.errors import InputError
 
 EOS = 2

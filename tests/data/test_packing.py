@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from hycam.data import Collator, pack_dataset
+from hycam.data.collation import Collator
+from hycam.data.packing import pack_dataset
 from hycam.errors import InputError
 from tests.models import tiny_model
 

@@ -1,8 +1,7 @@
 import pytest
 from jinja2 import TemplateError
 
-from hycam.data import prompt_text
-from hycam.data.prompts import chat_response_text
+from hycam.data.prompts import chat_response_text, prompt_text
 from hycam.errors import InputError
 from tests.data.tokenizers import CHAT_THAT_THINKS, CHAT_WITH_BOS, CHAT_WITH_GENERATION, byte_tokenizer
 

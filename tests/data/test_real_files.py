@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from hycam.data import DataConfig, TaskConfig, load_task, pack_dataset, split_dataset, tokenize_dataset
+from hycam.data.config import DataConfig, TaskConfig
+from hycam.data.packing import pack_dataset
+from hycam.data.sources import load_task
+from hycam.data.splits import split_dataset
+from hycam.data.tokenization import tokenize_dataset
 from tests.data.tokenizers import byte_tokenizer
 
 FOLDER = os.environ.get("HYCAM_DATA")

@@ -5,7 +5,7 @@ from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from datasets import Dataset
 from torch.utils.data import BatchSampler
 
-from hycam.data import EpochSampler, mix_tasks
+from hycam.data.sampling import EpochSampler, mix_tasks
 
 
 def _task(name: str, rows: int) -> Dataset:

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from hycam.data import KNOWN_SETS, TaskConfig, load_task
+from hycam.data.config import TaskConfig
+from hycam.data.formats import KNOWN_SETS
+from hycam.data.sources import load_task
 from hycam.errors import InputError
 
 NATIVE = {

@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from hycam.data import split_dataset
+from hycam.data.splits import split_dataset
 from hycam.errors import InputError
 
 PARTS = ("train", "validation", "test")

@@ -17,18 +17,12 @@ from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
 
 import hycam.data.streaming as module
-from hycam.data import (
-    Collator,
-    DataConfig,
-    StreamCollator,
-    StreamedRows,
-    StreamingConfig,
-    TaskConfig,
-    load_task,
-    read_held_out,
-    split_dataset,
-    tokenize_dataset,
-)
+from hycam.data.collation import Collator
+from hycam.data.config import DataConfig, StreamingConfig, TaskConfig
+from hycam.data.sources import load_task
+from hycam.data.splits import split_dataset
+from hycam.data.streaming import StreamCollator, StreamedRows, read_held_out
+from hycam.data.tokenization import tokenize_dataset
 from hycam.errors import InputError
 from tests.data.memory import last_number, needs_proc
 from tests.data.tokenizers import byte_tokenizer

@@ -3,7 +3,9 @@ import logging
 import pytest
 from datasets import Dataset, load_from_disk
 
-from hycam.data import DataConfig, check_tokenizer, encode_prompt, prompt_text, tokenize_dataset
+from hycam.data.config import DataConfig
+from hycam.data.prompts import prompt_text
+from hycam.data.tokenization import check_tokenizer, encode_prompt, tokenize_dataset
 from hycam.errors import InputError
 from tests.data.tokenizers import CHAT_WITH_BOS, CHAT_WITH_GENERATION, SPECIAL, byte_tokenizer, sentencepiece_tokenizer
 

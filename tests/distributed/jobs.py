@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hycam.training.folder as output_folder
-from hycam.data import Collator
-from hycam.evaluation import evaluate_perplexity
+from hycam.data.collation import Collator
+from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.training.callbacks import SaveOnSignal
 from hycam.training.engines import join_processes, packaged_engines
 from hycam.training.recipe import BackboneConfig, Recipe

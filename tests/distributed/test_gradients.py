@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hycam.data import Collator
+from hycam.data.collation import Collator
 from tests.adapter.builders import gradients
 from tests.distributed.jobs import setting_name, step_model, step_rows
 from tests.distributed.ranks import WORLD_SIZE, log_of, run_jobs

@@ -4,7 +4,7 @@ from peft import get_peft_model
 
 from hycam import HyCAMAttention, HyCAMConfig
 from hycam.errors import InputError
-from hycam.evaluation import evaluate_expert_load
+from hycam.evaluation.expert_load import evaluate_expert_load
 from tests.evaluation.rows import make_rows, pack, pad_right
 from tests.models import tiny_model
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from hycam.errors import InputError
-from hycam.evaluation import evaluate_generation, evaluate_generation_tasks, generate_responses
+from hycam.evaluation.generation import evaluate_generation, evaluate_generation_tasks, generate_responses
 from tests.models import tiny_model
 
 PROMPTS = ["the cat", "a", "one two three four five six", "where is the cat that I saw", "b c"]

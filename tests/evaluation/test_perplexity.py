@@ -9,9 +9,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from hycam.errors import InputError
-from hycam.evaluation import evaluate_perplexity
 from hycam.evaluation.batches import device_of
-from hycam.evaluation.perplexity import token_nll
+from hycam.evaluation.perplexity import evaluate_perplexity, token_nll
 from tests.evaluation.rows import make_rows, pack, pad_right
 from tests.models import tiny_model
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hycam.data import Collator
+from hycam.data.collation import Collator
 from hycam.training.method import MethodConfig
 from hycam.training.prepare import adapted
 from hycam.training.recipe import load_recipe

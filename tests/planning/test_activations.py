@@ -5,7 +5,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from hycam.planning import engine_of, plan_memory
+from hycam.planning.engines import engine_of
+from hycam.planning.plan import plan_memory
 from hycam.training.prepare import adapted
 from tests.planning.cases import batch, config, recipe
 

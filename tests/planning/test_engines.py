@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hycam.planning import engine_of, plan_memory
+from hycam.planning.engines import engine_of
+from hycam.planning.plan import plan_memory
 from tests.distributed.ranks import environment
 from tests.planning.cases import config, deepspeed, recipe
 

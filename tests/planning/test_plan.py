@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import hycam_cli
 from hycam.errors import InputError
-from hycam.planning import ENGINES, engine_of, plan_memory
+from hycam.planning.engines import ENGINES, engine_of
+from hycam.planning.plan import plan_memory
 from hycam.training.engines import packaged_engines
 from hycam.training.method import MethodConfig
 from hycam.training.prepare import adapted

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hycam.reporting.runs as runs
 from hycam.errors import InputError
-from hycam.reporting import Report, write_report
+from hycam.reporting.report import Report, write_report
 from hycam.study.recipe import Study
 from tests.reporting.studies import CELLS, FIGURES, TEXTS
 

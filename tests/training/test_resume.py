@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hycam.data import StreamCollator
+from hycam.data.streaming import StreamCollator
 from hycam.errors import InputError, RunStoppedError
 from hycam.training.checkpoints import last_checkpoint, remove_unfinished
 from hycam.training.folder import open_folder

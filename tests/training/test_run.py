@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hycam.data import Collator
+from hycam.data.collation import Collator
 from hycam.errors import InputError, RunStoppedError
-from hycam.evaluation import evaluate_perplexity
+from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.training.backbone import load_model, load_tokenizer
 from hycam.training.callbacks import Throughput, read_metrics
 from hycam.training.recipe import Recipe

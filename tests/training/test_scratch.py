@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hycam.data import encode_prompt, prompt_text
+from hycam.data.prompts import prompt_text
 from hycam.data.synthetic import general_text
+from hycam.data.tokenization import encode_prompt
 from hycam.errors import InputError
 from hycam.training.scratch import ScratchConfig, train_scratch_backbone, train_tokenizer
 
