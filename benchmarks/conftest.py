@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.harness.record import Entry, Record, environment
+from benchmarks.harness.session import dtype_name
 from benchmarks.harness.timing import Work, device_clock, sets_beyond_cache
 from benchmarks.op.checks import Oracle
-from benchmarks.op.measure import dtype_name
 from benchmarks.op.peers import Arguments, make_arguments, peer, work
 from benchmarks.op.shapes import Shape
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.record import Budget, Record, environment
+from benchmarks.harness.session import Session
 from benchmarks.harness.timing import HostTimer
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.longest import measure_longest
 from benchmarks.models.measure import measure_attention, measure_generation, measure_steps
 from benchmarks.models.shapes import CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
 from benchmarks.models.training import PLAIN, Setting
-from benchmarks.op.measure import Session, measure_op, measure_overhead, measure_rates
+from benchmarks.op.measure import measure_op, measure_overhead, measure_rates
 from benchmarks.op.shapes import CPU, CPU_SWEEP, LAUNCH, Shape
 
 PAPER_PEERS = ("eager", "torch", "torch-recompute", "compile", "compile-max-autotune")

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.cpu import measure_models
 from benchmarks.harness.record import Budget, Record, environment, gpu_state
+from benchmarks.harness.session import Session
 from benchmarks.harness.timing import EventTimer, GraphTimer, HostTimer
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.longest import measure_longest
@@ -21,7 +22,6 @@ from benchmarks.models.measure import measure_attention, measure_generation, mea
 from benchmarks.models.methods import METHODS
 from benchmarks.models.shapes import GENERATION, LAYERS, LONGEST, MODELS, NEW_TOKENS
 from benchmarks.models.training import PLAIN, Setting
-from benchmarks.op.measure import Session
 
 DTYPE = torch.bfloat16
 CHECKPOINTING = Setting(checkpointing=True)

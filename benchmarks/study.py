@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness.pages import fill
 from benchmarks.harness.record import ROOT
 from hycam.reporting.report import write_report
 
 PAGE = ROOT / "docs" / "study.md"
 STUDY = ROOT / "docs" / "study"
-_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def drawn(study: Path) -> dict[str, str]:
@@ -27,15 +27,9 @@ def drawn(study: Path) -> dict[str, str]:
     names = [table["name"] for table in json.loads((folder / "tables.json").read_text(encoding="utf-8"))]
     bodies = re.split(r"^## .*\n", (folder / "tables.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     return {
-        name: re.sub(r"^### (.*)$", r"**\1**", body.strip(), flags=re.MULTILINE)
+        name: re.sub(r"^### (.*)$", r"**\1**", f"{body.strip()}\n", flags=re.MULTILINE)
         for name, body in zip(names, bodies, strict=True)
     }
-
-
-def fill(page: str, study: Path) -> str:
-    """The page with every table of a report in its place. Raises `KeyError` where a marker names none."""
-    tables = drawn(study)
-    return _BLOCK.sub(lambda block: f"{block[1]}{tables[block['name']]}\n\n{block[3]}", page)
 
 
 def outdated(study: Path) -> list[str]:
@@ -61,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.check:
         write_report(STUDY, STUDY)
     before = PAGE.read_text(encoding="utf-8")
-    after = fill(before, STUDY)
+    after = fill(before, drawn(STUDY).__getitem__)
     if not options.check:
         PAGE.write_text(after, encoding="utf-8")
         return 0

@@ -5,12 +5,12 @@ import torch
 
 from benchmarks.conftest import DEVICE
 from benchmarks.harness.memory import release
+from benchmarks.harness.session import dtype_name
 from benchmarks.harness.timing import sets_beyond_cache
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.generation import Generation, check_generation
 from benchmarks.models.shapes import CPU_GENERATION, CPU_MODELS, GENERATION, LAYERS, MODELS, NEW_TOKENS
 from benchmarks.models.training import AttentionLayer, Setting, TrainingStep, check_attention, check_step
-from benchmarks.op.measure import dtype_name
 from benchmarks.op.peers import work
 from benchmarks.op.shapes import PASSES
 

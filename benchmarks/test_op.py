@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.conftest import DEVICE
 from benchmarks.harness.memory import kept_bytes
-from benchmarks.op.measure import dtype_name
+from benchmarks.harness.session import dtype_name
 from benchmarks.op.peers import make_arguments, peer
 from benchmarks.op.shapes import CPU_DECODE, CPU_QUICK, DECODE, PASSES, TRAINING
 

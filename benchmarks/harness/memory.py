@@ -1,12 +1,11 @@
-"""Bytes that a pass needs: kept for the backward, by count or by the device's allocator, and the allocator's peak."""
+"""Bytes that a pass keeps for the backward, by count or by the device's allocator."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from benchmarks.op.peers import Arguments, Outputs, leaves, upstream
 
 
 def release(device: torch.device) -> None:
@@ -16,7 +15,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def kept_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
+def kept_bytes(call: Callable[[Any], Sequence[Tensor]], arguments: Mapping[str, Tensor]) -> int:
     """Bytes that stay for the backward after a forward, the arguments and the outputs left out.
 
     On CUDA what the allocator holds more than before; on a CPU the storages that autograd saves (torch.compile refuses
@@ -37,16 +36,3 @@ def kept_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> in
         outputs = call(arguments)
     outside = {tensor.untyped_storage().data_ptr() for tensor in (*arguments.values(), *outputs)}
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in outside)
-
-
-def peak_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
-    """Most that a forward and backward allocate on the CUDA device beyond what was there before, gradients included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = call(arguments)
-    grads = torch.autograd.grad(outputs, leaves(arguments), upstream(outputs))
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del grads
-    return peak

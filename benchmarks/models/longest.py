@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from benchmarks.harness.memory import release
+from benchmarks.harness.session import Session, describe, dtype_name
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.training import PLAIN, Setting, TrainingStep, adapted, loss_of, token_ids
-from benchmarks.op.measure import Session, describe, dtype_name
 from hycam.live_bytes import LiveBytes
 
 CAPACITY = 80 * 10**9

@@ -12,12 +12,12 @@ import torch
 
 from benchmarks.harness.memory import kept_bytes, release
 from benchmarks.harness.record import Entry
+from benchmarks.harness.session import Session, describe, dtype_name, time_in_turn
 from benchmarks.harness.timing import Timer, Work, sets_beyond_cache
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.generation import Generation, check_generation
 from benchmarks.models.training import PLAIN, AttentionLayer, Setting, TrainingStep, check_attention, check_step
 from benchmarks.op.checks import WrongResultError
-from benchmarks.op.measure import Session, describe, dtype_name, time_in_turn
 from benchmarks.op.peers import work
 from benchmarks.op.shapes import PASSES
 

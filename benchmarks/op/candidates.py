@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.op.measure import Session, dtype_name
+from benchmarks.harness.session import Session, dtype_name
 from benchmarks.op.shapes import DECODE, TRAINING, Shape
 from benchmarks.op.structures import measure_structures
 from hycam_kernels.backends.triton.config_tables import family_of, load_table

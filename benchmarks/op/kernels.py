@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.harness.record import Entry
+from benchmarks.harness.session import Session, describe, dtype_name, time_in_turn
 from benchmarks.harness.timing import Work
 from benchmarks.op.checks import ROUNDING, Oracle, WrongResultError
-from benchmarks.op.measure import Session, describe, dtype_name, time_in_turn
 from benchmarks.op.peers import make_arguments, peer
 from benchmarks.op.shapes import DECODE, TRAINING, Shape, floor_us
 from hycam_kernels.backends.triton import modulation as triton_backend

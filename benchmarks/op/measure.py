@@ -5,54 +5,21 @@ record says that too. Peers of one call take turns, so that their ratios are of 
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.memory import kept_bytes, peak_bytes
-from benchmarks.harness.record import Budget, Entry, Record
+from benchmarks.harness.memory import kept_bytes
+from benchmarks.harness.record import Entry
+from benchmarks.harness.session import Session, describe, dtype_name, time_in_turn
 from benchmarks.harness.timing import HostTimer, Timer, Work, alternate, sets_beyond_cache
 from benchmarks.op.checks import Oracle, WrongResultError
-from benchmarks.op.peers import Arguments, Peer, make_arguments, peer, work
+from benchmarks.op.peers import Arguments, Outputs, Peer, leaves, make_arguments, peer, upstream, work
 from benchmarks.op.shapes import PASSES, Shape, decode_traffic, floor_us, flops, traffic
 
-if TYPE_CHECKING:  # without transformers the op is measured all the same
-    from benchmarks.models.backbones import ModelShape
-
 _CALLS = 20
-
-
-@dataclass
-class Session:
-    """Where and how a run measures.
-
-    Attributes:
-        timers: the first gives the rates that floors are made of; the last times plain calls.
-    """
-
-    record: Record
-    budget: Budget
-    device: torch.device
-    timers: Sequence[Timer]
-    rounds: int
-
-    def add(self, group: str, shape: "Shape | ModelShape | None" = None, **fields) -> None:
-        self.record.add({"group": group} | ({} if shape is None else {"shape": shape.as_dict()}) | fields)
-
-    def starts(self, seconds: float, group: str, shape: "Shape | ModelShape | None" = None, **fields) -> bool:
-        """Whether the budget has the seconds that the next part needs; where not, the record says so."""
-        if self.budget.lasts(seconds):
-            return True
-        self.add(group, shape, **fields, skipped=f"{self.budget.left:.0f} s were left, {seconds:.0f} s are needed")
-        return False
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def measure_op(
@@ -123,30 +90,6 @@ def _right_ones(
     return right
 
 
-def time_in_turn(
-    session: Session,
-    group: str,
-    shape: "Shape | ModelShape",
-    labels: Entry,
-    timer: Timer,
-    works: Mapping[str, Callable[[], Work]],
-) -> None:
-    """Add the samples of each peer's work, taken in turn; of one that fails to get ready, the reason."""
-    labels = labels | {"method": timer.method}
-    samplers = {}
-    for name, make in works.items():
-        try:
-            samplers[name] = timer.prepare(make())
-        except Exception as error:  # compilers raise classes of their own; the other peers are still measured
-            session.add(group, shape, **labels, peer=name, error=describe(error))
-    for name, samples in alternate(samplers, session.rounds, session.budget.lasts).items():
-        session.add(group, shape, **labels, peer=name, samples_us=samples)
-
-
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
-
-
 def _measure_memory(
     session: Session, shape: Shape, dtype: torch.dtype, peers: Sequence[Peer], arguments: Arguments
 ) -> None:
@@ -161,6 +104,19 @@ def _measure_memory(
             continue
         activation = arguments["hidden"].nbytes
         session.add("memory", shape, **labels, kept_bytes=kept, peak_bytes=peak, activation_bytes=activation)
+
+
+def peak_bytes(call: Callable[[Arguments], Outputs], arguments: Arguments) -> int:
+    """Most that a forward and backward allocate on the CUDA device beyond what was there before, gradients included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = call(arguments)
+    grads = torch.autograd.grad(outputs, leaves(arguments), upstream(outputs))
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del grads
+    return peak
 
 
 def measure_rates(session: Session, dtype: torch.dtype, shapes: Sequence[Shape], copy_bytes: int) -> None:

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.harness.session import Session, dtype_name
 from benchmarks.harness.timing import Work, alternate
-from benchmarks.op.measure import Session, dtype_name
 from benchmarks.op.shapes import Shape
 from hycam_kernels.backends.triton import modulation as triton_backend
 from hycam_kernels.backends.triton.config_tables import Table, drop_limits

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.record import Budget, Record
+from benchmarks.harness.session import Session
 from benchmarks.harness.timing import Sampler, Work
-from benchmarks.op.measure import Session
 
 
 class CountingTimer:

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import main, orchestrate
+from benchmarks.gpu import main
 from benchmarks.harness.kernel_tests import run_tests
+from benchmarks.harness.phases import MARGIN, MODELS_SHARE, TIMES_SHARE, orchestrate
 from benchmarks.harness.record import Budget
 
 PASSED = {"passed_all": True, "in_time": True, "passed": 3, "skipped": 0, "failures": []}
@@ -130,8 +130,8 @@ def test_every_phase_fits_into_what_is_left(tmp_path):
     orchestrate(tmp_path, {}, Budget(560, clock=lambda: now[0]), tests, launch)
     assert now[0] <= 560
     seconds = {name: seconds for name, seconds, _ in phases.started}
-    assert seconds["times"] >= gpu.TIMES_SHARE
-    assert seconds["models"] >= gpu.MODELS_SHARE - gpu.MARGIN
+    assert seconds["times"] >= TIMES_SHARE
+    assert seconds["models"] >= MODELS_SHARE - MARGIN
 
 
 def test_a_phase_without_time_is_skipped_and_named(tmp_path):

@@ -4,7 +4,8 @@ import shutil
 import pytest
 
 from benchmarks import study
-from benchmarks.study import PAGE, STUDY, drawn, fill, main, outdated
+from benchmarks.harness.pages import fill
+from benchmarks.study import PAGE, STUDY, drawn, main, outdated
 
 pytest.importorskip("sklearn")
 
@@ -31,8 +32,8 @@ def test_a_changed_record_is_noticed(copy):
 
 
 def test_a_page_has_the_tables_without_their_titles(copy):
-    filled = fill("a\n<!-- table: table6 -->\nold\n<!-- end -->\nb\n", copy)
-    assert filled == f"a\n<!-- table: table6 -->\n{drawn(copy)['table6']}\n\n<!-- end -->\nb\n"
+    filled = fill("a\n<!-- table: table6 -->\nold\n<!-- end -->\nb\n", drawn(copy).__getitem__)
+    assert filled == f"a\n<!-- table: table6 -->\n{drawn(copy)['table6']}\n<!-- end -->\nb\n"
     assert not re.search(r"^(#|old$)", filled, flags=re.MULTILINE)
     with pytest.raises(KeyError):
-        fill("<!-- table: nothing -->\n<!-- end -->", copy)
+        fill("<!-- table: nothing -->\n<!-- end -->", drawn(copy).__getitem__)

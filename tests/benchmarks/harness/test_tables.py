@@ -7,21 +7,27 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import tables as command
 from benchmarks.cpu import measure, measure_models, measure_sweep
 from benchmarks.harness import plots
+from benchmarks.harness.pages import NOT_MEASURED, fill
 from benchmarks.harness.record import environment
+from benchmarks.harness.tables import TABLES, render
 from benchmarks.models.backbones import ModelShape
 from benchmarks.op.shapes import Shape
-from benchmarks.tables import NOT_MEASURED, PAGE, RESULTS, TABLES, fill, main
+from benchmarks.tables import PAGE, RESULTS, main
 from tests.benchmarks.fakes import make_session
 
 EMPTY = "before\n<!-- table: cpu-op -->\nold\n<!-- end -->\n<!-- table: gpu-op -->\n<!-- end -->\nafter\n"
 
 
+def filled(page, results):
+    return fill(page, lambda name: render(name, results))
+
+
 def test_the_page_is_what_the_records_say():
     """Its plots too."""
-    assert fill(PAGE.read_text(), RESULTS) == PAGE.read_text()
+    assert filled(PAGE.read_text(), RESULTS) == PAGE.read_text()
     assert main(["--check"]) == 0
 
 
@@ -41,14 +47,14 @@ def test_committed_records_are_of_clean_known_sources():
 
 
 def test_without_a_record_a_table_says_so(tmp_path):
-    assert fill(EMPTY, tmp_path).count(NOT_MEASURED) == 2
+    assert filled(EMPTY, tmp_path).count(NOT_MEASURED) == 2
 
 
 def test_a_changed_page_is_found(tmp_path, monkeypatch, capsys):
     page = tmp_path / "performance.md"
     page.write_text(EMPTY)
-    monkeypatch.setattr(tables, "PAGE", page)
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "PAGE", page)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
     assert main(["--check"]) == 1
     assert page.read_text() == EMPTY
     assert "python -m benchmarks.tables" in capsys.readouterr().err
@@ -84,7 +90,7 @@ def test_every_number_is_traceable_to_the_record(results):
         if entry.get("peer") == "torch" and "samples_us" in entry:
             entry["samples_us"] = [4000.0, 8000.0, 6000.0]
     path.write_text(json.dumps(record))
-    shown = fill(EMPTY, results)
+    shown = filled(EMPTY, results)
     assert "| 40, 32 | float32 | both | torch | 6.0 | eager: 0.0 | 4000.00 [2000.00, 4000.00] | count |" in shown
     assert "`benchmarks/results/cpu/2026-01-01.json`" in shown
     assert "sources ffffffffffff (clean)" in shown
@@ -96,7 +102,7 @@ def test_every_cpu_table_is_filled_by_one_record(results):
     """What `benchmarks.cpu` measures is all that the page's CPU half shows."""
     names = [name for name in TABLES if name.startswith("cpu-")]
     page = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names)
-    shown = fill(page, results)
+    shown = filled(page, results)
     assert NOT_MEASURED not in shown
     assert shown.count("From `benchmarks/results/cpu/2026-01-01.json`") == len(names)
 
@@ -114,7 +120,7 @@ def test_a_step_is_shown_with_its_tokens_and_bytes(results):
          "error": "OutOfMemoryError: CUDA out of memory"}
     )  # fmt: skip
     path.write_text(json.dumps(record))
-    shown = tables.render("cpu-steps", results)
+    shown = render("cpu-steps", results)
     assert "| tiny-llama, 1 x 16 | plain | lora | 4000 | 2.00 | 5.0 | 7.0 | 0.3 |" in shown
     assert "| big, 8 x 1200 | plain | full | too little memory |" in shown
 
@@ -124,9 +130,9 @@ def test_the_newest_record_with_such_a_measurement_is_shown(results):
     record = json.loads((results / "cpu" / "2026-01-01.json").read_text())
     record["entries"] = [entry for entry in record["entries"] if entry["group"] in ("step", "memory")]
     (results / "cpu" / "2026-03-01.json").write_text(json.dumps(record))
-    assert "2026-03-01" in tables.render("cpu-steps", results)
-    assert "2026-01-01" in tables.render("cpu-op", results)
-    assert "2026-01-01" in tables.render("cpu-memory", results)
+    assert "2026-03-01" in render("cpu-steps", results)
+    assert "2026-01-01" in render("cpu-op", results)
+    assert "2026-01-01" in render("cpu-memory", results)
 
 
 def test_plots_are_drawn_from_the_record_and_carry_its_digest(results, tmp_path):
@@ -135,7 +141,7 @@ def test_plots_are_drawn_from_the_record_and_carry_its_digest(results, tmp_path)
     plots.redraw([path], folder)
     assert {file.name for file in folder.iterdir()} == {f"cpu-{name}.png" for name in ("forward", "backward", "both")}
     assert not plots.outdated([path], folder)
-    shown = tables.render("cpu-plots", results)
+    shown = render("cpu-plots", results)
     assert all(f"(plots/{file.name})" in shown for file in folder.iterdir())
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"time": "later"}))
@@ -157,7 +163,7 @@ def test_a_plotted_share_is_the_floor_over_the_median(results):
 
 def test_the_newest_record_is_shown(results):
     shutil.copy(results / "cpu" / "2026-01-01.json", results / "cpu" / "2026-02-01.json")
-    shown = fill(EMPTY, results)
+    shown = filled(EMPTY, results)
     assert "2026-02-01.json" in shown
     assert "2026-01-01.json" not in shown
 
@@ -174,7 +180,7 @@ def test_a_gpu_record_is_shown_against_its_floor(results):
     ]
     (results / "a-gpu").mkdir()
     (results / "a-gpu" / "r.json").write_text(json.dumps(header | {"entries": entries}))
-    shown = fill(EMPTY, results)
+    shown = filled(EMPTY, results)
     assert "| 8, 16 | both | fused | 110.0 [110.0, 110.0] | 100.0 | 1.10 |" in shown
     assert "900" not in shown
     assert "a GPU; torch" in shown

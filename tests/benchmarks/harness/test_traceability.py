@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.pages import BLOCK, NOT_MEASURED
 from benchmarks.harness.record import ROOT
-from benchmarks.tables import _BLOCK, NOT_MEASURED
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 AMOUNT = re.compile(
@@ -27,7 +27,7 @@ RECORD = re.compile(r"benchmarks/results/[\w./-]+\.json")
 def blocks(text: str) -> list[str]:
     """Paragraphs without the drawn tables; a table belongs to the paragraph before it."""
     found: list[str] = []
-    for block in re.split(r"\n\s*\n", _BLOCK.sub("", text)):
+    for block in re.split(r"\n\s*\n", BLOCK.sub("", text)):
         if block.lstrip().startswith("|") and found:
             found[-1] += "\n" + block
         else:

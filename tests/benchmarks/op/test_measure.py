@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu import times_phase
 from benchmarks.harness.record import Budget, Record, environment
+from benchmarks.harness.session import Session
 from benchmarks.harness.timing import HostTimer, Work, alternate
 from benchmarks.op import measure
-from benchmarks.op.measure import Session, measure_decode_floors, measure_op, measure_rates
+from benchmarks.op.measure import measure_decode_floors, measure_op, measure_rates
 from benchmarks.op.peers import Peer, eager, make_arguments, peer
 from benchmarks.op.shapes import PASSES, Shape, decode_traffic, floor_us, flops, traffic
 from hycam_kernels.backends.torch import modulation as torch_backend

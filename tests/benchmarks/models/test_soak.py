@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from benchmarks import soak
 from benchmarks.harness.record import ROOT, Record
-from benchmarks.soak import Soak, SoakError, main
+from benchmarks.models import soak
+from benchmarks.models.soak import Soak, SoakError
+from benchmarks.soak import main
 
 
 class Scripted(Soak):

@@ -1,0 +1,250 @@
+"""Tables of records: of the op and of whole models, each from the newest record of a machine that has its group."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.harness.comparison import key, relative_samples
+from benchmarks.harness.pages import NOT_MEASURED, markdown
+from benchmarks.harness.plots import figures, floor_key, floors_of, link, size
+from benchmarks.harness.record import Entry
+
+
+def load(path: Path) -> Entry:
+    return json.loads(path.read_text())
+
+
+def cpu_folders(results: Path) -> list[Path]:
+    return [results / "cpu"]
+
+
+def gpu_folders(results: Path) -> list[Path]:
+    return sorted(path for path in results.glob("*") if path.is_dir() and path.name != "cpu")
+
+
+def quartiles(samples: Sequence[float]) -> str:
+    """Median and quartiles of ratios."""
+    low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def timed(record: Entry, **wanted) -> list[Entry]:
+    return [
+        entry
+        for entry in record["entries"]
+        if "samples_us" in entry and all(entry.get(name) == value for name, value in wanted.items())
+    ]
+
+
+def time_ms(entry: Entry) -> str:
+    return f"{statistics.median(entry['samples_us']) / 1e3:.1f}"
+
+
+def of_model(entry: Entry) -> str:
+    shape = entry["shape"]
+    return f"{shape['model']}, {shape['batch']} x {shape['length']}"
+
+
+def op_ratios(record: Entry) -> str:
+    """The package's peers against the first of their turn, one row each."""
+    relative = relative_samples(record)
+    rows = []
+    for entry in timed(record, group="op"):
+        if key(entry) not in relative:
+            continue
+        first = entry["beside"][0]
+        (beside,) = [other for other in timed(record, peer=first) if key(other) == key(entry | {"peer": first})]
+        rows.append(
+            [size(entry), entry["dtype"], entry["pass"], entry["peer"], time_ms(entry), f"{first}: {time_ms(beside)}",
+             quartiles(relative[key(entry)]), entry["method"]]
+        )  # fmt: skip
+    return markdown(["T, d", "dtype", "pass", "peer", "ms", "beside, ms", "ratio [quartiles]", "clock"], rows)
+
+
+def memory(record: Entry) -> str:
+    """Kept bytes in activations of [T, d], and the peak where the device's allocator tells it."""
+    rows = {}  # a peer that took part in several turns was measured in each
+    for entry in record["entries"]:
+        if entry["group"] == "memory" and "activation_bytes" in entry:
+            peak = entry.get("peak_bytes")
+            kept = entry["kept_bytes"] / entry["activation_bytes"]
+            head = size(entry), entry["dtype"], entry["peer"]
+            shown = f"{entry['kept_bytes'] / 1e6:.2f}", f"{kept:.2f}", "" if peak is None else f"{peak / 1e6:.0f}"
+            rows[head] = (*head, *shown)
+    return markdown(["T, d", "dtype", "peer", "kept, MB", "kept, activations", "peak, MB"], rows.values())
+
+
+def overhead(record: Entry) -> str:
+    rows = [
+        [entry["pass"], entry["peer"], f"{statistics.median(entry['samples_us']):.0f}"]
+        for entry in timed(record, group="overhead")
+    ]
+    return markdown(["pass", "peer", "us a call"], rows)
+
+
+def shares_of_floor(record: Entry) -> str:
+    """Device time by peer, and how many times the floor it is."""
+    floors = floors_of(record)
+    rows = []
+    for group in ("op", "decode"):
+        for entry in timed(record, group=group, method="graph"):
+            floor, median = floors[floor_key(entry)], statistics.median(entry["samples_us"])
+            low, _, high = statistics.quantiles(entry["samples_us"], n=4)
+            rows.append(
+                [size(entry), entry["pass"], entry["peer"], f"{median:.1f} [{low:.1f}, {high:.1f}]", f"{floor:.1f}",
+                 f"{median / floor:.2f}"]
+            )  # fmt: skip
+    return markdown(["T, d", "pass", "peer", "us [quartiles]", "floor, us", "x floor"], rows)
+
+
+def kernels(record: Entry) -> str:
+    """Each kernel's time alone, its floor by the measured rates, and the share of it that is reached."""
+    rows = []
+    for entry in timed(record, group="kernel"):
+        median = statistics.median(entry["samples_us"])
+        rows.append(
+            [size(entry), f"`{entry['what']}`", f"{entry['bytes'] / 1e6:.1f}", f"{entry['flops'] / 1e9:.2f}",
+             f"{entry['sigmoids'] / 1e6:.1f}", f"{entry['floor_us']:.1f}", f"{median:.1f}",
+             f"{entry['floor_us'] / median:.2f}"]
+        )  # fmt: skip
+    return markdown(["T, d", "kernel", "MB", "GFLOP", "sigmoids, M", "floor, us", "us", "share"], rows)
+
+
+def attention(record: Entry) -> str:
+    """A layer's time beside the bare attention's."""
+    kept = {
+        (of_model(entry), entry["peer"]): entry["kept_bytes"]
+        for entry in record["entries"]
+        if entry["group"] == "memory" and entry.get("what") == "attention"
+    }
+    rows = []
+    for entry in timed(record, group="attention"):
+        rows.append(
+            [of_model(entry), entry["pass"], entry["method"], entry["peer"], time_ms(entry),
+             _against(record, entry, "frozen"), f"{kept[of_model(entry), entry['peer']] / 1e6:.2f}"]
+        )  # fmt: skip
+    return markdown(["shape", "pass", "clock", "method", "ms", "x bare", "kept, MB"], rows)
+
+
+def steps(record: Entry) -> str:
+    """Tokens per second and bytes of a training step by method; without a time, why."""
+    memory_of = {
+        (of_model(entry), entry["setting"], entry["peer"]): entry
+        for entry in record["entries"]
+        if entry["group"] == "memory" and entry.get("what") == "step"
+    }
+    rows = []
+    for entry in record["entries"]:
+        if entry["group"] != "step" or "peer" not in entry:
+            continue
+        head = of_model(entry), entry["setting"], entry["peer"]
+        found = memory_of.get(head)
+        if "samples_us" not in entry or found is None:
+            rows.append([*head, _no_time(entry), "", "", "", ""])
+            continue
+        tokens = entry["shape"]["batch"] * entry["shape"]["length"]
+        amounts = [f"{found[name] / 1e6:.1f}" for name in ("kept_bytes", "peak_bytes", "optimizer_bytes")]
+        rate = 1e6 * tokens / statistics.median(entry["samples_us"])
+        rows.append([*head, f"{rate:.0f}", _against(record, entry, "frozen"), *amounts])
+    header = ["shape", "setting", "method", "tokens/s", "x frozen's time", "kept, MB", "peak, MB", "optimizer, MB"]
+    return markdown(header, rows)
+
+
+def _no_time(entry: Entry) -> str:
+    reason = entry.get("wrong") or entry.get("error") or "not measured"
+    return "too little memory" if "OutOfMemory" in reason else "wrong" if "wrong" in entry else reason.split(":")[0]
+
+
+def generation(record: Entry) -> str:
+    """New tokens per second of whole `generate` calls, and the time of one token as a CUDA graph."""
+    rows = []
+    for entry in timed(record, group="generation"):
+        median = statistics.median(entry["samples_us"])
+        count = entry["shape"]["batch"] * (int(entry["setting"].split()[0]) if entry["pass"] == "generate" else 1)
+        rows.append(
+            [of_model(entry), entry["setting"], entry["pass"], entry["peer"], f"{1e6 * count / median:.0f}",
+             _against(record, entry, "frozen")]
+        )  # fmt: skip
+    return markdown(["prompts", "setting", "pass", "method", "tokens/s", "x bare"], rows)
+
+
+def longest(record: Entry) -> str:
+    rows = [
+        [entry["shape"]["model"], entry["setting"], entry["peer"], f"{entry['longest_tokens']}", entry["method"]]
+        for entry in record["entries"]
+        if entry["group"] == "longest" and "longest_tokens" in entry
+    ]
+    return markdown(["shape", "setting", "method", "tokens", "by"], rows)
+
+
+def _against(record: Entry, entry: Entry, first: str) -> str:
+    """The ratio of the entry's median to that of another peer at the same place."""
+    places = ("shape", "dtype", "setting", "pass", "method")
+    same = {name: entry.get(name) for name in places}
+    others = timed(record, group=entry["group"], peer=first, **same)
+    if not others:
+        return ""
+    return f"{statistics.median(entry['samples_us']) / statistics.median(others[0]['samples_us']):.2f}"
+
+
+def plots(record: Entry) -> str:
+    """The record's figures; `python -m benchmarks.tables` draws them."""
+    return "\n\n".join(f"![{name}: share of the floor]({link(record, name)})" for name in figures(record))
+
+
+Folders = Callable[[Path], list[Path]]
+# name -> (folders of records, the groups of which one must be there, how the table is drawn)
+TABLES: dict[str, tuple[Folders, tuple[str, ...], Callable[[Entry], str]]] = {
+    "cpu-op": (cpu_folders, ("op",), op_ratios),
+    "cpu-memory": (cpu_folders, ("op",), memory),
+    "cpu-overhead": (cpu_folders, ("overhead",), overhead),
+    "cpu-plots": (cpu_folders, ("sweep",), plots),
+    "cpu-attention": (cpu_folders, ("attention",), attention),
+    "cpu-steps": (cpu_folders, ("step",), steps),
+    "cpu-generation": (cpu_folders, ("generation",), generation),
+    "cpu-longest": (cpu_folders, ("longest",), longest),
+    "gpu-op": (gpu_folders, ("op",), shares_of_floor),
+    "gpu-kernels": (gpu_folders, ("kernel",), kernels),
+    "gpu-plots": (gpu_folders, ("sweep",), plots),
+    "gpu-memory": (gpu_folders, ("op",), memory),
+    "gpu-overhead": (gpu_folders, ("overhead",), overhead),
+    "gpu-attention": (gpu_folders, ("attention",), attention),
+    "gpu-steps": (gpu_folders, ("step",), steps),
+    "gpu-generation": (gpu_folders, ("generation",), generation),
+    "gpu-longest": (gpu_folders, ("longest",), longest),
+}
+
+
+def sources(name: str, results: Path) -> list[Path]:
+    """The records that a table is drawn from: of each folder the newest with such measurements."""
+    folders, groups, _ = TABLES[name]
+    found = []
+    for folder in folders(results):
+        for path in sorted(folder.glob("*.json"), reverse=True):
+            if any(
+                entry["group"] in groups and ("samples_us" in entry or "longest_tokens" in entry)
+                for entry in load(path)["entries"]
+            ):
+                found.append(path)
+                break
+    return found
+
+
+def render(name: str, results: Path) -> str:
+    """A table for each record, with the record's name, machine, versions and sources."""
+    draw = TABLES[name][2]
+    parts = []
+    for path in sources(name, results):
+        record = load(path)
+        parts.append(f"{draw(record)}\n\n{_origin(record, path.relative_to(results))}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _origin(record: Entry, name: Path) -> str:
+    machine = record["gpu"]["name"] if record["gpu"] else f"{record['cpu']['name']}, {record['cpu']['threads']} threads"
+    state = "with uncommitted changes" if record["git"]["dirty"] else "clean"
+    return (
+        f"From `benchmarks/results/{name}`: {machine}; torch {record['packages']['torch']}; sources "
+        f"{record['git']['commit'][:12]} ({state}); {record['time']}."
+    )
