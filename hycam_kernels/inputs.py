@@ -129,6 +129,14 @@ class NormProjectInputs(NamedTuple):
 NORM_DIFFERENTIABLE = NormProjectInputs._fields[: NormProjectInputs._fields.index("eps")]
 
 
+class NormUpstream(NamedTuple):
+    """Gradients of the results of `hycam::norm_project`; None where one has none."""
+
+    hidden: Tensor | None  # [T, d]
+    v: Tensor | None  # [T, E * r]
+    logits: Tensor | None  # [T, E]
+
+
 class NormSaved(NamedTuple):
     """What the forward of `hycam::norm_project` keeps for the backward beside its inputs."""
 

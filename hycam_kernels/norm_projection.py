@@ -6,7 +6,7 @@ from torch import Tensor
 from hycam_kernels.backends.torch import norm_projection as norm_torch_backend
 from hycam_kernels.backends.triton import norm_projection as norm_triton_backend
 from hycam_kernels.checks import check_norm_arguments
-from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, empty_gradients
+from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, NormUpstream, empty_gradients
 from hycam_kernels.output import NormProjectOutput
 from hycam_kernels.preparation import compute_dtype
 
@@ -123,7 +123,7 @@ def _norm_project(*args) -> tuple[Tensor, ...]:
 def _norm_project_backward(grad_hidden, grad_v, grad_logits, *args) -> list[Tensor]:
     inputs, saved, needs = _split_backward_args(args)
     with torch.autocast(inputs.hidden_in.device.type, enabled=False):
-        return _backend(inputs).backward(grad_hidden, grad_v, grad_logits, inputs, saved, needs)
+        return _backend(inputs).backward(NormUpstream(grad_hidden, grad_v, grad_logits), inputs, saved, needs)
 
 
 def _split_backward_args(args: tuple) -> tuple[NormProjectInputs, NormSaved, list[bool]]:

@@ -32,7 +32,7 @@ from hycam_kernels.backends.triton.kernels.router import route_backward_cost, ro
 from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad_cost
 from hycam_kernels.backends.triton.launch import Launcher
 from hycam_kernels.backends.triton.tuning import Size, make_call
-from hycam_kernels.inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
+from hycam_kernels.inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, NormUpstream
 
 
 class Launch(NamedTuple):
@@ -93,11 +93,11 @@ Calls = Callable[[Launcher, Shape, torch.dtype, torch.device], None]
 def training_calls(launch: Launcher, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
     """The op's forward and backward."""
     x = make_call(Size(*_sizes(shape)), dtype, device, training=True)
-    *_, saved = triton_backend.run_forward(x, launch)
+    *_, saved = triton_backend.forward(x, launch)
     grad_load, grad_router_prob = (torch.randn(shape.num_experts, device=device) for _ in range(2))
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
     grad_out = torch.randn_like(x.attn_output)
-    triton_backend.run_backward(grad_out, grad_load, grad_router_prob, x, saved, needs, launch)
+    triton_backend.backward(grad_out, grad_load, grad_router_prob, x, saved, needs, launch)
 
 
 def decode_calls(launch: Launcher, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -115,14 +115,16 @@ def norm_calls(launch: Launcher, shape: Shape, dtype: torch.dtype, device: torch
     hidden_in, weight = arguments["hidden"], 1 + 0.1 * torch.randn(shape.d, device=device).to(dtype)
     lora_a, lora_n, router_weight = (arguments[name] for name in ("lora_a", "lora_n", "router_weight"))
     x = NormProjectInputs(hidden_in, weight, None, lora_a, lora_n, router_weight, 1e-6, "rms", dtype, "triton")
-    hidden, v, logits, mean, rstd = norm_triton_backend.run_forward(x, launch)
+    hidden, v, logits, mean, rstd = norm_triton_backend.forward(x, launch)
     want = torch.nn.functional.rms_norm(hidden_in.double(), (shape.d,), weight.double(), 1e-6)
     error = ((hidden.double() - want).norm() / want.norm()).item()
     if not error <= 2 * ROUNDING[dtype]:
         raise WrongResultError(f"norm_project: relative error {error:.3g} against float64: not timed")
     needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
     grad_hidden, grad_v, grad_logits = (torch.randn_like(tensor) for tensor in (hidden, v, logits))
-    norm_triton_backend.run_backward(grad_hidden, grad_v, grad_logits, x, NormSaved(hidden, mean, rstd), needs, launch)
+    norm_triton_backend.backward(
+        NormUpstream(grad_hidden, grad_v, grad_logits), x, NormSaved(hidden, mean, rstd), needs, launch
+    )
 
 
 def measure_kernels(

@@ -61,7 +61,7 @@ def forward_forms(table: Table, *, inline_assembly: bool) -> dict[str, partial[T
 
 
 def _forward(x: ModulationInputs, *, launch: RowLauncher, keep: bool) -> Tensor:
-    return triton_backend.run_forward(x._replace(keep=keep), launch)[0]
+    return triton_backend.forward(x._replace(keep=keep), launch)[0]
 
 
 def _apply(function: Callable[..., object], operands: dict[str, Tensor]) -> object:

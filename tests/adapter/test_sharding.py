@@ -1,7 +1,5 @@
 """Weights that are elsewhere when a forward begins: offloaded by accelerate, sharded by FSDP2 and DeepSpeed."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hycam import hotswap_adapter
 from tests.adapter.builders import adapted_model, batch, config, layers_of
-from tests.distributed.ranks import environment
+from tests.distributed.ranks import REPOSITORY, TORCHRUN, launch
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
@@ -48,23 +46,7 @@ def test_adapting_an_offloaded_model(tmp_path):
 
 
 def run_sharded(*arguments):
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--standalone",
-            str(WORKER),
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        cwd=WORKER.parents[2],
-        env=environment(),
-    )
+    run = launch([*TORCHRUN, "--nproc_per_node=2", str(WORKER), *arguments], REPOSITORY)
     assert run.returncode == 0, run.stderr[-3000:]
     errors = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("error ")]
     assert len(errors) == 1

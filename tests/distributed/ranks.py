@@ -17,6 +17,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 WORLD_SIZE = 2
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 _STUCK_AFTER = 60  # seconds, then the log tells where a rank is
 
 

@@ -100,6 +100,21 @@ def run(function, arguments: dict, **options) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in results.items()}
 
 
+def kept_bytes(op, arguments: dict, **options) -> int:
+    """Bytes that autograd keeps after the op's forward beside the storages of its arguments."""
+    given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        op(**arguments, **options)
+    return sum(kept.values())
+
+
 def reference_results(arguments: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     """Results of the reference with every float tensor cast to ``dtype``."""
     return run(modulation_reference, cast_floats(arguments, dtype))

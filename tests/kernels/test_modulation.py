@@ -12,7 +12,16 @@ from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation
 from hycam_kernels.backends.torch import modulation as torch_backend
 from hycam_kernels.preparation import prepare
 from hycam_kernels.reference import modulation_reference
-from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, packed, reference_results, run
+from tests.kernels.cases import (
+    Case,
+    assert_as_good_as_eager,
+    errors,
+    kept_bytes,
+    leaves,
+    packed,
+    reference_results,
+    run,
+)
 
 CASES = {
     "paper": Case(options={"seed": 3}),
@@ -287,19 +296,10 @@ def test_kept_for_backward(recompute):
     """At most 1 + E r / d + 0.02 activations beyond h and h_att; at most 0.1 when S and V are made again."""
     case = Case(leading=(64,), d=512, num_experts=5, rank=16, options={"seed": 3})
     arguments = case.make(torch.bfloat16)
-    given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
-    kept = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in given:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hycam_modulation(**arguments, recompute=recompute)
+    kept = kept_bytes(hycam_modulation, arguments, recompute=recompute)
     activation = 64 * 512 * 2
     limit = 0.1 if recompute else 1 + 5 * 16 / 512 + 0.02
-    assert sum(kept.values()) / activation <= limit + 64 * 5 * 8 / activation
+    assert kept / activation <= limit + 64 * 5 * 8 / activation
     assert kept
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from hycam_kernels import NormProjectOutput, norm_project
 from hycam_kernels.inputs import NormProjectInputs
 from hycam_kernels.reference import norm_project_reference
-from tests.kernels.cases import assert_as_good_as_eager, errors, leaves
+from tests.kernels.cases import assert_as_good_as_eager, errors, kept_bytes, leaves
 from tests.kernels.norm_cases import NormCase, norm_reference_results, run_norm
 
 CASES = {
@@ -179,18 +179,9 @@ def test_bit_equal_from_run_to_run_and_callers_tensors_untouched(case):
 def test_kept_for_backward(kind):
     """Beside the arguments and h, one or two float32 numbers a token."""
     arguments = NormCase(leading=(64,), d=512, kind=kind).make(torch.bfloat16)
-    given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
-    kept = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in given:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        norm_project(**arguments)
+    kept = kept_bytes(norm_project, arguments)
     hidden = 64 * 512 * 2
-    assert 0 < sum(kept.values()) - hidden <= 64 * 4 * (1 if kind == "rms" else 2)
+    assert 0 < kept - hidden <= 64 * 4 * (1 if kind == "rms" else 2)
 
 
 @pytest.mark.parametrize("name", ["rms", "layer"])

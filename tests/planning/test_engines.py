@@ -1,15 +1,13 @@
 """Planned bytes against those that the engines' own processes hold."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hycam.planning.engines import engine_of
 from hycam.planning.plan import plan_memory
-from tests.distributed.ranks import environment
+from tests.distributed.ranks import REPOSITORY, TORCHRUN, launch
 from tests.planning.cases import config, deepspeed, recipe
 
 WORKER = Path(__file__).with_name("measured_worker.py")
@@ -17,16 +15,7 @@ TOLERANCE = 0.1
 
 
 def measure(processes, *cases):
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
-         str(WORKER), *cases],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        cwd=WORKER.parents[2],
-        env=environment(),
-    )  # fmt: skip
+    run = launch([*TORCHRUN, f"--nproc_per_node={processes}", str(WORKER), *cases], REPOSITORY)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line.split(" ", 1)[1]) for line in run.stdout.splitlines() if line.startswith("measured ")]
     assert len(lines) == len(cases)

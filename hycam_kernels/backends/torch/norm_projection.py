@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hycam_kernels.folding import fold_weights, low_rank_gradients
-from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, finish
+from hycam_kernels.backends.norm_gradients import Parts, norm_gradients
+from hycam_kernels.folding import fold_weights
+from hycam_kernels.inputs import NormProjectInputs, NormSaved, NormUpstream
 
 
 def forward(x: NormProjectInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -43,39 +44,18 @@ def forward(x: NormProjectInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     return hidden, v, logits, mean, rstd
 
 
-def backward(
-    grad_hidden: Tensor | None,
-    grad_v: Tensor | None,
-    grad_logits: Tensor | None,
-    x: NormProjectInputs,
-    saved: NormSaved,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of the tensors in `NORM_DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where not needed."""
-    need = dict(zip(NORM_DIFFERENTIABLE, needs, strict=True))
-    grads: dict[str, Tensor] = {}
-    if need["hidden_in"] or need["norm_weight"] or need["norm_bias"]:
-        gradient = hidden_gradient(grad_hidden, grad_v, grad_logits, x)
-        if gradient is not None:
-            grads |= _norm_backward(gradient.to(x.norm_dtype), x, saved, need)
-    operand = saved.hidden.to(x.compute_dtype)
-    if grad_v is not None:
-        grads |= low_rank_gradients(grad_v, x, operand, need)
-    if grad_logits is not None and need["router_weight"]:
-        # a token's share of the balance loss is below float16's smallest number
-        grads["router_weight"] = grad_logits.T @ operand.to(x.sum_dtype)
-    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+def backward(upstream: NormUpstream, x: NormProjectInputs, saved: NormSaved, needs: list[bool]) -> list[Tensor]:
+    """Gradients of the tensors in `NORM_DIFFERENTIABLE`, as `norm_gradients` returns them."""
+    return norm_gradients(upstream, x, saved, needs, Parts(_hidden_gradient, _norm_backward, _router_weight_gradient))
 
 
-def hidden_gradient(
-    grad_hidden: Tensor | None, grad_v: Tensor | None, grad_logits: Tensor | None, x: NormProjectInputs
-) -> Tensor | None:
+def _hidden_gradient(upstream: NormUpstream, x: NormProjectInputs) -> Tensor | None:
     """G [T, d], the gradient of h through all three results; None where none of them has one."""
-    gradient = grad_hidden
-    if grad_v is not None:
-        gradient = _add_product(gradient, grad_v, fold_weights(x.lora_n, x.lora_a, x.compute_dtype))
-    if grad_logits is not None:
-        gradient = _add_product(gradient, grad_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype))
+    gradient = upstream.hidden
+    if upstream.v is not None:
+        gradient = _add_product(gradient, upstream.v, fold_weights(x.lora_n, x.lora_a, x.compute_dtype))
+    if upstream.logits is not None:
+        gradient = _add_product(gradient, upstream.logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype))
     return gradient
 
 
@@ -89,6 +69,7 @@ def _norm_backward(
     gradient: Tensor, x: NormProjectInputs, saved: NormSaved, need: dict[str, bool]
 ) -> dict[str, Tensor]:
     grads = {}
+    gradient = gradient.to(x.norm_dtype)
     rstd = saved.rstd[:, None]
     values = x.hidden_in.to(x.norm_dtype)
     centred = values if x.kind == "rms" else values - saved.mean[:, None]
@@ -104,3 +85,8 @@ def _norm_backward(
             inner = inner - weighted.mean(-1, keepdim=True)
         grads["hidden_in"] = inner * rstd
     return grads
+
+
+def _router_weight_gradient(grad_logits: Tensor, operand: Tensor, x: NormProjectInputs) -> Tensor:
+    # a token's share of the balance loss is below float16's smallest number
+    return grad_logits.T @ operand.to(x.sum_dtype)

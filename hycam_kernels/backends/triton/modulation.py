@@ -112,26 +112,6 @@ def launcher(device: torch.device) -> "Launcher":
     return Launcher(family, inline_assembly=family.startswith("sm_"))
 
 
-def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """h_out [T, d], load [E], router_prob [E] and what the backward needs."""
-    # triton launches on the current device, which needn't be hidden's
-    with torch.cuda.device_of(x.hidden):
-        return run_forward(x, launcher(x.hidden.device))
-
-
-def backward(
-    grad_out: Tensor | None,
-    grad_load: Tensor | None,
-    grad_router_prob: Tensor | None,
-    x: ModulationInputs,
-    saved: Saved,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of the tensors in `DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where ``needs`` is false."""
-    with torch.cuda.device_of(x.hidden):
-        return run_backward(grad_out, grad_load, grad_router_prob, x, saved, needs, launcher(x.hidden.device))
-
-
 def decodes(x: ModulationInputs) -> bool:
     """Whether `decode` takes the call in place of `forward`."""
     # with V and the logits given, most of what those kernels join into two launches is done
@@ -147,22 +127,25 @@ def decode(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return decode_forward(launcher(x.hidden.device), x)
 
 
-def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """`forward` by a given launcher."""
+def forward(x: ModulationInputs, launch: "Launcher | None" = None) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """h_out [T, d], load [E], router_prob [E] and what the backward needs; by the device's launcher, or a given one."""
     from hycam_kernels.backends.triton.kernels.fusion_forward import fusion_forward
     from hycam_kernels.backends.triton.kernels.product_forward import product_forward
     from hycam_kernels.backends.triton.kernels.router import route
 
+    launch = launch or launcher(x.hidden.device)
     x = _dense_weights(x)
     hidden = x.hidden.to(x.compute_dtype)
-    v = _folded_product(x, hidden)
-    logits, probs, load, router_prob = route(launch, x, hidden)
-    of_experts = v, _cast(x, x.lora_b), _used_weights(x, probs)
-    if x.shared_weight is not None and launch.takes("product_forward", x):
-        out, s = product_forward(launch, x, hidden, *of_experts)
-    else:
-        s = _shared_product(x, hidden)
-        out = fusion_forward(launch, x, s, *of_experts)
+    # triton launches on the current device, which needn't be hidden's
+    with torch.cuda.device_of(x.hidden):
+        v = _folded_product(x, hidden)
+        logits, probs, load, router_prob = route(launch, x, hidden)
+        of_experts = v, _cast(x, x.lora_b), _used_weights(x, probs)
+        if x.shared_weight is not None and launch.takes("product_forward", x):
+            out, s = product_forward(launch, x, hidden, *of_experts)
+        else:
+            s = _shared_product(x, hidden)
+            out = fusion_forward(launch, x, s, *of_experts)
     saved = Saved(
         s if x.keep and s is not None else hidden.new_empty(0),
         v if x.keep and v is not None and x.given_v is None else hidden.new_empty(0),
@@ -172,22 +155,36 @@ def run_forward(x: ModulationInputs, launch: "Launcher") -> tuple[Tensor, Tensor
     return out, load, router_prob, saved
 
 
-def run_backward(
+def backward(
     grad_out: Tensor | None,
     grad_load: Tensor | None,
     grad_router_prob: Tensor | None,
     x: ModulationInputs,
     saved: Saved,
     needs: list[bool],
-    launch: "Launcher",
+    launch: "Launcher | None" = None,
 ) -> list[Tensor]:
-    """`backward` by a given launcher."""
+    """Gradients of the tensors in `DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where ``needs`` is false."""
+    launch = launch or launcher(x.hidden.device)
+    need = dict(zip(DIFFERENTIABLE, needs, strict=True))
+    with torch.cuda.device_of(x.hidden):
+        grads = _gradients(launch, _dense_weights(x), saved, need, grad_out, grad_load, grad_router_prob)
+    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+
+
+def _gradients(
+    launch: "Launcher",
+    x: ModulationInputs,
+    saved: Saved,
+    need: dict[str, bool],
+    grad_out: Tensor | None,
+    grad_load: Tensor | None,
+    grad_router_prob: Tensor | None,
+) -> dict[str, Tensor | None]:
     from hycam_kernels.backends.triton.kernels.fusion_backward import FusionBackward
     from hycam_kernels.backends.triton.kernels.router import route_backward
     from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad
 
-    x = _dense_weights(x)
-    need = dict(zip(DIFFERENTIABLE, needs, strict=True))
     hidden = x.hidden.to(x.compute_dtype)
     grads: dict[str, Tensor | None] = {}
     # (gradient of a product with h, the product's weight): each gives a share of h's gradient
@@ -237,8 +234,7 @@ def run_backward(
             products.append((d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype)))
     if need["hidden"]:
         grads["hidden"] = _sum_of_products(products)
-
-    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return grads
 
 
 _READ_BY_ELEMENT = ("shared_bias", "lora_b", "lora_b_bias", "router_weight", "router_bias")

@@ -1,13 +1,15 @@
 """`norm_project` by fused Triton kernels; the products of its backward are the library's."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hycam_kernels.backends.norm_gradients import Parts, norm_gradients
 from hycam_kernels.backends.triton.modulation import DTYPES, environment_refusal, launcher
-from hycam_kernels.folding import fold_weights, low_rank_gradients
-from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, finish
+from hycam_kernels.folding import fold_weights
+from hycam_kernels.inputs import NormProjectInputs, NormSaved, NormUpstream
 
 if TYPE_CHECKING:
     from hycam_kernels.backends.triton.launch import Launcher
@@ -31,58 +33,43 @@ def _argument_refusal(x: NormProjectInputs) -> str | None:
     return None
 
 
-def forward(x: NormProjectInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h [T, d], V [T, E r], logits [T, E], and the statistics mu (0 elements for an RMSNorm) and rho [T]."""
+def forward(x: NormProjectInputs, launch: "Launcher | None" = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h [T, d], V [T, E r], logits [T, E], and the statistics mu (0 elements for an RMSNorm) and rho [T].
+
+    By the device's launcher, or a given one.
+    """
+    from hycam_kernels.backends.triton.kernels.norm_projection import norm_projection
+
     with torch.cuda.device_of(x.hidden_in):
-        return run_forward(x, launcher(x.hidden_in.device))
+        return norm_projection(launch or launcher(x.hidden_in.device), x, _projection(x))
 
 
 def backward(
-    grad_hidden: Tensor | None,
-    grad_v: Tensor | None,
-    grad_logits: Tensor | None,
+    upstream: NormUpstream,
     x: NormProjectInputs,
     saved: NormSaved,
     needs: list[bool],
+    launch: "Launcher | None" = None,
 ) -> list[Tensor]:
-    """Gradients of the tensors in `NORM_DIFFERENTIABLE`, each in its tensor's dtype; 0 elements where not needed."""
+    """Gradients of the tensors in `NORM_DIFFERENTIABLE`, as `norm_gradients` returns them."""
+    launch = launch or launcher(x.hidden_in.device)
+    parts = Parts(_hidden_gradient, partial(_norm_gradients, launch), partial(_router_weight_gradient, launch))
     with torch.cuda.device_of(x.hidden_in):
-        return run_backward(grad_hidden, grad_v, grad_logits, x, saved, needs, launcher(x.hidden_in.device))
+        return norm_gradients(upstream, x, saved, needs, parts)
 
 
-def run_forward(x: NormProjectInputs, launch: "Launcher") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`forward` by a given launcher."""
-    from hycam_kernels.backends.triton.kernels.norm_projection import norm_projection
-
-    return norm_projection(launch, x, _projection(x))
-
-
-def run_backward(
-    grad_hidden: Tensor | None,
-    grad_v: Tensor | None,
-    grad_logits: Tensor | None,
-    x: NormProjectInputs,
-    saved: NormSaved,
-    needs: list[bool],
-    launch: "Launcher",
-) -> list[Tensor]:
-    """`backward` by a given launcher."""
+def _norm_gradients(
+    launch: "Launcher", gradient: Tensor, x: NormProjectInputs, saved: NormSaved, need: dict[str, bool]
+) -> dict[str, Tensor]:
     from hycam_kernels.backends.triton.kernels.norm_projection import norm_backward
+
+    return norm_backward(launch, x, gradient, saved.mean, saved.rstd, need) if gradient.shape[0] else {}
+
+
+def _router_weight_gradient(launch: "Launcher", grad_logits: Tensor, operand: Tensor, x: NormProjectInputs) -> Tensor:
     from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad
 
-    need = dict(zip(NORM_DIFFERENTIABLE, needs, strict=True))
-    grads: dict[str, Tensor] = {}
-    d_rows = None if grad_v is None and grad_logits is None else _row_gradients(x, grad_v, grad_logits)
-    if need["hidden_in"] or need["norm_weight"] or need["norm_bias"]:
-        gradient = _hidden_gradient(x, grad_hidden, d_rows)
-        if gradient is not None and gradient.shape[0]:
-            grads |= norm_backward(launch, x, gradient, saved.mean, saved.rstd, need)
-    operand = saved.hidden.to(x.compute_dtype)
-    if grad_v is not None:
-        grads |= low_rank_gradients(grad_v, x, operand, need)
-    if grad_logits is not None and need["router_weight"]:
-        grads["router_weight"] = router_weight_grad(launch, x, grad_logits, operand)
-    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return router_weight_grad(launch, x, grad_logits, operand)
 
 
 def _projection(x: NormProjectInputs) -> Tensor:
@@ -95,24 +82,26 @@ def _projection(x: NormProjectInputs) -> Tensor:
     return projection
 
 
-def _row_gradients(x: NormProjectInputs, grad_v: Tensor | None, grad_logits: Tensor | None) -> Tensor:
+def _row_gradients(x: NormProjectInputs, upstream: NormUpstream) -> Tensor:
     """Gradients of V and the logits side by side, as `_projection` has its rows."""
     low_rank, count = x.num_experts * x.rank, x.num_experts
     columns = -(-(low_rank + count) // _ALIGNMENT) * _ALIGNMENT
     d_rows = torch.zeros(x.shape[0], columns, dtype=x.compute_dtype, device=x.hidden_in.device)
-    if grad_v is not None:
-        d_rows[:, :low_rank] = grad_v
-    if grad_logits is not None:
-        d_rows[:, low_rank : low_rank + count] = grad_logits
+    if upstream.v is not None:
+        d_rows[:, :low_rank] = upstream.v
+    if upstream.logits is not None:
+        d_rows[:, low_rank : low_rank + count] = upstream.logits
     return d_rows
 
 
-def _hidden_gradient(x: NormProjectInputs, grad_hidden: Tensor | None, d_rows: Tensor | None) -> Tensor | None:
+def _hidden_gradient(upstream: NormUpstream, x: NormProjectInputs) -> Tensor | None:
     """The whole gradient of h, through all three results; rows dense. None where none of them has one."""
-    if d_rows is None:
+    grad_hidden = upstream.hidden
+    if upstream.v is None and upstream.logits is None:
         if grad_hidden is None or x.shape[1] == 1 or grad_hidden.stride(-1) == 1:
             return grad_hidden
         return grad_hidden.contiguous()
+    d_rows = _row_gradients(x, upstream)
     if grad_hidden is None:
         return d_rows @ _projection(x)
     if grad_hidden.dtype == x.compute_dtype:

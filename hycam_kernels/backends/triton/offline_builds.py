@@ -24,7 +24,14 @@ from hycam_kernels.backends.triton.config_tables import load_table, with_candida
 from hycam_kernels.backends.triton.kernels.decode import decode_forward
 from hycam_kernels.backends.triton.launch import Launcher
 from hycam_kernels.backends.triton.offline_calls import calls
-from hycam_kernels.inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, ModulationInputs, NormProjectInputs, NormSaved
+from hycam_kernels.inputs import (
+    DIFFERENTIABLE,
+    NORM_DIFFERENTIABLE,
+    ModulationInputs,
+    NormProjectInputs,
+    NormSaved,
+    NormUpstream,
+)
 
 # bytes of shared memory that one block may ask for
 SHARED_LIMITS = {
@@ -130,21 +137,23 @@ def _specialise(kernel, config: dict[str, int], arguments: dict[str, Any]) -> La
 
 
 def record(family: str) -> Recorder:
-    """Every distinct launch of both passes over `aot_calls`, without the tables' candidates and with them."""
+    """Every distinct launch of both passes over `offline_calls`, without the tables' candidates and with them."""
     recorder = Recorder(family)
     tables = (load_table(family), with_candidates(load_table(family)))
     for recorder.table, x in itertools.product(tables, calls()):
         if isinstance(x, NormProjectInputs):
-            hidden, v, logits, mean, rstd = norm_triton_backend.run_forward(x, recorder)
+            hidden, v, logits, mean, rstd = norm_triton_backend.forward(x, recorder)
             needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
-            norm_triton_backend.run_backward(hidden, v, logits, x, NormSaved(hidden, mean, rstd), needs, recorder)
+            norm_triton_backend.backward(
+                NormUpstream(hidden, v, logits), x, NormSaved(hidden, mean, rstd), needs, recorder
+            )
             continue
         if triton_backend.decodes(x):
             decode_forward(recorder, x)
         else:
-            out, load, router_prob, saved = triton_backend.run_forward(x, recorder)
+            out, load, router_prob, saved = triton_backend.forward(x, recorder)
             needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
-            triton_backend.run_backward(out, load, router_prob, x, saved, needs, recorder)
+            triton_backend.backward(out, load, router_prob, x, saved, needs, recorder)
     return recorder
 
 

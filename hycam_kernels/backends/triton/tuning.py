@@ -138,18 +138,18 @@ def make_passes(x: ModulationInputs, *, training: bool) -> dict[str, Callable[[L
     saved: list[Any] = []
 
     def forward(launch: Launcher) -> list[Tensor]:
-        out, load, router_prob, kept = triton_backend.run_forward(x, launch)
+        out, load, router_prob, kept = triton_backend.forward(x, launch)
         saved[:] = [kept]
         return [out, load, router_prob]
 
     def backward(launch: Launcher) -> list[Tensor]:
-        return triton_backend.run_backward(grad, grad_load, grad_router_prob, x, saved[0], needs, launch)
+        return triton_backend.backward(grad, grad_load, grad_router_prob, x, saved[0], needs, launch)
 
     not_kept = x._replace(keep=False)
     return {
         "forward": forward,
         "backward": backward,
-        NOT_KEPT: lambda launch: [triton_backend.run_forward(not_kept, launch)[0]],
+        NOT_KEPT: lambda launch: [triton_backend.forward(not_kept, launch)[0]],
     }
 
 

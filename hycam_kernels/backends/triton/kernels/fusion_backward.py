@@ -14,6 +14,8 @@ which calls (it keeps every expert's sums in registers). Sums that cross program
 V over splits of d, B over splits of T) are partial sums in float32, added in a fixed order: no atomics.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -62,21 +64,17 @@ class FusionBackward:
         tokens, d = x.hidden.shape
         config = self.launch.config("stream_grad", x)
         column_blocks = triton.cdiv(d, config["BLOCK_D"])
-        d_attn, d_residual, d_s = self._stream_grads(attn, residual)
+        stream = self._stream_arguments(attn, residual)
         partial_d_probs = self._empty(column_blocks, tokens, x.num_experts) if x.num_experts else None
         self.launch(
             stream_grad_kernel,
             (triton.cdiv(tokens, config["BLOCK_T"]) * column_blocks,),
             config,
-            s=self.s,
-            d_attn=d_attn,
-            d_residual=d_residual,
-            d_s=d_s,
             partial_d_probs=partial_d_probs,
-            stride_s=row_stride(self.s),
+            **stream,
             **self.arguments,
         )
-        return d_attn, d_residual, d_s, partial_d_probs
+        return stream["d_attn"], stream["d_residual"], stream["d_s"], partial_d_probs
 
     def stream_and_v(
         self, *, attn: bool, residual: bool
@@ -86,32 +84,32 @@ class FusionBackward:
         tokens, d = x.hidden.shape
         config = self.launch.config("row_grad", x)
         columns, splits = split_length(d, config.pop("SPLITS"), config["BLOCK_D"])
-        d_attn, d_residual, d_s = self._stream_grads(attn, residual)
+        stream = self._stream_arguments(attn, residual)
         partial_d_probs = self._empty(splits, tokens, x.num_experts)
         partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
         self.launch(
             row_grad_kernel,
             (triton.cdiv(tokens, config["BLOCK_T"]), splits),
             config,
-            s=self.s,
-            d_attn=d_attn,
-            d_residual=d_residual,
-            d_s=d_s,
             partial_d_probs=partial_d_probs,
             partial_d_v=partial_d_v,
             columns=columns,
-            stride_s=row_stride(self.s),
+            **stream,
             **self.arguments,
         )
-        return d_attn, d_residual, d_s, partial_d_probs, add_parts(partial_d_v).to(x.compute_dtype)
+        d_v = add_parts(partial_d_v).to(x.compute_dtype)
+        return stream["d_attn"], stream["d_residual"], stream["d_s"], partial_d_probs, d_v
 
-    def _stream_grads(self, attn: bool, residual: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _stream_arguments(self, attn: bool, residual: bool) -> dict[str, Any]:
+        """What the kernels take that make the gradients of h_att, h_in and S: S, and these as far as they are asked."""
         x, shape = self.x, self.x.hidden.shape
-        return (
-            self._empty(*shape, dtype=x.attn_output.dtype) if attn else None,
-            self._empty(*shape, dtype=x.residual.dtype) if residual and x.residual is not None else None,
-            None if self.s is None else self._empty(*shape, dtype=x.compute_dtype),
-        )
+        return {
+            "s": self.s,
+            "stride_s": row_stride(self.s),
+            "d_attn": self._empty(*shape, dtype=x.attn_output.dtype) if attn else None,
+            "d_residual": self._empty(*shape, dtype=x.residual.dtype) if residual and x.residual is not None else None,
+            "d_s": None if self.s is None else self._empty(*shape, dtype=x.compute_dtype),
+        }
 
     def v(self) -> Tensor:
         """Gradient of V, [T, E r] in the compute dtype."""

@@ -13,7 +13,7 @@ from hycam_kernels.backends.triton import modulation as triton_backend
 from hycam_kernels.preparation import prepare
 from hycam_kernels.reference import modulation_reference
 from tests.kernels.backends.triton.fused import CASES, assert_touches_only_its_own_memory, run_fused
-from tests.kernels.cases import Case, assert_as_good_as_eager, errors, leaves, packed, run
+from tests.kernels.cases import Case, assert_as_good_as_eager, errors, kept_bytes, leaves, packed, run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -276,18 +276,9 @@ def test_kept_for_backward(recompute, device):
     T, d, E, r = 64, 1024, 5, 16
     case = Case((T,), d, E, r, options={"seed": 3})
     arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.make(torch.bfloat16).items()}
-    given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
-    kept = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in given:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hycam_modulation(**arguments, recompute=recompute, backend="triton")
+    kept = kept_bytes(hycam_modulation, arguments, recompute=recompute, backend="triton")
     assert kept
-    assert sum(kept.values()) / (T * d * 2) <= (0.1 if recompute else 1 + E * r / d + 0.02)
+    assert kept / (T * d * 2) <= (0.1 if recompute else 1 + E * r / d + 0.02)
 
 
 @pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "no-branch"])

@@ -10,9 +10,9 @@ from torch import Tensor
 from hycam_kernels import NormProjectOutput, norm_project
 from hycam_kernels.backends.triton import modulation as triton_backend
 from hycam_kernels.backends.triton import norm_projection as norm_triton_backend
-from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved
+from hycam_kernels.inputs import NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, NormUpstream
 from tests.kernels.backends.triton.guards import GuardedAllocations, Guards
-from tests.kernels.cases import assert_as_good_as_eager, errors, leaves
+from tests.kernels.cases import assert_as_good_as_eager, errors, kept_bytes, leaves
 from tests.kernels.norm_cases import NormCase, norm_reference_results, run_norm
 
 kernels = pytest.importorskip("hycam_kernels.backends.triton.kernels.norm_projection")
@@ -218,7 +218,12 @@ def test_touches_no_memory_but_its_own(name, dtype, device):
     def both_passes(arguments: dict, grads: list[Tensor]) -> list[Tensor]:
         x = NormProjectInputs(**arguments, compute_dtype=dtype, backend="triton")
         hidden, v, logits, mean, rstd = norm_triton_backend.forward(x)
-        return [hidden, v, logits, *norm_triton_backend.backward(*grads, x, NormSaved(hidden, mean, rstd), needs)]
+        return [
+            hidden,
+            v,
+            logits,
+            *norm_triton_backend.backward(NormUpstream(*grads), x, NormSaved(hidden, mean, rstd), needs),
+        ]
 
     guards = Guards()
     guarded = {
@@ -250,17 +255,8 @@ def test_kept_for_backward(kind, device):
     """Beside the arguments and h, one or two float32 numbers a token."""
     arguments = NormCase(leading=(64,), d=512, kind=kind).make(torch.bfloat16)
     arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    given = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
-    kept = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in given:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        norm_project(**arguments, backend="triton")
-    assert 0 < sum(kept.values()) - 64 * 512 * 2 <= 64 * 4 * (1 if kind == "rms" else 2)
+    kept = kept_bytes(norm_project, arguments, backend="triton")
+    assert 0 < kept - 64 * 512 * 2 <= 64 * 4 * (1 if kind == "rms" else 2)
 
 
 @pytest.mark.parametrize("name", ["rms", "layer"])

@@ -205,7 +205,7 @@ FAULTS = {
         "router_weight_grad(launch, x, grad_logits,",
         "router_weight_grad(launch, x, grad_logits.to(x.compute_dtype),",
     ),
-    "norm backward: V's gradient dropped": (NORM_BACKEND, "d_rows[:, :low_rank] = grad_v", "pass"),
+    "norm backward: V's gradient dropped": (NORM_BACKEND, "d_rows[:, :low_rank] = upstream.v", "pass"),
 }
 # what runs for a file's faults: tests in guarded memory first, since elsewhere a stray write may end the process
 FUSION_TESTS = (["test_modulation.py", "-k", "memory"], ["test_kernels.py"], ["test_modulation.py"])
@@ -245,7 +245,7 @@ def test_a_planted_fault_fails_a_test(name, tmp_path):
     for tests in TESTS.get(path, FUSION_TESTS):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests],
-            cwd=tmp_path / "tests" / "kernels" / "triton",
+            cwd=tmp_path / "tests" / "kernels" / "backends" / "triton",
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": str(tmp_path)},
