@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 
 from hycam.adapter.config import HyCAMConfig
 from hycam.analysis.modulation import prompt_modulation
-from hycam.analysis.report import write_plots
+from hycam.analysis.run_plots import write_plots
 from hycam.data.collation import Collator
 from hycam.data.streaming import StreamCollator, StreamedRows
 from hycam.environment import devices, package_versions

@@ -5,7 +5,7 @@ import torch
 from matplotlib.image import imread
 
 from hycam.analysis.plots import plot_expert_load, plot_loss_curves, plot_modulation
-from hycam.analysis.report import write_plots
+from hycam.analysis.run_plots import write_plots
 from hycam.errors import InputError
 
 METRICS = [
