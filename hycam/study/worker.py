@@ -13,9 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
-import datasets
 import torch
-import transformers
 import yaml
 
 from hycam.errors import InputError, RunStoppedError
@@ -33,6 +31,7 @@ from hycam.study.units import (
 )
 from hycam.training.callbacks import write_whole
 from hycam.training.folder import RECIPE_FILE, RECORD_FILE
+from hycam.training.progress import keep_others_quiet
 from hycam.training.recipe import Recipe
 from hycam.training.run import METRICS_FILE, RESULTS_FILE, train
 from hycam.training.scratch import train_scratch_backbone
@@ -94,8 +93,7 @@ def _work(order: Order, sender: Connection) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     _obey_the_parent_alone()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    keep_others_quiet()
     with claim(lock_file(order.study, order.unit.folder)) as claimed:
         if not claimed or is_done(order.study, order.unit):
             answer: tuple[Outcome, str] = ("taken", "")

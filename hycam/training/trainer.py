@@ -13,8 +13,8 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hycam.data.sampling import EpochSampler
@@ -33,6 +33,7 @@ from hycam.training.callbacks import (
 from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER
 from hycam.training.engines import limit_deepspeed_waits
 from hycam.training.measure import own_draws
+from hycam.training.progress import ProgressLines, progress_bar
 
 _TRAINING_ARGUMENTS = "training_args.bin"
 _Kind = TypeVar("_Kind", bound=TrainerCallback)
@@ -66,6 +67,9 @@ class HyCAMTrainer(Trainer):
             callbacks=[LossWindow(), FiniteGradients(), self.throughput, on_signal, DueValidation(), *callbacks],
             **kwargs,
         )
+        for theirs in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(theirs)
+        self.add_callback(ProgressLines())
         assert self.model is not None
         self.adapted: nn.Module = self.model
         self.validation = dict(validation)
@@ -224,7 +228,7 @@ class HyCAMTrainer(Trainer):
         tasks: Mapping[str, Dataset] = self.validation if eval_dataset is None else eval_dataset
         rows = sum(len(dataset) for dataset in tasks.values())
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(total=rows, desc="validation", unit="row", leave=False, disable=quiet) as bar:
+        with progress_bar(rows, "validation", "row", quiet=quiet, leave=False) as bar:
 
             def progress(done: int) -> None:
                 bar.update(done)

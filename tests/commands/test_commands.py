@@ -14,6 +14,7 @@ import pytest
 
 import hycam_cli
 from hycam.commands.generate import read_rows
+from hycam.commands.tables import metrics_table, show
 from hycam_cli import main, split_overrides
 from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows
 
@@ -344,3 +345,19 @@ def test_sigterm_to_the_process(run: Path, tmp_path: Path) -> None:
     assert last.endswith(f"go on with: hycam train {tmp_path / 'run'} --resume")
     checkpoints = list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
     assert len(checkpoints) == 1
+
+
+def test_tables_are_never_cut(capsys, monkeypatch):
+    """In 40 columns, and in a file, every number is there; of two reports there is the gain."""
+    monkeypatch.setenv("COLUMNS", "40")
+    report = {"perplexity": 123456.789, "bleu4": 12.34, "rougeL": 56.78, "tokens": 1_234_567}
+    better = report | {"perplexity": 12345.6789, "bleu4": 23.45, "rougeL": 50.0}
+    reports = {name: {"tasks": {"a_task": values}, "overall": values} for name, values in
+               (("base", report), ("adapted", better))}  # fmt: skip
+    show(metrics_table("test split", reports))
+    shown = capsys.readouterr().out
+    for number in ("123456.789", "12345.679", "10.0 x", "12.34", "+11.11", "56.78", "-6.78", "1,234,567", "a_task"):
+        assert number in shown
+    assert "…" not in shown
+    show(metrics_table("test split", {"base": reports["base"]}))
+    assert "gain" not in capsys.readouterr().out
