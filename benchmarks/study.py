@@ -1,7 +1,8 @@
 """The study of `docs/study.md`, drawn from its committed records: ``python -m benchmarks.study [--check]``.
 
 `docs/study` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and the page's
-tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``.
+tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``. README's is the
+choice of them that `first_page` makes.
 """
 
 import argparse
@@ -13,12 +14,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness.pages import fill
+from benchmarks.harness.pages import fill, markdown
 from benchmarks.harness.record import ROOT
 from hycam.reporting.report import write_report
+from hycam.study.render import Number, shown
 
-PAGE = ROOT / "docs" / "study.md"
+PAGES = (ROOT / "docs" / "study.md", ROOT / "README.md")
 STUDY = ROOT / "docs" / "study"
+
+
+_FIRST_PAGE = {
+    "backbone alone": "backbone alone",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "moelora": "MoE-LoRA",
+    "hycam": "HyCAM",
+}
 
 
 def drawn(study: Path) -> dict[str, str]:
@@ -30,6 +41,22 @@ def drawn(study: Path) -> dict[str, str]:
         name: re.sub(r"^### (.*)$", r"**\1**", f"{body.strip()}\n", flags=re.MULTILINE)
         for name, body in zip(names, bodies, strict=True)
     }
+
+
+def first_page(study: Path) -> str:
+    """What each of the best-known methods gets and costs: test and general perplexity, parameters, memory."""
+    tables = json.loads((study / "tables" / "tables.json").read_text(encoding="utf-8"))
+    cells = {table["name"]: {row["cells"][0]: dict(zip(table["columns"], row["cells"], strict=True))
+                             for row in table["rows"]} for table in tables}  # fmt: skip
+    methods, forgetting = cells["table2"], cells["forgetting"]
+    rows = []
+    for name, label in _FIRST_PAGE.items():
+        of_method, kept = methods[name], forgetting.get(name)
+        general = forgetting["hycam"]["PPL before"] if kept is None else kept["PPL after"]
+        numbers = of_method["PPL"], general, of_method["trained parameters"], of_method["peak memory, GiB"]
+        rows.append([label, *(shown(number and Number(**number)) for number in numbers)])
+    header = ["", "five tasks, perplexity", "general text, perplexity", "trained parameters", "peak memory, GiB"]
+    return f"{markdown(header, rows)}\n"
 
 
 def outdated(study: Path) -> list[str]:
@@ -54,12 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.check:
         write_report(STUDY, STUDY)
-    before = PAGE.read_text(encoding="utf-8")
-    after = fill(before, drawn(STUDY).__getitem__)
+    tables = drawn(STUDY) | {"first-page": first_page(STUDY)}
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    after = {page: fill(text, tables.__getitem__) for page, text in before.items()}
     if not options.check:
-        PAGE.write_text(after, encoding="utf-8")
+        for page, text in after.items():
+            page.write_text(text, encoding="utf-8")
         return 0
-    stale = outdated(STUDY) + ([PAGE.name] if after != before else [])
+    stale = outdated(STUDY) + [page.name for page in PAGES if after[page] != before[page]]
     if stale:
         print(f"{', '.join(stale)}: not what the records give, run `python -m benchmarks.study`", file=sys.stderr)
     return 1 if stale else 0

@@ -4,6 +4,7 @@ It stands outside the package `hycam` because importing that one imports PEFT (s
 """
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class _Version(argparse.Action):
+    """Prints the installed package's version, which only then is looked up."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
+        print(f"hycam-kernels {importlib.metadata.version('hycam-kernels')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hycam",
@@ -63,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`hycam COMMAND --help` describes each command.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     train = _add(commands, "train", "train an adapter as a recipe says (without one: the built-in demo)")

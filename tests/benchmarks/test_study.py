@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import study
 from benchmarks.harness.pages import fill
-from benchmarks.study import PAGE, STUDY, drawn, main, outdated
+from benchmarks.study import PAGES, STUDY, drawn, first_page, main, outdated
 
 pytest.importorskip("sklearn")
 
@@ -17,11 +17,12 @@ def copy(tmp_path):
 
 def test_the_page_and_the_report_are_what_the_records_give(monkeypatch, tmp_path, capsys):
     assert main(["--check"]) == 0
-    other = tmp_path / "study.md"
-    other.write_text(PAGE.read_text().replace("| hycam |", "| hicam |"))
-    monkeypatch.setattr(study, "PAGE", other)
+    page, readme = (tmp_path / page.name for page in PAGES)
+    page.write_text(PAGES[0].read_text().replace("| hycam |", "| hicam |"))
+    readme.write_text(PAGES[1].read_text().replace("| LoRA |", "| LORA |"))
+    monkeypatch.setattr(study, "PAGES", (page, readme))
     assert main(["--check"]) == 1
-    assert capsys.readouterr().err.startswith("study.md: not what the records give")
+    assert capsys.readouterr().err.startswith("study.md, README.md: not what the records give")
 
 
 def test_a_changed_record_is_noticed(copy):
@@ -37,3 +38,13 @@ def test_a_page_has_the_tables_without_their_titles(copy):
     assert not re.search(r"^(#|old$)", filled, flags=re.MULTILINE)
     with pytest.raises(KeyError):
         fill("<!-- table: nothing -->\n<!-- end -->", drawn(copy).__getitem__)
+
+
+def test_the_first_page_shows_the_study_numbers(copy):
+    lines = first_page(copy).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| backbone alone", "| full fine-tuning", "| LoRA", "| MoE-LoRA", "| HyCAM"
+    ]  # fmt: skip
+    of_hycam = drawn(copy)["table2"].split("| hycam | ")[1].split(" | ")
+    assert lines[-1].split(" | ")[1] == of_hycam[0]
+    assert lines[-1].split(" | ")[3] == of_hycam[4]
