@@ -1,5 +1,6 @@
 """The command as a user meets it: exit status, one line of error, what it prints and writes."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -361,3 +362,10 @@ def test_tables_are_never_cut(capsys, monkeypatch):
     assert "…" not in shown
     show(metrics_table("test split", {"base": reports["base"]}))
     assert "gain" not in capsys.readouterr().out
+
+
+def test_the_version_is_the_installed_package_s(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"hycam-kernels {importlib.metadata.version('hycam-kernels')}\n"
