@@ -10,6 +10,7 @@ from hycam.environment import package_versions
 from hycam.errors import InputError
 from hycam.training.backbone import check_max_length, load_backbone_config
 from hycam.training.callbacks import finite
+from hycam.training.folder import check_held_out
 from hycam.training.measure import measure, training_precision
 from hycam.training.run import trained_folder
 from hycam.training.tasks import load_rows, prompts_that_fit, responses_alone, tokenize_split
@@ -35,6 +36,8 @@ def run(options: Namespace) -> None:
     if not output.parent.is_dir():
         raise InputError(f"--output: {output.parent} is no folder")
     rows = load_rows(recipe.tasks, recipe.data)
+    if selection.adapter is not None and options.split in ("validation", "test"):
+        check_held_out(selection.adapter.parent, rows)
     name, tokenizer = load_selected_tokenizer(selection)
     config = load_backbone_config(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)

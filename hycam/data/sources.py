@@ -67,7 +67,7 @@ def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
     else:
         key: dict[str, Any] = {
             "rows of": content(),
-            "task": dataclasses.asdict(config) | {"name": None, "source": None},
+            "task": dataclasses.asdict(config) | dict.fromkeys(("name", "source", "split_by")),
         }
         key["task"]["known set"] = next((name for name, known in KNOWN_SETS.items() if known.parse is parse), None)
         cached = cache.rows(key, TEXT_FEATURES, make)

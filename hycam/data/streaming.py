@@ -18,7 +18,7 @@ from hycam.data.cache import in_memory
 from hycam.data.collation import Collator
 from hycam.data.config import UNIFIED_FIELDS, DataConfig, StreamingConfig, TaskConfig
 from hycam.data.sources import TEXT_FEATURES, no_rows, report_blank, stream_task
-from hycam.data.splits import PARTS, check_parts, part_of
+from hycam.data.splits import PARTS, Instructions, check_parts, part_of
 from hycam.data.tokenization import IGNORED_LABEL, batch_tokenizer
 from hycam.errors import InputError
 
@@ -80,7 +80,7 @@ class StreamedRows(IterableDataset[dict[str, str]]):
 
     def _training_rows(self, task: TaskConfig) -> Iterator[dict[str, str]]:
         for row in stream_task(task, {}):
-            if part_of(row["instruction"], row["input"], self.fold) == "train":
+            if part_of(row["instruction"], row["input"], self.fold, task.split_by) == "train":
                 yield row
 
 
@@ -130,8 +130,10 @@ def read_held_out(task: TaskConfig, fold: int, limit: int) -> dict[str, Dataset]
     notes: dict[str, Any] = {}
     held_out: dict[str, list[dict[str, str]]] = {"validation": [], "test": []}
     counts = dict.fromkeys(PARTS, 0)
+    instructions = Instructions()
     for row in stream_task(task, notes):
-        part = part_of(row["instruction"], row["input"], fold)
+        part = part_of(row["instruction"], row["input"], fold, task.split_by)
+        instructions.add(row["instruction"])
         counts[part] += 1
         if part != "train" and counts[part] <= limit:
             held_out[part].append(row)
@@ -141,6 +143,7 @@ def read_held_out(task: TaskConfig, fold: int, limit: int) -> dict[str, Dataset]
     num_rows = sum(counts.values())
     if not num_rows:
         raise InputError(no_rows(task, notes))
+    instructions.warn(task)
     try:
         check_parts(counts, num_rows, fold)
     except InputError as error:

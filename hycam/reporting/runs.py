@@ -1,6 +1,5 @@
 """A study's runs, read again, and what a report measures of their models and tokenizers."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from hycam.analysis.value_states import embed_value_states, pooled_value_states
 from hycam.data.cache import digest, file_digest
 from hycam.data.collation import Collator
 from hycam.data.tokenization import IGNORED_LABEL
-from hycam.training.folder import RECIPE_FILE, RECORD_FILE
+from hycam.training.folder import RECIPE_FILE, check_held_out, read_record
 from hycam.training.measure import own_draws, training_precision
 from hycam.training.recipe import Recipe, load_recipe, read_yaml
 from hycam.training.run import RESULTS_FILE, trained_folder
@@ -73,12 +72,15 @@ class RunFolder:
     def token_inputs(self) -> dict[str, Any]:
         """What tells its token rows from others: the rows that the run began with, and who made tokens of them."""
         recipe = read_yaml(self.path / RECIPE_FILE)
-        rows = json.loads((self.path / RECORD_FILE).read_text(encoding="utf-8"))["data"]
+        rows = read_record(self.path)["data"]
         return {"rows": rows, "settings": {"backbone": recipe["backbone"], "data": recipe["data"]}}
 
     @cached_property
     def rows(self) -> dict[str, TaskRows]:
-        return load_rows(self.recipe.tasks, self.recipe.data)
+        """The run's. Raises `InputError` where they would be split otherwise than when it was trained."""
+        rows = load_rows(self.recipe.tasks, self.recipe.data)
+        check_held_out(self.path, rows)
+        return rows
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -33,7 +33,7 @@ from hycam.study.units import (
 )
 from hycam.study.worker import Order, work_apart
 from hycam.training.callbacks import write_whole
-from hycam.training.folder import RECIPE_FILE
+from hycam.training.folder import RECIPE_FILE, SPLIT_SINCE, has_own_split, recipe_values
 from hycam.training.recipe import Recipe, differing_fields, read_yaml
 
 _POLL_SECONDS = 2.0
@@ -245,6 +245,7 @@ def unit_recipe(study: Study, unit: Unit) -> Recipe | None:
 
 def _check_folder(study: Study) -> None:
     """Raise `InputError` where the study's folder holds a run that another recipe made."""
+    is_left = not all(is_done(study, unit) for unit in units(study))
     for unit in [*tuning(study), *cells(study)]:
         path = run_folder(study, unit) / RECIPE_FILE
         if not path.is_file():
@@ -254,11 +255,13 @@ def _check_folder(study: Study) -> None:
             raise InputError(f"{path.parent}: a run whose learning rate or backbone the study has not yet; {_WAY_OUT}")
         changed = [
             name
-            for name in differing_fields(_plain(read_yaml(path)), _plain(recipe.to_dict()))
+            for name in differing_fields(_plain(recipe_values(path)), _plain(recipe.to_dict()))
             if not any(fnmatch(name, free) for free in _FREE)
         ]
         if changed:
             raise InputError(f"{path.parent}: a run that began with other values of {', '.join(changed)}; {_WAY_OUT}")
+        if is_left and not has_own_split(path.parent):
+            raise InputError(f"{path.parent}: a run with other rows held out, {SPLIT_SINCE}; {_WAY_OUT}")
     collect(study)  # which compares the rows
 
 

@@ -19,11 +19,13 @@ from hycam.evaluation.batches import place_in_group
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
 from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import find_deepspeed_settings
-from hycam.training.recipe import Recipe, differing_fields, read_yaml
+from hycam.training.recipe import Recipe, differing_fields, parse_recipe, read_yaml
 from hycam.training.tasks import TaskRows
 
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
+# What parted rows before this and makes older runs' parts other ones.
+SPLIT_SINCE = "by another fold or split_by, or by a version before rows were split by their instruction alone"
 _SEEN_WITHIN = 10.0  # seconds in which a network file system shows what another node wrote
 
 # What a run leaves in its folder (patterns), and `hycam eval` of it; a backbone from scratch outlives its runs.
@@ -83,7 +85,7 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
             return
         if not resume:
             raise InputError(f"output_dir: {folder} holds a run: --resume goes on with it, --overwrite deletes it")
-        changed = _changed_fields(read_yaml(record), recipe.to_dict())
+        changed = _changed_fields(recipe_values(record), recipe.to_dict())
         if changed:
             raise InputError(f"--resume: the run in {folder} began with other values of: {', '.join(changed)}")
     elif any(not _is_backbone(entry) and entry.suffix != PARTIAL_SUFFIX for entry in _entries(folder)):
@@ -93,7 +95,85 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
 def holds_run_of(recipe: Recipe) -> bool:
     """Whether the recipe's output folder holds a run of this very recipe."""
     record = recipe.output_path / RECIPE_FILE
-    return record.is_file() and not differing_fields(read_yaml(record), recipe.to_dict())
+    return record.is_file() and not differing_fields(recipe_values(record), recipe.to_dict())
+
+
+def recipe_values(path: Path) -> dict[str, Any]:
+    """A run's recipe, with today's defaults for the fields that it was written without."""
+    return parse_recipe(read_yaml(path), str(path)).to_dict()
+
+
+def check_record(recipe: Recipe, rows: Mapping[str, TaskRows], commit: str | None, processes: int) -> None:
+    """Raise `InputError` where a run that is resumed began with what its recipe leaves out, and that is other now.
+
+    These are its rows and their split, its engine's settings, its backbone's commit and its number of processes.
+
+    Args:
+        commit: the backbone's, on the hub.
+    """
+    folder = recipe.output_path
+    if not (folder / RECORD_FILE).is_file():
+        return
+    before = read_record(folder)
+    if before["processes"] != processes:
+        # a step would see another number of rows, and the data's order and the optimizer's parts belong to ranks
+        raise InputError(f"--resume: the run in {folder} began on {before['processes']} processes, got {processes}")
+    for name, task in rows.items():
+        began, now = before["data"][name], task.fingerprint()
+        if _is_split_otherwise(began, now):
+            raise InputError(
+                f"--resume: the rows of {name} fall to other parts than when the run in {folder} began, {SPLIT_SINCE}: "
+                "wanted a run from the start (--overwrite, or another output_dir)"
+            )
+        if began != now:
+            raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
+    for name, sha256 in _settings_files(recipe.trainer).items():
+        if before.get("settings", {}).get(name) != sha256:
+            raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
+    began = before.get("commit")
+    if began != commit:
+        raise InputError(
+            f"--resume: the run in {folder} began with commit {began} of its backbone, got {commit}: "
+            f"wanted --backbone.revision {began}"
+        )
+
+
+def check_held_out(folder: Path, rows: Mapping[str, TaskRows]) -> None:
+    """Raise `InputError` where rows that the run in a folder was trained on would count as held out from it."""
+    if not (folder / RECORD_FILE).is_file():
+        return
+    before = read_record(folder)["data"]
+    for name, task in rows.items():
+        if name in before and _is_split_otherwise(before[name], task.fingerprint()):
+            raise InputError(
+                f"data: the rows of {name} that are held out now are not those of the run in {folder}, {SPLIT_SINCE}: "
+                "it was trained on some of them"
+            )
+
+
+def _is_split_otherwise(began: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same rows in other parts; older records have no digest of the held-out."""
+    return began["sha256"] == now["sha256"] and began.get("held_out") != now["held_out"]
+
+
+def has_own_split(folder: Path) -> bool:
+    """Whether a run's record tells its rows' split; a folder without a record has nothing to tell."""
+    if not (folder / RECORD_FILE).is_file():
+        return True
+    return all("held_out" in fingerprint for fingerprint in read_record(folder)["data"].values())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's record. Raises `InputError` where it can't be read."""
+    path = folder / RECORD_FILE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["data"], dict) and isinstance(record["processes"], int):
+            return record
+        reason = "data or processes are not what a run writes"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise InputError(f"{path}: not a run's record, wanted it as the run wrote it ({reason})")
 
 
 def open_folder(
@@ -105,46 +185,24 @@ def open_folder(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Make the folder this run's: write its recipe and record, or check that what they leave out is still the run's.
+    """Make the folder this run's: write its recipe and record, unless it goes on there.
 
     Args:
         commit: the backbone's, on the hub.
-
-    Raises:
-        InputError: on resuming with other rows, engine's settings or weights of the backbone, or on another number of
-            processes, than the run began with.
     """
     folder = recipe.output_path
     if overwrite and (folder / RECIPE_FILE).is_file():
         for entry in _entries(folder):
             if _is_written(entry):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    data = {name: _fingerprint(task) for name, task in rows.items()}
-    settings = _settings_files(recipe.trainer)
     if resume and (folder / RECORD_FILE).is_file():
-        before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if before["processes"] != processes:
-            # a step would see another number of rows, and the data's order and the optimizer's parts belong to ranks
-            raise InputError(f"--resume: the run in {folder} began on {before['processes']} processes, got {processes}")
-        for name, fingerprint in data.items():
-            if before["data"][name] != fingerprint:
-                raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
-        for name, sha256 in settings.items():
-            if before.get("settings", {}).get(name) != sha256:
-                raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
-        began = before.get("commit")
-        if began != commit:
-            raise InputError(
-                f"--resume: the run in {folder} began with commit {began} of its backbone, got {commit}: "
-                f"wanted --backbone.revision {began}"
-            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     # the id tells this folder from another node's with an equal run in it
     record = {
         "id": uuid.uuid4().hex,
-        "data": data,
-        "settings": settings,
+        "data": {name: task.fingerprint() for name, task in rows.items()},
+        "settings": _settings_files(recipe.trainer),
         "commit": commit,
         "processes": processes,
         "versions": package_versions(),
@@ -217,7 +275,3 @@ def _is_backbone(entry: Path) -> bool:
 
 def _is_written(entry: Path) -> bool:
     return any(fnmatch(entry.name, written) for written in _WRITTEN)
-
-
-def _fingerprint(task: TaskRows) -> dict[str, Any]:
-    return {"rows": {split: len(dataset) for split, dataset in task.splits.items()}, "sha256": task.sha256}

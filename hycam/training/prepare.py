@@ -27,7 +27,7 @@ from hycam.training.backbone import (
     load_tokenizer,
 )
 from hycam.training.engines import check_gpus, check_launcher
-from hycam.training.folder import check_folder
+from hycam.training.folder import check_folder, check_record
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
@@ -82,6 +82,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
     commit = backbone_commit(recipe.backbone, name)
+    if resume:
+        check_record(recipe, rows, commit, arguments.world_size)
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
     tokenizer = load_tokenizer(recipe.backbone, name)

@@ -16,7 +16,7 @@ from hycam.data.packing import pack_dataset
 from hycam.data.prompts import prompt_text
 from hycam.data.sampling import mix_tasks
 from hycam.data.sources import load_task
-from hycam.data.splits import split_dataset
+from hycam.data.splits import Instructions, split_dataset
 from hycam.data.streaming import read_held_out
 from hycam.data.tokenization import encode_prompt, tokenize_dataset
 from hycam.errors import InputError
@@ -27,14 +27,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Text rows of one task per split: columns `instruction`, `input`, `output`; `sha256` is that of all its rows.
+    """Text rows of one task per split: columns `instruction`, `input`, `output`.
 
     Of a stream these are the rows held out from training alone.
+
+    Attributes:
+        sha256: of all its rows.
+        held_out: SHA-256 of the rows that are validated and tested on, which tells one way of splitting from another.
     """
 
     task_id: int
     splits: Mapping[str, Dataset]
     sha256: str
+    held_out: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run's record has of the rows, to tell them from any others."""
+        rows = {split: len(dataset) for split, dataset in self.splits.items()}
+        return {"rows": rows, "sha256": self.sha256, "held_out": self.held_out}
 
     def split(self, name: str) -> Dataset:
         """The rows of a split. Raises `InputError` for one that a stream doesn't keep."""
@@ -54,16 +64,29 @@ def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, Task
     rows: dict[str, TaskRows] = {}
     for task_id, task in enumerate(tasks):
         if config.streaming is not None:
-            held_out = read_held_out(task, config.fold, config.streaming.held_out_rows)
-            rows[task.name] = TaskRows(task_id, held_out, rows_digest(concatenate_datasets(list(held_out.values()))))
-            continue
-        dataset = load_task(task, cache)
-        try:
-            splits = split_dataset(dataset, config.fold)
-        except InputError as error:
-            raise InputError(f"tasks: {task.name}: {error}") from error
-        rows[task.name] = TaskRows(task_id, splits | {"all": dataset}, rows_digest(dataset))
+            splits = read_held_out(task, config.fold, config.streaming.held_out_rows)
+            sha256 = held_out = _held_out_digest(splits)
+        else:
+            dataset = load_task(task, cache)
+            splits = _split(dataset, task, config.fold) | {"all": dataset}
+            sha256, held_out = rows_digest(dataset), _held_out_digest(splits)
+        rows[task.name] = TaskRows(task_id, splits, sha256, held_out)
     return rows
+
+
+def _split(dataset: Dataset, task: TaskConfig, fold: int) -> dict[str, Dataset]:
+    instructions = Instructions()
+    for instruction in dataset["instruction"]:
+        instructions.add(instruction)
+    instructions.warn(task)
+    try:
+        return split_dataset(dataset, fold, task.split_by)
+    except InputError as error:
+        raise InputError(f"tasks: {task.name}: {error}") from error
+
+
+def _held_out_digest(splits: Mapping[str, Dataset]) -> str:
+    return rows_digest(concatenate_datasets([splits["validation"], splits["test"]]))
 
 
 def responses_alone(config: DataConfig) -> DataConfig:
@@ -78,7 +101,7 @@ def tokenize_split(
     cache = row_cache(config)
     tokenized: dict[str, Dataset] = {}
     for name, task in rows.items():
-        content = f"{task.sha256} {split} {config.fold}"
+        content = f"{task.sha256} {split} {task.held_out}"
         try:
             result = tokenize_dataset(task.split(split), tokenizer, config, task.task_id, cache, content)
         except InputError as error:
