@@ -32,16 +32,15 @@ def chosen_rate(study: Study, backbone: str, method: str) -> float | None:
 
 
 def validation_loss(study: Study, unit: Unit) -> float | None:
-    """The validation loss of the weights that a finished run ended with; None where training broke down."""
+    """The loss of the weights that a run of a grid ended with, on validation rows that no fold tests.
+
+    None where training broke down, and where the loss is not finite.
+    """
     measured = results(study, unit)
     if measured is None or DIVERGED in measured:
         return None
-    losses = [
-        line["eval_loss"]
-        for line in read_metrics(run_folder(study, unit) / METRICS_FILE)
-        if "eval_loss" in line and line["step"] > 0
-    ]
-    return min(losses) if study.trainer.get("load_best_model_at_end", True) else losses[-1]
+    overall = measured["untested"]["overall"]
+    return None if overall["nll"] is None else overall["nll"] / overall["tokens"]
 
 
 def write_record(study: Study) -> dict[str, Any]:

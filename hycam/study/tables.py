@@ -71,6 +71,7 @@ class _Tables:
             "most while it trained, allocated on its accelerator or, without one, resident (the packages' own "
             "included). Learning rate: the one of the grid with the lowest validation loss of the first fold and seed.",
             *self._mark_notes(),
+            *self._fold_notes(),
             *self._incomplete(),
         ]
         return Table("table2", "Methods and backbones", [*columns, "peak memory, GiB"], rows, notes)
@@ -128,7 +129,7 @@ class _Tables:
         notes = [
             f"Paired two-sided t-test over folds x seeds of {self.study.reference} against the baseline with the best "
             f"mean, of {', '.join(self.study.candidates()) or 'none'}; not corrected for the number of rows. With "
-            "fewer than two pairs no test is made.",
+            "fewer than two pairs, or equal differences, no test is made.",
             *self._not_finite(),
         ]
         return Table("significance", "Significance", columns, rows, notes)
@@ -215,6 +216,14 @@ class _Tables:
         return [
             f"* {reference} is better than the best baseline of that column, † worse: p < 0.05 in a paired two-sided "
             "t-test, see the table Significance; no mark: no significant difference, or no test."
+        ]
+
+    def _fold_notes(self) -> list[str]:
+        folds = len(self.study.folds)
+        if folds == 1:
+            return []
+        return [
+            f"The {folds} folds test {folds} of the ten bins of the rows, each once; what they test differs in rows."
         ]
 
     def _incomplete(self) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
+from hycam.data.config import DataConfig
 from hycam.errors import InputError
 from hycam.training.backbone import (
     backbone_commit,
@@ -36,7 +37,12 @@ from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, response
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All that a run needs beside its model, checked."""
+    """All that a run needs beside its model, checked.
+
+    Attributes:
+        untested: token rows of validation that no fold tests, of the tasks that have any; None unless they are asked
+            for.
+    """
 
     arguments: TrainingArguments
     rows: dict[str, TaskRows]
@@ -45,9 +51,10 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     tokenized: dict[str, dict[str, Dataset]]
     prompts: dict[str, dict[str, Any]] | None
+    untested: dict[str, Dataset] | None
 
 
-def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
+def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = False) -> PreparedRun:
     """Check and read everything but the model's weights."""
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted at least one")
@@ -91,10 +98,18 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
     with _first_of_machine(recipe, arguments):
         tokenized = {} if recipe.data.streaming else {"train": tokenize_split(rows, "train", tokenizer, recipe.data)}
         tokenized |= {split: tokenize_split(rows, split, tokenizer, measured) for split in ("validation", "test")}
+        chosen_on = _untested(rows, tokenizer, measured) if untested else None
     prompts = None
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
-    return PreparedRun(arguments, rows, name, commit, tokenizer, tokenized, prompts)
+    return PreparedRun(arguments, rows, name, commit, tokenizer, tokenized, prompts, chosen_on)
+
+
+def _untested(rows: dict[str, TaskRows], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> dict[str, Dataset]:
+    with_any = {name: task for name, task in rows.items() if len(task.split("untested"))}
+    if not with_any:
+        raise InputError("tasks: no validation row that no fold tests, wanted more rows: a rate is chosen on them")
+    return tokenize_split(with_any, "untested", tokenizer, config)
 
 
 def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:

@@ -71,6 +71,7 @@ def train(
         overwrite: delete the run that the output folder holds.
         announce: is told, in the main process, what the run is about to do: a line each.
         test: measure the test split; without it the results have no `test` and no `expert_load`, and nothing is drawn.
+            They have `untested` instead: the perplexity on the validation rows that no fold tests.
         base: the backbone's own metrics on this test split where they are known, as a run's `results["test"]["base"]`
             has them; None: they are measured.
 
@@ -82,7 +83,7 @@ def train(
             of a stream's row where training comes to it, with the last good checkpoint kept.
         RunStoppedError: a signal, or a loss that is not finite; the last good checkpoint is kept.
     """
-    prepared = prepare(recipe, resume=resume, overwrite=overwrite)
+    prepared = prepare(recipe, resume=resume, overwrite=overwrite, untested=not test)
     set_seed(recipe.seed)
     model = adapted_backbone(recipe, prepared.backbone)
     if not prepared.arguments.should_save:
@@ -111,7 +112,9 @@ def train(
         prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
     results = _describe_run(recipe, prepared, model)
     results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
-    if not test:
+    if prepared.untested is not None:
+        with training_precision(recipe, prepared.arguments.device):
+            results["untested"] = _measure(recipe, prepared, model, prepared.untested, "validation, untested rows")
         if prepared.arguments.should_save:
             _write_json(recipe.output_path / RESULTS_FILE, results)
         return results
@@ -228,11 +231,22 @@ def _measure_test(
     recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, description: str
 ) -> dict[str, Any]:
     """The model's metrics on the test split."""
+    return _measure(recipe, prepared, model, prepared.tokenized["test"], description, prepared.prompts)
+
+
+def _measure(
+    recipe: Recipe,
+    prepared: PreparedRun,
+    model: PeftModel | PreTrainedModel,
+    tokenized: dict[str, Dataset],
+    description: str,
+    prompts: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     return measure(
         model,
         prepared.tokenizer,
-        prepared.tokenized["test"],
-        prepared.prompts,
+        tokenized,
+        prompts,
         recipe.evaluation,
         seed=recipe.seed,
         description=description,

@@ -16,7 +16,7 @@ from hycam.data.packing import pack_dataset
 from hycam.data.prompts import prompt_text
 from hycam.data.sampling import mix_tasks
 from hycam.data.sources import load_task
-from hycam.data.splits import Instructions, split_dataset
+from hycam.data.splits import Instructions, never_tested, split_dataset
 from hycam.data.streaming import read_held_out
 from hycam.data.tokenization import encode_prompt, tokenize_dataset
 from hycam.errors import InputError
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class TaskRows:
     """Text rows of one task per split: columns `instruction`, `input`, `output`.
 
-    Of a stream these are the rows held out from training alone.
+    Of a stream these are the rows held out from training alone. The split `untested` has the validation rows that no
+    fold tests; it may be empty.
 
     Attributes:
         sha256: of all its rows.
@@ -70,7 +71,8 @@ def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, Task
             dataset = load_task(task, cache)
             splits = _split(dataset, task, config.fold) | {"all": dataset}
             sha256, held_out = rows_digest(dataset), _held_out_digest(splits)
-        rows[task.name] = TaskRows(task_id, splits, sha256, held_out)
+        untested = {"untested": never_tested(splits["validation"], task.split_by)}
+        rows[task.name] = TaskRows(task_id, splits | untested, sha256, held_out)
     return rows
 
 

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from hycam.data.config import DataConfig, StreamingConfig, TaskConfig
-from hycam.data.splits import split_dataset
+from hycam.data.splits import never_tested, split_dataset
 from hycam.data.tokenization import tokenize_dataset
 from hycam.errors import InputError
 from hycam.training.tasks import load_rows, tokenize_split
@@ -27,6 +27,14 @@ def test_seven_two_one():
     assert sum(map(len, split.values())) == 4000
     shares = [len(split[part]) / 4000 for part in PARTS]
     assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.02)  # a bin's share has a deviation of 0.005
+
+
+def test_half_of_the_validation_rows_are_tested_by_no_fold():
+    dataset = Dataset.from_list(rows(600))
+    tested = set().union(*(parts_of(dataset, fold)["test"] for fold in range(5)))
+    untested = never_tested(dataset, "instruction")["output"]
+    assert tested | set(untested) == set(dataset["output"]) and not tested & set(untested)
+    assert len(tested) == pytest.approx(300, abs=50)
 
 
 def test_order_of_the_file_does_not_matter_and_is_kept():
