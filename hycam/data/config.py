@@ -34,6 +34,7 @@ class TaskConfig:
         revision: the branch, tag or commit of a hub set.
         split_by: which rows stay together in training, validation or test: those with one `instruction`, or with one
             `prompt` (instruction and input), for an instruction that heads very many rows.
+        domain: what the rows are about, for the table of the data; None: a known set's own.
 
     Raises:
         InputError: for a value of the wrong type or out of range.
@@ -48,11 +49,12 @@ class TaskConfig:
     subset: str | None = None
     revision: str | None = None
     split_by: SplitBy = "instruction"
+    domain: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise InputError(f"name: {self.name!r}, wanted the task's name")
-        for option in ("source", "split", "format", "subset", "revision"):
+        for option in ("source", "split", "format", "subset", "revision", "domain"):
             value = getattr(self, option)
             absent = value is None and option != "split"
             if not absent and not (isinstance(value, str) and value):

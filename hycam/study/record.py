@@ -13,7 +13,7 @@ from hycam.training.run import METRICS_FILE
 
 STUDY_RECORD = "study.json"
 
-_TEST_METRICS = ("perplexity", "nll", "tokens", "bleu4", "rougeL", "rows", "too_long")
+_TEST_METRICS = ("perplexity", "row_average", "nll", "tokens", "bleu4", "rougeL", "rows", "too_long")
 
 
 def chosen_rate(study: Study, backbone: str, method: str) -> float | None:

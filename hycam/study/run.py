@@ -40,7 +40,14 @@ _POLL_SECONDS = 2.0
 
 # Fields in which a run that the folder holds may differ from the study's: none of them reaches a number. The rows of
 # two sources are compared by their SHA-256.
-_FREE = ("output_dir", "tasks.*.source", "data.cache_dir", "trainer.report_to", "trainer.disable_tqdm")
+_FREE = (
+    "output_dir",
+    "tasks.*.source",
+    "tasks.*.domain",
+    "data.cache_dir",
+    "trainer.report_to",
+    "trainer.disable_tqdm",
+)
 
 
 def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str, Any]:

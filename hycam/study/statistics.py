@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 # Metric -> (its label, digits behind the point, whether lower is better).
 METRICS = {
     "perplexity": ("PPL", 3, True),
+    "row_average": ("PPL, row average", 3, True),
     "bleu4": ("BLEU-4", 2, False),
     "rougeL": ("ROUGE-L", 2, False),
 }

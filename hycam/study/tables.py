@@ -17,6 +17,10 @@ _RULES = [
     "number of response tokens) over all tasks' tokens, never a mean of the tasks' perplexities; overall BLEU-4 is "
     "that of all tasks' rows as one corpus, overall ROUGE-L the mean over all rows.",
 ]
+_ROW_AVERAGE = (
+    "Row average: the mean of the tasks' perplexities weighted by their test rows, which is nearer to an average over "
+    "tasks; over tokens, a task with long responses counts more."
+)
 
 
 def study_tables(record: Mapping[str, Any]) -> list[Table]:
@@ -40,6 +44,9 @@ class _Tables:
         self.backbones = list(self.study.backbones)
         self.tasks = list(dict.fromkeys(task for cell in _done(record) for task in cell["test"]["tasks"]))
         self.metrics = [m for m in METRICS if any(m in cell["test"]["overall"] for cell in _done(record))]
+        # a row average is of several tasks, and says nothing of one
+        reports = [report for cell in _done(record) for report in cell["test"]["tasks"].values()]
+        self.task_metrics = [m for m in self.metrics if any(m in report for report in reports)]
 
     def is_ablation(self, method: str) -> bool:
         section = self.study.methods[method].section
@@ -90,7 +97,7 @@ class _Tables:
         rows = []
         scopes = [*self.tasks, OVERALL]
         for backbone in self.backbones:
-            for metric in self.metrics:
+            for metric in self.task_metrics:
                 section = f"{backbone}, {METRICS[metric][0]}"
                 rows.append(self._base_row(backbone, [(metric, scope) for scope in scopes], section=section))
                 for method in self.study.methods:
@@ -193,7 +200,8 @@ class _Tables:
         return Number(shares[0], None, 2) if shares else None
 
     def _rules(self) -> list[str]:
-        return [*_RULES, *self._not_finite()]
+        average = [_ROW_AVERAGE] if "row_average" in self.metrics else []
+        return [*_RULES, *average, *self._not_finite()]
 
     def _not_finite(self) -> list[str]:
         """What no mean and no test has: metrics that a finished cell has as null."""

@@ -48,6 +48,7 @@ _WRITTEN = (
 _FREE_ON_RESUME = (
     "output_dir",
     "tasks.*.source",
+    "tasks.*.domain",
     "backbone.revision",
     "data.cache_dir",
     "early_stopping",
