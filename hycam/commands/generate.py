@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hycam.commands.selection import select
-from hycam.data.prompts import prompt_text
+from hycam.data.tokenization import encode_prompt, encode_row_prompt
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
 from hycam.training.backbone import load_backbone_config
@@ -26,9 +26,9 @@ def run(options: Namespace) -> None:
         raise InputError(f"--output: {output.parent} is no folder")
     name, tokenizer = load_selected_tokenizer(selection)
     if options.raw:
-        prompts = [row["instruction"] + row["input"] for row in rows]
+        prompts = [encode_prompt(row["instruction"] + row["input"], tokenizer) for row in rows]
     else:
-        prompts = [prompt_text(row, recipe.data.prompt, tokenizer) for row in rows]
+        prompts = [encode_row_prompt(row, recipe.data.prompt, tokenizer) for row in rows]
     max_new_tokens = recipe.evaluation.max_new_tokens
     encode_prompts(prompts, tokenizer, load_backbone_config(recipe.backbone, name), max_new_tokens)  # or refuse
     model = load_selected_model(selection, name)

@@ -1,5 +1,6 @@
 """A study, run: its units one after another, beside any other process that works on the same folder."""
 
+import itertools
 import signal
 import threading
 import time
@@ -66,6 +67,11 @@ def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str
         InputError: the folder holds runs of other recipes or rows.
         RunStoppedError: a signal; the run in progress has saved a checkpoint, and the same call goes on.
     """
+    for backbone, method in itertools.product(study.backbones, study.methods):
+        recipe = study.recipe(backbone, method, fold=0, seed=0, learning_rate=1.0, folder=".")
+        rounding = recipe.method.rounding(recipe.backbone.dtype)
+        if rounding is not None and not recipe.trainer.get("deepspeed"):
+            announce(f"{backbone}, {method}: {rounding}")
     runner = _Runner(study, announce)
     with _open_folder(study), runner.stoppable():
         while runner.step():

@@ -1,5 +1,6 @@
 """What a run needs beside its model, checked and loaded before it; and the model, not yet trained."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
 from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, responses_alone, tokenize_split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
         check_record(recipe, rows, commit, arguments.world_size)
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
+    dtype = config.dtype if recipe.backbone.dtype == "auto" else recipe.backbone.dtype
+    rounding = recipe.method.rounding(dtype)
+    if rounding is not None and not arguments.deepspeed:  # which keeps float32 weights by itself
+        logger.warning(rounding)
     tokenizer = load_tokenizer(recipe.backbone, name)
     measured = responses_alone(recipe.data)
     with _first_of_machine(recipe, arguments):

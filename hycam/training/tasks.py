@@ -13,12 +13,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from hycam.data.cache import RowCache, rows_digest
 from hycam.data.config import DataConfig, TaskConfig
 from hycam.data.packing import pack_dataset
-from hycam.data.prompts import prompt_text
 from hycam.data.sampling import mix_tasks
 from hycam.data.sources import load_task
 from hycam.data.splits import Instructions, never_tested, split_dataset
 from hycam.data.streaming import read_held_out
-from hycam.data.tokenization import encode_prompt, tokenize_dataset
+from hycam.data.tokenization import encode_row_prompt, tokenize_dataset
 from hycam.errors import InputError
 from hycam.training.recipe import EvaluationConfig
 
@@ -136,7 +135,7 @@ def prompts_that_fit(
     data: DataConfig,
     evaluation: EvaluationConfig,
 ) -> dict[str, dict[str, Any]]:
-    """Per task the prompts to answer and the responses to compare with.
+    """Per task the prompts to answer, as token ids, and the responses to compare with.
 
     A prompt that with `evaluation.max_new_tokens` exceeds the backbone's positions is left out, and counted.
 
@@ -150,12 +149,12 @@ def prompts_that_fit(
     longest = math.inf if positions is None else positions - evaluation.max_new_tokens
     chosen: dict[str, dict[str, Any]] = {}
     for name, task in rows.items():
-        prompts: list[str] = []
+        prompts: list[list[int]] = []
         references: list[str] = []
         too_long = 0
         for row in task.splits[split]:
-            prompt = prompt_text(row, data.prompt, tokenizer)
-            if len(encode_prompt(prompt, tokenizer)) > longest:
+            prompt = encode_row_prompt(row, data.prompt, tokenizer)
+            if len(prompt) > longest:
                 too_long += 1
                 continue
             prompts.append(prompt)
