@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hycam.commands.selection import select
+from hycam.commands.selection import check_output, select
 from hycam.data.tokenization import encode_prompt, encode_row_prompt
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
@@ -22,8 +22,8 @@ def run(options: Namespace) -> None:
     selection = select(options)
     recipe = selection.recipe
     output = None if options.output is None else Path(options.output)
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output: {output.parent} is no folder")
+    if output is not None:
+        check_output(output)
     name, tokenizer = load_selected_tokenizer(selection)
     if options.raw:
         prompts = [encode_prompt(row["instruction"] + row["input"], tokenizer) for row in rows]

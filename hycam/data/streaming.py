@@ -93,12 +93,18 @@ class StreamCollator:
     Args:
         tokenizer: with eos and pad token.
         config: prompt style, length and where the loss is taken; with `packing`, a batch's rows are concatenated.
+        num_embeddings: how many tokens the model knows; None: any.
 
     Raises:
-        InputError: for a tokenizer without eos, pad or (prompt: chat) chat template.
+        InputError: for a tokenizer without eos, pad or (prompt: chat) chat template; on a call, for a token that the
+            model doesn't know.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, num_embeddings: int | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.num_embeddings = num_embeddings
         self.tokenize = batch_tokenizer(tokenizer, config)
         assert tokenizer.pad_token_id is not None
         self.collate = Collator(tokenizer.pad_token_id, packing=config.packing)
@@ -110,6 +116,12 @@ class StreamCollator:
             return {}
         columns = {field: [row[field] for row in rows] for field in UNIFIED_FIELDS}
         tokens = [{"input_ids": input_ids, "labels": labels} for input_ids, labels, _ in self.tokenize(columns)]
+        most = max((max(row["input_ids"]) for row in tokens), default=0)
+        if self.num_embeddings is not None and most >= self.num_embeddings:
+            raise InputError(
+                f"data: the token {self.tokenizer.convert_ids_to_tokens(most)!r} has id {most}, but the backbone has "
+                f"embeddings for {self.num_embeddings} tokens"
+            )
         return self.collate(tokens or [self.without_target])
 
 

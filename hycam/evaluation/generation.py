@@ -81,13 +81,21 @@ def encode_prompts(
     """The token ids of each prompt, for a model of this configuration.
 
     Raises:
-        InputError: an empty prompt, or one that with `max_new_tokens` exceeds the model's positions.
+        InputError: an empty prompt, one that with `max_new_tokens` exceeds the model's positions, or one with a token
+            that the model has no embedding for.
     """
     encoded = [encode_prompt(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in prompts]
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    embeddings = config.get_text_config().vocab_size
     for row, ids in enumerate(encoded):
         if not ids:
             raise InputError(f"prompts: prompt {row} is empty, at least one token is wanted")
+        if max(ids) >= embeddings:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"prompts: prompt {row} has the token {token!r} with id {max(ids)}, but the model has embeddings for "
+                f"{embeddings} tokens"
+            )
         if positions is not None and len(ids) + max_new_tokens > positions:
             raise InputError(
                 f"prompts: prompt {row} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} "

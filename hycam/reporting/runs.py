@@ -20,10 +20,9 @@ from hycam.analysis.value_states import embed_value_states, token_value_states
 from hycam.data.cache import digest, file_digest
 from hycam.data.collation import Collator
 from hycam.data.tokenization import IGNORED_LABEL
-from hycam.training.folder import RECIPE_FILE, check_held_out, read_record
+from hycam.training.folder import RECIPE_FILE, RESULTS_FILE, check_held_out, read_record, trained_folder
 from hycam.training.measure import own_draws, training_precision
 from hycam.training.recipe import Recipe, load_recipe, read_yaml
-from hycam.training.run import RESULTS_FILE, trained_folder
 from hycam.training.tasks import TaskRows, load_rows, responses_alone, row_cache, tokenize_split
 from hycam.training.trained import Selection, load_selected_model, load_selected_tokenizer
 

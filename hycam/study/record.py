@@ -4,12 +4,12 @@ import json
 from typing import Any
 
 from hycam.errors import InputError
+from hycam.locks import claim
 from hycam.study.recipe import Study
-from hycam.study.units import Unit, cells, claim, failure, is_done, lock_file, results, run_folder, tuning, weights
+from hycam.study.units import Unit, cells, failure, is_done, lock_file, results, run_folder, tuning, weights
 from hycam.study.worker import DIVERGED
 from hycam.training.callbacks import finite, read_metrics, write_whole
-from hycam.training.folder import RECORD_FILE
-from hycam.training.run import METRICS_FILE
+from hycam.training.folder import METRICS_FILE, RECORD_FILE
 
 STUDY_RECORD = "study.json"
 
@@ -94,7 +94,7 @@ def _cell(study: Study, unit: Unit) -> dict[str, Any] | None:
         "base": _test(measured["test"]["base"]),
         "parameters": measured["parameters"],
         "train_seconds": sum(line["seconds"] for line in lines if "seconds" in line),
-        "peak_bytes": max(line["peak_bytes"] for line in lines if "peak_bytes" in line),
+        "peak_bytes": max((line["peak_bytes"] for line in lines if "peak_bytes" in line), default=0),
         "steps": measured["steps"],
         "best_step": measured["best_step"],
         "curves": {key: [[line["step"], line[key]] for line in lines if key in line] for key in ("loss", "eval_loss")},

@@ -14,14 +14,13 @@ from typing import Any
 import yaml
 
 from hycam.errors import InputError, RunStoppedError
+from hycam.locks import claim, is_claimed
 from hycam.study.recipe import STUDY_FILE, Study
 from hycam.study.record import chosen_rate, collect, write_record
 from hycam.study.units import (
     Unit,
     cells,
-    claim,
     failure,
-    is_claimed,
     is_done,
     lock_file,
     prune,

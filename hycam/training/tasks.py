@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -15,10 +16,12 @@ from hycam.data.config import DataConfig, TaskConfig
 from hycam.data.packing import pack_dataset
 from hycam.data.sampling import mix_tasks
 from hycam.data.sources import load_task
+from hycam.data.special_tokens import SpecialTokens
 from hycam.data.splits import Instructions, never_tested, split_dataset
 from hycam.data.streaming import read_held_out
 from hycam.data.tokenization import encode_row_prompt, tokenize_dataset
 from hycam.errors import InputError
+from hycam.training.backbone import check_ids, num_embeddings
 from hycam.training.recipe import EvaluationConfig
 
 logger = logging.getLogger(__name__)
@@ -119,6 +122,38 @@ def tokenize_split(
             )
         tokenized[name] = result.dataset
     return tokenized
+
+
+def check_tokens(
+    rows: Mapping[str, TaskRows],
+    tokenized: Iterable[Mapping[str, Dataset]],
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: PretrainedConfig,
+    name: str,
+) -> None:
+    """Raise `InputError` for a token of the rows, or the pad token, that the backbone has no embedding for.
+
+    Args:
+        tokenized: the token rows that are used, per task.
+        backbone, name: its configuration, and what it is called in the message.
+    """
+    assert tokenizer.pad_token_id is not None
+    check_ids({f"backbone.pad_token: {tokenizer.pad_token!r}": tokenizer.pad_token_id}, backbone, name)
+    for of_tasks in tokenized:
+        for task, dataset in of_tasks.items():
+            most = pc.max(pc.list_flatten(dataset.data.column("input_ids"))).as_py()
+            check_ids({f"tasks: {task}: the token {tokenizer.convert_ids_to_tokens(most)!r}": most}, backbone, name)
+    # a special token in a row is read as its text; one that was added for the rows is meant to have an embedding
+    special = SpecialTokens(tokenizer).ids
+    beyond = {token: number for token, number in special.items() if number >= num_embeddings(backbone)}
+    for task, of_task in rows.items() if beyond else ():
+        for split in of_task.splits.values():
+            for row in split:
+                assert isinstance(row, dict)
+                found = {token: number for token, number in beyond.items() if any(token in row[f] for f in row)}
+                check_ids(
+                    {f"tasks: {task}: the token {token!r}": number for token, number in found.items()}, backbone, name
+                )
 
 
 def training_set(tokenized: Mapping[str, Dataset], config: DataConfig, seed: int) -> Dataset:

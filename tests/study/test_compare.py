@@ -16,9 +16,10 @@ import torch
 
 from hycam.data.splits import part_of
 from hycam.errors import InputError
+from hycam.locks import claim, is_claimed
 from hycam.study.recipe import Study, load_study
 from hycam.study.run import compare
-from hycam.study.units import Unit, cells, claim, is_claimed, is_done, lock_file, run_folder, tuning, units
+from hycam.study.units import Unit, cells, is_done, lock_file, run_folder, tuning, units
 from hycam.training.callbacks import read_metrics
 from hycam.training.run import train
 from hycam.training.trainer import HyCAMTrainer
