@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # these import torch, which takes seconds
     from hycam.commands import run_command
-    from hycam.errors import InputError, RunStoppedError
+    from hycam.errors import InputError, RunStoppedError, is_disk_full
 
     try:
         run_command(options.command, options)
@@ -213,6 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, 2)
     except RunStoppedError as error:
         return _report(error, error.exit_status)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return _report(f"disk full: {error}", 1)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
     return 0

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hycam.commands.selection import select
-from hycam.data.prompts import prompt_text
+from hycam.commands.selection import check_output, select
+from hycam.data.tokenization import encode_prompt, encode_row_prompt
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
 from hycam.training.backbone import load_backbone_config
@@ -22,13 +22,13 @@ def run(options: Namespace) -> None:
     selection = select(options)
     recipe = selection.recipe
     output = None if options.output is None else Path(options.output)
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output: {output.parent} is no folder")
+    if output is not None:
+        check_output(output)
     name, tokenizer = load_selected_tokenizer(selection)
     if options.raw:
-        prompts = [row["instruction"] + row["input"] for row in rows]
+        prompts = [encode_prompt(row["instruction"] + row["input"], tokenizer) for row in rows]
     else:
-        prompts = [prompt_text(row, recipe.data.prompt, tokenizer) for row in rows]
+        prompts = [encode_row_prompt(row, recipe.data.prompt, tokenizer) for row in rows]
     max_new_tokens = recipe.evaluation.max_new_tokens
     encode_prompts(prompts, tokenizer, load_backbone_config(recipe.backbone, name), max_new_tokens)  # or refuse
     model = load_selected_model(selection, name)

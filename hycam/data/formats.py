@@ -24,10 +24,11 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class KnownSet:
-    """One of the paper's data sets: its place on the hub and its native fields."""
+    """One of the paper's data sets: its place on the hub, its native fields and its domain."""
 
     hub_id: str
     parse: RowParser
+    domain: str
     data_files: str | None = None
     revision: str | None = None
 
@@ -60,15 +61,19 @@ KNOWN_SETS: Mapping[str, KnownSet] = {
     "auto_cot": KnownSet(
         "QingyiSi/Alpaca-CoT",
         fields_parser("instruction", "output", input="input"),
+        "reasoning",
         data_files="Auto-CoT/Auto-CoT.json",
     ),
-    "icliniq": KnownSet("lavita/ChatDoctor-iCliniq", fields_parser("input", "answer_icliniq")),
-    "dolly": KnownSet("databricks/databricks-dolly-15k", fields_parser("instruction", "response", input="context")),
-    "code_alpaca": KnownSet("sahil2801/CodeAlpaca-20k", fields_parser("instruction", "output", input="input")),
+    "icliniq": KnownSet("lavita/ChatDoctor-iCliniq", fields_parser("input", "answer_icliniq"), "medical"),
+    "dolly": KnownSet(
+        "databricks/databricks-dolly-15k", fields_parser("instruction", "response", input="context"), "general"
+    ),
+    "code_alpaca": KnownSet("sahil2801/CodeAlpaca-20k", fields_parser("instruction", "output", input="input"), "code"),
     # Its main branch holds a loading script, which `datasets` no longer runs: the hub's own parquet copy is data alone.
     "webgpt": KnownSet(
         "openai/webgpt_comparisons",
         parse_webgpt,
+        "long-form answers",
         data_files="default/train/*.parquet",
         revision="refs/convert/parquet",
     ),

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Value
 
 from hycam.data.cache import RowCache, file_digest, in_memory
 from hycam.data.config import UNIFIED_FIELDS, TaskConfig
-from hycam.data.formats import KNOWN_SETS, FieldError, RowParser, fields_parser
+from hycam.data.formats import KNOWN_SETS, FieldError, KnownSet, RowParser, fields_parser
 from hycam.data.synthetic import synthetic_task
 from hycam.errors import InputError
 
@@ -67,7 +67,7 @@ def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
     else:
         key: dict[str, Any] = {
             "rows of": content(),
-            "task": dataclasses.asdict(config) | {"name": None, "source": None},
+            "task": dataclasses.asdict(config) | dict.fromkeys(("name", "source", "split_by", "domain")),
         }
         key["task"]["known set"] = next((name for name, known in KNOWN_SETS.items() if known.parse is parse), None)
         cached = cache.rows(key, TEXT_FEATURES, make)
@@ -144,11 +144,26 @@ def _unified_rows(
 def _parser(source: str, config: TaskConfig) -> RowParser:
     if config.fields is not None:
         return fields_parser(**config.fields)
+    known = _known_set(source, config)
+    return fields_parser("instruction", "output", input="input") if known is None else known.parse
+
+
+def _known_set(source: str, config: TaskConfig) -> KnownSet | None:
     hub_names = {known.hub_id: name for name, known in KNOWN_SETS.items()}
     for name in (config.format, source, hub_names.get(source), config.name):
         if name is not None and name in KNOWN_SETS:
-            return KNOWN_SETS[name].parse
-    return fields_parser("instruction", "output", input="input")
+            return KNOWN_SETS[name]
+    return None
+
+
+def origin(config: TaskConfig) -> tuple[str | None, str]:
+    """A task's domain, where it is known, and its source: a hub id, a file's name, or a synthetic task's."""
+    source = config.source or config.name
+    known = _known_set(source, config)
+    domain = config.domain or (None if known is None else known.domain)
+    if source in KNOWN_SETS:
+        return domain, KNOWN_SETS[source].hub_id
+    return domain, source if _HUB_ID.fullmatch(source) and not Path(source).suffix else Path(source).name
 
 
 def _opened(

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.binding import router_statistics
-from hycam.errors import RunStoppedError
+from hycam.errors import NotFiniteError
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -231,7 +231,7 @@ class FiniteGradients(TrainerCallback):
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise RunStoppedError(f"the gradient is not finite at step {state.global_step + 1}")
+            raise NotFiniteError(f"the gradient is not finite at step {state.global_step + 1}")
 
 
 class SaveOnSignal(TrainerCallback):

@@ -188,7 +188,7 @@ def test_eval_of_a_run_and_of_its_backbone(run: Path, capsys: pytest.CaptureFixt
     assert base["overall"] == results["base"]["overall"]
     assert main(["eval", "--adapter", str(run / "adapter"), "--no-generation", "--output", str(output_file)]) == 0
     assert json.loads(output_file.read_text())["overall"] == {
-        name: adapted["overall"][name] for name in ("nll", "tokens", "perplexity")
+        name: adapted["overall"][name] for name in ("nll", "tokens", "perplexity", "row_average")
     }
 
 

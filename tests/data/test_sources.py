@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from hycam.data.config import TaskConfig
 from hycam.data.formats import KNOWN_SETS
-from hycam.data.sources import load_task
+from hycam.data.sources import load_task, origin
 from hycam.errors import InputError
 
 NATIVE = {
@@ -327,3 +327,16 @@ def test_task_options(options, message):
     with pytest.raises(InputError) as caught:
         TaskConfig(**({"name": "mine"} | options))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (TaskConfig("dolly"), ("general", "databricks/databricks-dolly-15k")),
+        (TaskConfig("mine", "data/rows.jsonl", format="webgpt"), ("long-form answers", "rows.jsonl")),
+        (TaskConfig("mine", "owner/set", domain="law"), ("law", "owner/set")),
+        (TaskConfig("synthetic_code"), (None, "synthetic_code")),
+    ],
+)
+def test_where_rows_come_from(config, want):
+    assert origin(config) == want
