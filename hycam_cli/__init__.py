@@ -5,6 +5,7 @@ It stands outside the package `hycam` because importing that one imports PEFT (s
 
 import argparse
 import importlib.metadata
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -99,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument(
         "--file", metavar="FILE", help="instructions: .txt (one a line), .json or .jsonl (instruction, input)"
     )
+    generate.add_argument("--max-new-tokens", type=_count, metavar="N", help="of an answer, at most")
+    sampling = generate.add_argument_group("sampling", "greedy without any of these; --seed N repeats what was drawn")
+    sampling.add_argument("--temperature", type=_positive, metavar="T", help="divides the logits: 1 leaves them")
+    sampling.add_argument("--top-p", type=_share, metavar="P", help="the likeliest tokens of this share alone")
+    sampling.add_argument("--top-k", type=_count, metavar="K", help="the K likeliest tokens alone")
     generate.add_argument("--raw", action="store_true", help="give the text to the model without a template")
     generate.add_argument("--output", metavar="FILE", help="write the responses here as JSON lines")
 
@@ -136,6 +142,23 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer of 1 or more")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number above 0 and at most 1")
+    return value
 
 
 def _add(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from hycam.commands.selection import check_output, select
 from hycam.data.tokenization import encode_prompt, encode_row_prompt
 from hycam.errors import InputError
@@ -29,9 +31,12 @@ def run(options: Namespace) -> None:
         prompts = [encode_prompt(row["instruction"] + row["input"], tokenizer) for row in rows]
     else:
         prompts = [encode_row_prompt(row, recipe.data.prompt, tokenizer) for row in rows]
-    max_new_tokens = recipe.evaluation.max_new_tokens
+    max_new_tokens = options.max_new_tokens or recipe.evaluation.max_new_tokens
+    chosen = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
+    sampling = {name: value for name, value in chosen.items() if value is not None}
     encode_prompts(prompts, tokenizer, load_backbone_config(recipe.backbone, name), max_new_tokens)  # or refuse
     model = load_selected_model(selection, name)
+    set_seed(recipe.seed)
     with training_precision(recipe, model.device):
         responses = generate_responses(
             model,
@@ -39,6 +44,7 @@ def run(options: Namespace) -> None:
             prompts,
             max_new_tokens=max_new_tokens,
             batch_size=recipe.evaluation.batch_size,
+            sampling=sampling or None,
         )
     answered = [row | {"response": response} for row, response in zip(rows, responses, strict=True)]
     if output is not None:

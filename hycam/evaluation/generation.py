@@ -1,4 +1,4 @@
-"""Greedy responses, and BLEU-4 and ROUGE-L of them."""
+"""Responses, greedy unless sampling is asked for, and BLEU-4 and ROUGE-L of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,14 +22,17 @@ def generate_responses(
     *,
     max_new_tokens: int,
     batch_size: int = 8,
+    sampling: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, up to its end-of-sequence token.
+    """The model's continuation of each prompt, up to its end-of-sequence token: greedy, or sampled.
 
     Prompts of a batch are padded on the left here, so the tokenizer's own padding settings neither matter nor
     change. Of the model's generation settings none but its end tokens counts.
 
     Args:
         prompts: texts, in which special tokens are meant as such, or token ids.
+        sampling: draw each token from the model's distribution, changed by these: `temperature`, `top_p`, `top_k`; by
+            none of them where it is empty. None: greedy.
 
     Raises:
         InputError: an option below 1, an empty prompt, no end-of-sequence token, or a prompt that with
@@ -42,9 +45,12 @@ def generate_responses(
     encoded = encode_prompts(prompts, tokenizer, bare.config, max_new_tokens)
     ends = _end_tokens(bare, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, do_sample=False, num_beams=1
-    )
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, num_beams=1)
+    if sampling is None:
+        settings.do_sample = False
+    else:
+        # transformers' own default keeps the 50 likeliest tokens
+        settings.update(do_sample=True, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0} | dict(sampling))
     responses = [""] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
     with evaluation_mode(bare), _own_settings(bare, settings):

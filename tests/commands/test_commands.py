@@ -369,3 +369,34 @@ def test_the_version_is_the_installed_package_s(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"hycam-kernels {importlib.metadata.version('hycam-kernels')}\n"
+
+
+def test_generate_samples_where_it_is_asked_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(*options: str) -> str:
+        assert main(["generate", str(run), "--prompt", "Say the colour of cat 1", *options]) == 0
+        return capsys.readouterr().out
+
+    short = answer("--max-new-tokens", "1")
+    greedy = answer("--max-new-tokens", "8")
+    assert greedy.startswith(short.strip()) and len(short) < len(greedy)
+    assert answer("--max-new-tokens", "8", "--top-k", "1") == greedy
+    drawn = [answer("--max-new-tokens", "8", "--temperature", "5", "--seed", str(seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--temperature", "0", "a number above 0"),
+        ("--temperature", "nan", "a number above 0"),
+        ("--top-p", "1.5", "at most 1"),
+        ("--top-k", "0", "an integer of 1 or more"),
+        ("--max-new-tokens", "none", "an integer of 1 or more"),
+    ],
+)
+def test_sampling_options_that_make_no_sense(option, value, wanted, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "nowhere", "--prompt", "x", option, value])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert option in error and repr(value) in error and wanted in error

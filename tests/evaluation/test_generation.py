@@ -225,3 +225,19 @@ def test_scores_refuse_unpaired_text():
         evaluate_generation([], [])
     with pytest.raises(InputError, match="references: tasks"):
         evaluate_generation_tasks({"a": ["x"]}, {"b": ["x"]})
+
+
+def test_sampling_draws_by_the_distribution_that_is_asked_for(tokenizer):
+    """By the seed; of one likeliest token it is greedy; at a temperature near 0 too; at 1 no token is left out."""
+    model = tiny_model()
+    draw = partial(generate_responses, model, tokenizer, PROMPTS, max_new_tokens=12)
+    greedy = draw()
+    assert draw(sampling={"top_k": 1}) == draw(sampling={"temperature": 1e-4}) == greedy
+    torch.manual_seed(0)
+    first = draw(sampling={"temperature": 1.0})
+    torch.manual_seed(0)
+    assert draw(sampling={"temperature": 1.0}) == first != greedy
+    # the likeliest half of this model's probability is more than 50 tokens, transformers' own limit
+    torch.manual_seed(0)
+    seen = {c for _ in range(6) for text in draw(sampling={"temperature": 3.0}) for c in text}
+    assert len(seen) > 50
