@@ -1,8 +1,8 @@
 """The study of `docs/study.md`, drawn from its committed records: ``python -m benchmarks.study [--check]``.
 
-`docs/study` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and the page's
-tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``. README's is the
-choice of them that `first_page` makes.
+`docs/study` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and the pages'
+tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``. The home
+page and README have a summary of them.
 """
 
 import argparse
@@ -13,27 +13,32 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.pages import fill, markdown
 from benchmarks.harness.record import ROOT
 from hycam.reporting.report import write_report
-from hycam.study.render import Number, shown
+from hycam.study.render import Number
 
-PAGES = (ROOT / "docs" / "study.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "index.md", ROOT / "README.md")
 STUDY = ROOT / "docs" / "study"
 
-
-_FIRST_PAGE = {
+# the summary's methods, by their names in the tables
+_SUMMARY = {
     "backbone alone": "backbone alone",
-    "full": "full fine-tuning",
+    "hycam": "HyCAM",
     "lora": "LoRA",
     "moelora": "MoE-LoRA",
-    "hycam": "HyCAM",
+    "full": "full fine-tuning",
 }
 
 
 def drawn(study: Path) -> dict[str, str]:
-    """Name -> Markdown of the tables that a report wrote, their titles left to the page."""
+    """Name -> Markdown of the tables that a report wrote, their titles left to the page; and of the `summary`."""
+    return _tables(study) | {"summary": _summary(study)}
+
+
+def _tables(study: Path) -> dict[str, str]:
     folder = study / "tables"
     names = [table["name"] for table in json.loads((folder / "tables.json").read_text(encoding="utf-8"))]
     bodies = re.split(r"^## .*\n", (folder / "tables.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
@@ -43,20 +48,24 @@ def drawn(study: Path) -> dict[str, str]:
     }
 
 
-def first_page(study: Path) -> str:
-    """What each of the best-known methods gets and costs: test and general perplexity, parameters, memory."""
-    tables = json.loads((study / "tables" / "tables.json").read_text(encoding="utf-8"))
-    cells = {table["name"]: {row["cells"][0]: dict(zip(table["columns"], row["cells"], strict=True))
-                             for row in table["rows"]} for table in tables}  # fmt: skip
-    methods, forgetting = cells["table2"], cells["forgetting"]
-    rows = []
-    for name, label in _FIRST_PAGE.items():
-        of_method, kept = methods[name], forgetting.get(name)
-        general = forgetting["hycam"]["PPL before"] if kept is None else kept["PPL after"]
-        numbers = of_method["PPL"], general, of_method["trained parameters"], of_method["peak memory, GiB"]
-        rows.append([label, *(shown(number and Number(**number)) for number in numbers)])
-    header = ["", "five tasks, perplexity", "general text, perplexity", "trained parameters", "peak memory, GiB"]
-    return f"{markdown(header, rows)}\n"
+def _summary(study: Path) -> str:
+    """Some methods: what they train, what they gain on the tasks, and what they lose on other text."""
+    tables = {table["name"]: table for table in json.loads((study / "tables" / "tables.json").read_text("utf-8"))}
+    cells = {
+        name: {row["cells"][0]: dict(zip(table["columns"], row["cells"], strict=True)) for row in table["rows"]}
+        for name, table in tables.items()
+    }
+    before = next(iter(cells["forgetting"].values()))["PPL before"]
+    lines = []
+    for method, shown in _SUMMARY.items():
+        general = cells["forgetting"][method]["PPL after"] if method in cells["forgetting"] else before
+        of_method = cells["table2"][method]
+        lines.append([shown, *(_shown(cell) for cell in (of_method["trained parameters"], of_method["PPL"], general))])
+    return markdown(["", "trained parameters", "perplexity of the tasks", "of other text"], lines)
+
+
+def _shown(cell: dict[str, Any] | None) -> str:
+    return "-" if cell is None else str(Number(**cell | {"digits": min(cell["digits"], 1), "mark": ""}))
 
 
 def outdated(study: Path) -> list[str]:
@@ -81,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.check:
         write_report(STUDY, STUDY)
-    tables = drawn(STUDY) | {"first-page": first_page(STUDY)}
+    tables = drawn(STUDY)
     before = {page: page.read_text(encoding="utf-8") for page in PAGES}
     after = {page: fill(text, tables.__getitem__) for page, text in before.items()}
     if not options.check:

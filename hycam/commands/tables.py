@@ -50,7 +50,7 @@ def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
     table.add_column("task")
     experts = len(next(iter(next(iter(loads.values())).values())))
     for expert in range(experts):
-        table.add_column(f"expert {expert + 1}", justify="right")
+        table.add_column(f"expert {expert}", justify="right")
     for task, layers in loads.items():
         shares = [sum(layer[expert] for layer in layers.values()) / len(layers) for expert in range(experts)]
         table.add_row(task, *(f"{share:.3f}" for share in shares))

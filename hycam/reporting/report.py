@@ -90,7 +90,8 @@ def _figures(
     states = measurements.value_states.get(backbone)
     if states is not None:
         unit = " of tokens" if "tokens" in states else ""
-        title = f"t-SNE of the attention's value states{unit}, layer {states['layer'] + 1} of {states['layers']}"
+        which = f"layer {states['layer']} of 0 to {states['layers'] - 1}"
+        title = f"t-SNE of the attention's value states{unit}, {which}"
         embeddings = {"backbone": states["base"], f"with {reference}": states["adapted"]}
         yield "value_states", {"figure": "value_states", "title": title, "embeddings": embeddings}
     modulation = measurements.modulation.get(backbone)
