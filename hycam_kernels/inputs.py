@@ -10,7 +10,8 @@ class ModulationInputs(NamedTuple):
     """Arguments of `hycam::modulation`, tokens flattened to T.
 
     ``compute_dtype`` is the dtype of the matrix products; ``needs_grad`` tells whether a backward may follow, ``keep``
-    whether S and V are returned for it.
+    whether S and V are returned for it. ``inference`` is stricter than its absence: no backward follows a second
+    forward either, as that of a checkpoint whose first one runs without gradients.
     """
 
     hidden: Tensor  # [T, d]
@@ -39,6 +40,7 @@ class ModulationInputs(NamedTuple):
     keep: bool
     needs_grad: bool
     backend: str
+    inference: bool = False
 
     @property
     def shape(self) -> torch.Size:
