@@ -37,8 +37,8 @@ class DeferredRouterMeans:
     """`RouterMeans` that are made when they are read: while a text is generated nobody reads those of every token.
 
     Args:
-        probs: [T, E] p as it was used.
-        logits: [T, E].
+        probs: [E, T] p as it was used.
+        logits: [E, T].
         token_mask: [T] bool, the tokens that count, or None; not to be written to.
     """
 
@@ -51,7 +51,7 @@ class DeferredRouterMeans:
 
     @cached_property
     def router_prob(self) -> Tensor:
-        return self._mean(self.logits.softmax(dim=-1))
+        return self._mean(self.logits.softmax(dim=0))
 
     @cached_property
     def balance_loss(self) -> Tensor:
@@ -60,8 +60,9 @@ class DeferredRouterMeans:
     def _mean(self, values: Tensor) -> Tensor:
         if self.token_mask is not None:
             # chosen, not multiplied by 0: a token that doesn't count may hold NaN
-            return values.where(self.token_mask[:, None], 0).sum(0) / self.token_mask.sum().clamp_min(1)
-        return values.mean(0) if values.shape[0] else values.sum(0)
+            return values.where(self.token_mask, 0).sum(1) / self.token_mask.sum().clamp_min(1)
+        tokens = values.shape[1]
+        return values.sum(1) if tokens <= 1 else values.sum(1) / tokens
 
 
 class NormProjectOutput(NamedTuple):
