@@ -286,9 +286,7 @@ def _check_shapes(tensors: _Tensors, token_mask: Tensor | _Described | None) -> 
         )
 
 
-def _check_devices(
-    tensors: _Tensors, token_mask: Tensor | _Described | None, seed_device: torch.device | None
-) -> None:
+def _check_devices(tensors: _Tensors, token_mask: Tensor | _Described | None, seed_device: torch.device | None) -> None:
     hidden = tensors["hidden"]
     assert hidden is not None
     for name, tensor in {**tensors, "token_mask": token_mask}.items():

@@ -19,7 +19,7 @@ from hycam_kernels.backends.torch import inference as torch_inference
 from hycam_kernels.backends.torch import modulation as torch_backend
 from hycam_kernels.backends.triton import modulation as triton_backend
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, empty_gradients
-from hycam_kernels.output import DeferredRouterMeans, HyCAMOutput, RouterMeans
+from hycam_kernels.output import DeferredOutput, DeferredRouterMeans, HyCAMOutput, RouterMeans
 from hycam_kernels.preparation import prepare
 
 
@@ -115,20 +115,19 @@ def hycam_modulation(
     return HyCAMOutput(out.view(attn_output.shape), means.load, means.router_prob, means.balance_loss)
 
 
-def modulate(
-    hidden: Tensor, attn_output: Tensor, *args, training: bool, **kwargs
-) -> tuple[Tensor, RouterMeans | DeferredRouterMeans]:
-    """h_out of `hycam_modulation`, and the router's means apart, which may be made when they're read only.
+def modulate(hidden: Tensor, attn_output: Tensor, *args, training: bool, **kwargs) -> DeferredOutput:
+    """`hycam_modulation` whose router's means may be made when they're read only.
 
-    Takes the arguments of `hycam_modulation`, and raises what it would raise. ``token_mask`` must not change before the
-    means are read.
+    Takes the arguments of `hycam_modulation`, which must fit each other: only in training they're checked.
+    ``token_mask`` must not change before the means are read.
 
     Args:
         training: whether a call without gradients may be a checkpoint's first forward, which must be, bit for bit, the
             one that the backward pass makes.
     """
-    out, means = _run(prepare(hidden, attn_output, *args, training=training, **kwargs))
-    return out.view(attn_output.shape), means
+    call = prepare(hidden, attn_output, *args, training=training, fitting=not training, **kwargs)
+    out, means = _run(call)
+    return DeferredOutput(out.view(attn_output.shape), means)
 
 
 def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str:
@@ -151,10 +150,10 @@ def _run(call: ModulationInputs) -> tuple[Tensor, RouterMeans | DeferredRouterMe
     if triton_backend.decodes(call):
         out, *means = torch.ops.hycam.modulation_decode(*call)
         return out, RouterMeans(*means)
-    traced = _is_traced(call)
-    if not traced and _is_few_tokens_inference(call):
+    is_traced = _is_traced(call)
+    if not is_traced and _is_few_tokens_inference(call):
         return _few_tokens(call)
-    run = torch.ops.hycam.modulation if traced else _Modulation.apply
+    run = torch.ops.hycam.modulation if is_traced else _Modulation.apply
     out, load, router_prob, *_ = run(*call)
     return out, RouterMeans(load, router_prob, (load * router_prob).sum())
 
@@ -162,12 +161,7 @@ def _run(call: ModulationInputs) -> tuple[Tensor, RouterMeans | DeferredRouterMe
 def _is_few_tokens_inference(call: ModulationInputs) -> bool:
     """Whether the torch backend's `inference` takes the call; not inside forward mode, which the autograd function
     refuses."""
-    return (
-        call.inference
-        and call.backend == "torch"
-        and forward_ad._current_level < 0
-        and torch_inference.takes(call)
-    )
+    return call.inference and call.backend == "torch" and forward_ad._current_level < 0 and torch_inference.takes(call)
 
 
 def _triton_refusal(call: ModulationInputs) -> str | None:

@@ -65,6 +65,13 @@ class DeferredRouterMeans:
         return values.sum(1) if tokens <= 1 else values.sum(1) / tokens
 
 
+class DeferredOutput(NamedTuple):
+    """A `HyCAMOutput` whose router's part may not be made yet."""
+
+    hidden_states: Tensor
+    means: RouterMeans | DeferredRouterMeans
+
+
 class NormProjectOutput(NamedTuple):
     """Result of `norm_project`.
 

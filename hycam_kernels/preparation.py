@@ -12,9 +12,11 @@ def prepare(
     hidden, attn_output, shared_weight, lora_a, lora_n, lora_b, router_weight, *,
     tau=0.5, gumbel=None, seed=None, hard=False, token_mask=None, scale=1.0,
     shared_bias=None, lora_a_bias=None, lora_n_bias=None, lora_b_bias=None, router_bias=None,
-    expert_weight=None, recompute=False, residual=None, projections=None, backend="auto", training=False,
+    expert_weight=None, recompute=False, residual=None, projections=None, backend="auto",
+    training=False, fitting=False,
 ) -> ModulationInputs:  # fmt: skip
-    """Check the arguments of `hycam_modulation` and flatten the tokens; ``training`` is that of `modulate`."""
+    """Check the arguments of `hycam_modulation`, unless they're known to be ``fitting``, and flatten the tokens;
+    ``training`` is that of `modulate`."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError("hycam_modulation: transforms of torch.func are not supported; use torch.autograd")
     v, logits = (None, None) if projections is None else split_projections(projections)
@@ -23,9 +25,10 @@ def prepare(
         shared_weight, lora_a, lora_n, lora_b, router_weight,
         shared_bias, lora_a_bias, lora_n_bias, lora_b_bias, router_bias, expert_weight,
     )  # fmt: skip
-    check_arguments(
-        (*streams, gumbel, *weights), tau=tau, seed=seed, scale=scale, token_mask=token_mask, backend=backend
-    )
+    if not fitting:
+        check_arguments(
+            (*streams, gumbel, *weights), tau=tau, seed=seed, scale=scale, token_mask=token_mask, backend=backend
+        )
     carries_grad = _any_requires_grad(streams)
     needs_grad = torch.is_grad_enabled() and (carries_grad or _any_requires_grad((*weights, gumbel)))
     dtype = compute_dtype(hidden.dtype, hidden.device)
@@ -39,7 +42,7 @@ def prepare(
         None if logits is None else _rows(logits).to(sum_dtype).contiguous(),
         None if gumbel is None else _rows(gumbel.detach()),
         None if seed is None else as_seed_tensor(seed),
-        None if token_mask is None else token_mask.reshape(-1),
+        token_mask if token_mask is None or token_mask.ndim == 1 else token_mask.reshape(-1),
         float(tau),
         bool(hard),
         float(scale),
@@ -53,7 +56,7 @@ def prepare(
 
 
 def _any_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return any([tensor is not None and tensor.requires_grad for tensor in tensors])
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from hycam.adapter.parameters import (
 from hycam.errors import InputError
 from hycam_kernels import norm_project
 from hycam_kernels.modulation import modulate
-from hycam_kernels.output import DeferredRouterMeans, RouterMeans
+from hycam_kernels.output import DeferredOutput, DeferredRouterMeans, RouterMeans
 
 # what the op wants to be told of even where there is none
 _POSITIONAL = ("shared_weight", "lora_a", "lora_n", "lora_b", "router_weight")
@@ -145,7 +145,8 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         projections = self.projections
         if projections is not None:
             self.projections = None
-        output = self.base_layer(*args, **kwargs)
+        attention: Any = self._modules["base_layer"]
+        output = attention(*args, **kwargs)
         if self.disable_adapters:
             return output
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -165,7 +166,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             raise InputError(f"adapter_name: got {adapter_name!r}, want one of {', '.join(self.adapter_configs)}")
         # With h_att = 0 and h_in = 1 the output is A_fusion itself, without the rounding of 1 + A_fusion.
         zeros = torch.zeros_like(hidden_states)
-        return self._modulate(adapter_name, hidden_states, zeros, residual=torch.ones_like(zeros))[0]
+        return self._modulate(adapter_name, hidden_states, zeros, residual=torch.ones_like(zeros)).hidden_states
 
     def _adapt(
         self,
@@ -201,21 +202,15 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         )
         if config.experts == "none":
             return modulated
-        if isinstance(means, DeferredRouterMeans):
-            kept, routing = means, means
-        else:
-            kept = RouterMeans(*(value.detach() for value in means))
-            routing = Routing(kept.load, kept.router_prob)
-        if context.record(adapter_name, self.layer_name, routing):
+        kept = means if isinstance(means, DeferredRouterMeans) else RouterMeans(*(value.detach() for value in means))
+        if context.record(adapter_name, self.layer_name, kept):
             self.statistics[adapter_name] = LayerStatistics(kept, token_mask, hidden.shape[:-1].numel())
         if self.training and config.balance_coef > 0:
             routing = Routing(means.load, means.router_prob)
             return context.inject(modulated, routing, adapter_name, self.layer_name, config)
         return modulated
 
-    def _modulate(
-        self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any
-    ) -> tuple[Tensor, RouterMeans | DeferredRouterMeans]:
+    def _modulate(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any) -> DeferredOutput:
         """The op with the adapter's parameters, fetched anew: sharded training swaps them between forwards."""
         config = self.adapter_configs[adapter_name]
         weights = self._weights(adapter_name, config, are_projected=options.get("projections") is not None)

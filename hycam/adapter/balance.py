@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hycam.adapter.config import HyCAMConfig
-from hycam_kernels.output import DeferredRouterMeans
+from hycam_kernels.output import DeferredRouterMeans, RouterMeans
 
 # The keyword that takes the context from the model's call to its attention modules. Checkpointing keeps a layer's
 # keywords, so a forward that the backward pass runs again meets its own context, not that of a later batch.
@@ -34,8 +34,8 @@ class Routing(NamedTuple):
     router_prob: Tensor
 
 
-# of a layer in evaluation nobody may ever ask for its routing
-AnyRouting = Routing | DeferredRouterMeans
+# what has a load and a router_prob
+AnyRouting = Routing | RouterMeans | DeferredRouterMeans
 
 
 class ForwardContext:
