@@ -61,7 +61,7 @@ class ModulationInputs(NamedTuple):
     @property
     def sum_dtype(self) -> torch.dtype:
         """dtype of logits, softmax and sums: float64 for float64 products, else float32."""
-        return torch.promote_types(self.compute_dtype, torch.float32)
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
 
 # Names of the tensors that can get a gradient: the first fields, in the order in which the backward op returns them.

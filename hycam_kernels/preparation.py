@@ -32,14 +32,13 @@ def prepare(
     carries_grad = _any_requires_grad(streams)
     needs_grad = torch.is_grad_enabled() and (carries_grad or _any_requires_grad((*weights, gumbel)))
     dtype = compute_dtype(hidden.dtype, hidden.device)
-    sum_dtype = torch.promote_types(dtype, torch.float32)
     return ModulationInputs(
         _rows(hidden),
         _rows(attn_output),
         *weights,
         None if residual is None else _rows(residual),
         None if v is None else v.reshape(-1, v.shape[-2] * v.shape[-1]).to(dtype).contiguous(),
-        None if logits is None else _rows(logits).to(sum_dtype).contiguous(),
+        None if logits is None else _rows(logits).to(torch.promote_types(dtype, torch.float32)).contiguous(),
         None if gumbel is None else _rows(gumbel.detach()),
         None if seed is None else as_seed_tensor(seed),
         token_mask if token_mask is None or token_mask.ndim == 1 else token_mask.reshape(-1),

@@ -52,8 +52,8 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor]:
 def as_saved(x: ModulationInputs, probs: Tensor, logits: Tensor) -> Saved:
     """What a call that keeps nothing returns for the backward."""
     s, v = (x.hidden.new_empty(0, dtype=x.compute_dtype) for _ in range(2))
-    logits = logits.T.clone() if x.given_logits is None else logits.new_empty(0)
-    return Saved(s, v, probs.T.clone(), logits)
+    probs, logits = (tensor.T.clone(memory_format=torch.contiguous_format) for tensor in (probs, logits))
+    return Saved(s, v, probs, logits if x.given_logits is None else logits.new_empty(0))
 
 
 def _route(x: ModulationInputs, sum_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
