@@ -51,7 +51,7 @@ def _few_uniforms(seed: int, count: int) -> Tensor:
     """``philox_uniform(seed, arange(count))`` with a lane of 64 bits for each draw in one Python integer: an operation
     on it takes a tenth of a tensor operation's time where the draws are few.
 
-    Products of two words fill their lanes and never leave them; what a shift brings in from the next lane is masked off.
+    A product of two words stays in its lane; what a shift brings in from the next lane is masked off.
     """
     ones = int.from_bytes((b"\1" + bytes(7)) * count, "little")
     words = ones * _WORD
