@@ -10,8 +10,8 @@ class ModulationInputs(NamedTuple):
     """Arguments of `hycam::modulation`, tokens flattened to T.
 
     ``compute_dtype`` is the dtype of the matrix products; ``needs_grad`` tells whether a backward may follow, ``keep``
-    whether S and V are returned for it. ``inference`` is stricter than its absence: no backward follows a second
-    forward either, as that of a checkpoint whose first one runs without gradients.
+    whether S and V are returned for it. ``inference`` is stricter than its absence: grad mode is off, and no
+    backward follows a second forward either, as that of a checkpoint whose first one runs without gradients.
     """
 
     hidden: Tensor  # [T, d]

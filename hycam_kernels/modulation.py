@@ -7,7 +7,6 @@ through Python; where no gradient is wanted, a few tokens need neither.
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 
 import torch
@@ -143,25 +142,28 @@ def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str
 
 def _run(call: ModulationInputs) -> tuple[Tensor, RouterMeans | DeferredRouterMeans]:
     """h_out [T, d] and the router's means, by the backend that the call asks for."""
-    if call.backend == "auto":
-        call = call._replace(backend="torch" if _triton_refusal(call) else "triton")
-    elif call.backend == "triton" and (refusal := _triton_refusal(call)):
+    backend = call.backend
+    if backend == "auto":
+        backend = "torch" if _triton_refusal(call) else "triton"
+    elif backend == "triton" and (refusal := _triton_refusal(call)):
         raise RuntimeError(f"hycam_modulation: backend='triton' can't run this call: {refusal}")
+    is_traced = _is_traced(call)
+    if backend == "torch" and not is_traced and _is_few_tokens_inference(call):
+        return _few_tokens(call)
+    if backend != call.backend:
+        call = call._replace(backend=backend)
     if triton_backend.decodes(call):
         out, *means = torch.ops.hycam.modulation_decode(*call)
         return out, RouterMeans(*means)
-    is_traced = _is_traced(call)
-    if not is_traced and _is_few_tokens_inference(call):
-        return _few_tokens(call)
     run = torch.ops.hycam.modulation if is_traced else _Modulation.apply
     out, load, router_prob, *_ = run(*call)
     return out, RouterMeans(load, router_prob, (load * router_prob).sum())
 
 
 def _is_few_tokens_inference(call: ModulationInputs) -> bool:
-    """Whether the torch backend's `inference` takes the call; not inside forward mode, which the autograd function
+    """Whether `inference` takes the call of the torch backend; not inside forward mode, which the autograd function
     refuses."""
-    return call.inference and call.backend == "torch" and forward_ad._current_level < 0 and torch_inference.takes(call)
+    return call.inference and forward_ad._current_level < 0 and torch_inference.takes(call)
 
 
 def _triton_refusal(call: ModulationInputs) -> str | None:
@@ -170,7 +172,11 @@ def _triton_refusal(call: ModulationInputs) -> str | None:
 
 
 def _few_tokens(call: ModulationInputs) -> tuple[Tensor, DeferredRouterMeans]:
-    with _without_autocast(call):
+    device_type = call.hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            out, probs, logits = torch_inference.forward(call)
+    else:
         out, probs, logits = torch_inference.forward(call)
     return out, DeferredRouterMeans(probs, logits, call.token_mask)
 
@@ -205,21 +211,14 @@ def _backend(inputs: ModulationInputs):
     return triton_backend if inputs.backend == "triton" else torch_backend
 
 
-def _without_autocast(inputs: ModulationInputs) -> AbstractContextManager:
-    device_type = inputs.hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def _modulation(*args) -> tuple[Tensor, ...]:
     inputs = ModulationInputs(*args)
-    if _is_few_tokens_inference(inputs):
+    if inputs.backend == "torch" and _is_few_tokens_inference(inputs):
         out, means = _few_tokens(inputs)
         # no backward reads what is kept, but the op's results have their shapes, and none is an argument
         saved = torch_inference.as_saved(inputs, means.probs, means.logits)
         return out, means.load, means.router_prob, *saved
-    with _without_autocast(inputs):
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
         out, load, router_prob, saved = _backend(inputs).forward(inputs)
     return out, load, router_prob, *saved
 
@@ -230,7 +229,7 @@ def _modulation_decode(*args) -> tuple[Tensor, ...]:
 
 def _modulation_backward(grad_out, grad_load, grad_router_prob, *args) -> list[Tensor]:
     inputs, saved, needs = _split_backward_args(args)
-    with _without_autocast(inputs):
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
         return _backend(inputs).backward(grad_out, grad_load, grad_router_prob, inputs, saved, needs)
 
 

@@ -49,8 +49,9 @@ def prepare(
         keep=needs_grad and not recompute,
         needs_grad=needs_grad,
         backend=backend,
-        # under a disabled grad mode an input still carries a gradient where a checkpoint's first forward begins
-        inference=not (needs_grad or carries_grad or training),
+        # With grad mode on, frozen weights give the bits of trained ones. With it off, an input still carries a gradient
+        # where a checkpoint's first forward begins.
+        inference=not (torch.is_grad_enabled() or carries_grad or training),
     )
 
 

@@ -185,7 +185,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
                 "modulation='residual': the norm before the attention did not run; after replacing norms, bind "
                 "the model again: hycam.bind(model)"
             )
-        if projections is None and adapter_name == self.fused_adapter():
+        if self.training and projections is None and adapter_name == self.fused_adapter():
             raise RuntimeError(
                 "fuse_norm=True: the norm before the attention did not make its projections; after replacing norms, "
                 "bind the model again: hycam.bind(model)"

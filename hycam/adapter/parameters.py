@@ -38,8 +38,9 @@ class AdapterParameters(nn.ParameterDict):
     __call__ = nn.Module.__call__
 
     def forward(self, adapter_name: str) -> Tensor | None:
-        # a ParameterDict's own get goes through four calls, for every token of every layer
-        return getattr(self, adapter_name) if adapter_name in self else None
+        parameter = self._parameters.get(adapter_name)
+        # FSDP1 holds what it has gathered as an attribute
+        return self.get(adapter_name) if parameter is None else parameter
 
 
 class Projection(nn.Module):

@@ -215,12 +215,22 @@ def test_which_calls_take_the_path_of_their_own(monkeypatch):
     weights_alone = arguments | {name: arguments[name].detach() for name in ("hidden", "attn_output")}
     assert not ran_inference(arguments, monkeypatch)
     assert not ran_inference(weights_alone, monkeypatch)
-    assert ran_inference(detached(arguments), monkeypatch)
+    assert not ran_inference(detached(arguments), monkeypatch), "the bits of weights that are trained"
     with torch.no_grad():
+        assert ran_inference(detached(arguments), monkeypatch)
         assert ran_inference(weights_alone, monkeypatch)
         assert not ran_inference(arguments, monkeypatch), "a checkpoint's first forward"
     with torch.inference_mode():
         assert ran_inference(weights_alone, monkeypatch)
+
+
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_frozen_weights_give_the_bits_of_trained_ones(grad_mode):
+    arguments = Case().make(torch.float32)
+    inside = arguments | {name: arguments[name].detach() for name in ("hidden", "attn_output")}
+    with torch.set_grad_enabled(grad_mode):
+        for frozen, trained in zip(hycam_modulation(**detached(arguments)), hycam_modulation(**inside), strict=True):
+            assert torch.equal(frozen, trained)
 
 
 def test_a_checkpoints_first_forward_is_its_second(monkeypatch):
@@ -232,6 +242,7 @@ def test_a_checkpoints_first_forward_is_its_second(monkeypatch):
     assert torch.equal(first, modulate(**inside, training=True).hidden_states)
 
 
+@torch.no_grad()
 def test_many_tokens_take_bounded_memory(monkeypatch):
     """No tensor of all experts' outputs: the path with a backward makes one expert after the other."""
     monkeypatch.setattr(inference, "_MAX_ELEMENTS", 3 * 24 * 26)
@@ -246,7 +257,8 @@ def test_many_tokens_take_bounded_memory(monkeypatch):
 
 @pytest.mark.parametrize("name", ["paper", "released", "projected", "shared-only", "full-rank", "no-branch"])
 def test_opcheck(name):
-    call = prepare(**packed(detached(CASES[name].make(torch.float32))), backend="torch")
+    with torch.no_grad():
+        call = prepare(**packed(detached(CASES[name].make(torch.float32))), backend="torch")
     assert call.inference
     torch.library.opcheck(
         torch.ops.hycam.modulation.default, tuple(call), test_utils=["test_schema", "test_faketensor"]
@@ -264,6 +276,7 @@ def test_compiles_into_one_graph(name, monkeypatch):
             assert torch.equal(value, expected)
 
 
+@torch.no_grad()
 def test_means_are_made_when_they_are_read():
     arguments = detached(Case(masked=True, options={"seed": 3}).make(torch.float32))
     want = hycam_modulation(**arguments)

@@ -26,8 +26,7 @@ _MAX_ELEMENTS = 1 << 18
 
 def takes(x: ModulationInputs) -> bool:
     """Whether `forward` is made for a call without gradients."""
-    tokens, d = x.shape
-    return tokens * d * max(x.num_experts, 1) <= _MAX_ELEMENTS
+    return x.hidden.numel() * max(x.num_experts, 1) <= _MAX_ELEMENTS
 
 
 def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor]:
