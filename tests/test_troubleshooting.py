@@ -134,7 +134,7 @@ def test_in_a_script(message, tmp_path, recwarn):
 @pytest.mark.parametrize("message", RECIPES)
 def test_in_a_recipe(message, tmp_path, backbone, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     save_rows(Path("few.jsonl"), rows(3))
     save_rows(Path("other.jsonl"), [{"question": "a", "answer": "b"}] * 9)
     recipe = save_recipe(tmp_path, recipe_values(tmp_path, backbone, **RECIPES[message]))
