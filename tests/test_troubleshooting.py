@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from hycam import HyCAMAttention, HyCAMConfig
 from hycam.training.run import train
@@ -48,6 +49,11 @@ def load_without_hycam(folder: Path) -> None:
     raise RuntimeError(done.stderr.splitlines()[-1])
 
 
+def without_attention(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))
+    get_peft_model(model, HyCAMConfig(r=4, num_experts=2))
+
+
 def loss_from_logits(folder: Path) -> None:
     adapted()(input_ids=IDS).logits.logsumexp(-1).mean().backward()
 
@@ -79,7 +85,7 @@ def second_order(folder: Path) -> None:
 
 SCRIPTS: dict[str, Callable[[Path], object]] = {
     "KeyError: 'HYCAM'": load_without_hycam,
-    "target_modules: got none for model_type": lambda folder: adapted("gpt_neox"),
+    "target_modules: got none for": without_attention,
     "modulation: got 'residual' for model_type": lambda folder: adapted("gemma2", modulation="residual"),
     "the model returns no loss whose scale the balance loss could follow": loss_from_logits,
     "the backward pass doesn't come from the model's own loss": another_loss,
@@ -97,7 +103,7 @@ RECIPES = {
     "unknown field; did you mean": {"trainer": {"lerning_rate": 1}},
     "data.max_length: 129 given, the backbone has 128 positions": {"data": {"max_length": 129}},
     "input: missing, the row has": OTHER_COLUMNS,
-    "falls to the test part, wanted more rows": FEW,
+    "part, wanted more rows": FEW,
     "has a prompt that leaves room for a response": {"data": {"max_length": 8}},
     "can't be loaded: We couldn't connect": {"backbone": {"name_or_path": "nobody/nothing"}},
     "trainer.report_to: got 'wandb', wanted one of those installed": {"trainer": {"report_to": "wandb"}},
@@ -134,7 +140,7 @@ def test_in_a_script(message, tmp_path, recwarn):
 @pytest.mark.parametrize("message", RECIPES)
 def test_in_a_recipe(message, tmp_path, backbone, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     save_rows(Path("few.jsonl"), rows(3))
     save_rows(Path("other.jsonl"), [{"question": "a", "answer": "b"}] * 9)
     recipe = save_recipe(tmp_path, recipe_values(tmp_path, backbone, **RECIPES[message]))

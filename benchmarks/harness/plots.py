@@ -137,9 +137,9 @@ def _draw(points: Sequence[Point], title: str, path: Path, digest: str) -> None:
         axis.set_xticks(sizes, [f"{x:,}" for x in sizes])
         axis.minorticks_off()
         axis.set_xlabel(f"{_SIZES[along]} (with {_SIZES[fixed]} = {value:,})")
-        axis.margins(y=0.1)
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    highest = max(max(line.get_ydata()) for axis in axes for line in axis.lines)
+    axes[0].set_ylim(0, 1.08 * highest)  # both panels', with room for whole markers
     axes[0].set_ylabel("floor's time / measured time\n(1: as fast as the floor)")
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=6, fontsize="small")
     figure.suptitle(title, fontsize="medium")

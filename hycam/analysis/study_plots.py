@@ -67,7 +67,11 @@ def _means(figure: SubFigure, curves: Curves) -> None:
 def _spreads(figure: SubFigure, curves: Curves, methods: Sequence[str]) -> None:
     """A panel for each of the methods: its two curves with their bands, over everyone's validation means in grey."""
     columns = min(len(methods), _PANELS_IN_A_ROW)
-    grid = figure.subplots(math.ceil(len(methods) / columns), columns, squeeze=False, sharex=True, sharey=True).ravel()
+    grid = (
+        figure.subplots(math.ceil(len(methods) / columns), columns, squeeze=False, sharex=True, sharey=True)
+        .ravel()
+        .tolist()
+    )
     for axes, method in zip(grid, methods, strict=False):
         for kinds in curves.values():
             axes.plot(kinds["validation"]["step"], _numbers(kinds["validation"]["mean"]), color="0.8", linewidth=0.8)
