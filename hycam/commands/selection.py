@@ -5,6 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from hycam.data.config import TaskConfig
+from hycam.data.formats import KNOWN_SETS
+from hycam.data.sources import is_source
 from hycam.errors import InputError
 from hycam.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from hycam.training.folder import trained_folder
@@ -61,6 +63,12 @@ def _chosen_tasks(chosen: list[str] | None, own: list[TaskConfig]) -> list[TaskC
         return own
     known = {task.name: task for task in own}
     parts = [task.partition("=") for task in chosen]
+    for name, equals, _ in parts:
+        if not equals and name not in known and not is_source(name):
+            raise InputError(
+                f"--task: {name!r} is none of the recipe's ({', '.join(known) or 'it has none'}), nor a known set "
+                f"({', '.join(KNOWN_SETS)}): wanted one, or NAME=SOURCE"
+            )
     return [
         known[name] if not equals and name in known else TaskConfig(name, source or None)
         for name, equals, source in parts

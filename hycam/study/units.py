@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hycam.errors import InputError
 from hycam.study.recipe import Study
 from hycam.training.callbacks import write_whole
 from hycam.training.folder import ADAPTER_FOLDER, MODEL_FOLDER, RESULTS_FILE
@@ -85,6 +86,8 @@ def results(study: Study, unit: Unit) -> dict[str, Any] | None:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read: {error}; delete it to have the run measured again") from error
     return values
 
 

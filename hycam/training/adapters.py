@@ -28,7 +28,7 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     return config
 
 
-def check_adapter(folder: Path, backbone: BackboneConfig, config: PretrainedConfig) -> None:
+def check_adapter(folder: Path, backbone: BackboneConfig, config: PretrainedConfig, backbone_name: str) -> None:
     """Raise `InputError` unless the adapter in a folder is whole, and is one of this backbone.
 
     Its tensors must be those that its settings make of the backbone, by name and shape, and have finite numbers alone.
@@ -36,29 +36,37 @@ def check_adapter(folder: Path, backbone: BackboneConfig, config: PretrainedConf
     Args:
         folder: with the adapter's settings and weights.
         backbone: the recipe's.
-        config: of its architecture.
+        config, backbone_name: of its architecture, and what it is called in messages.
     """
     settings = read_adapter_config(folder)
     try:
         model = get_peft_model(build_model(backbone, config), settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--adapter: {folder / CONFIG_FILE}: doesn't fit the backbone: {reason}") from error
+        raise InputError(f"--adapter: {folder} can't be loaded into {backbone_name}: {reason}") from error
     wanted = {
         name: tuple(tensor.shape)
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     path = folder / WEIGHTS_FILE
     found = _shapes_of_finite(path)
+    flaw = _difference(wanted, found)
+    if flaw is not None:
+        raise InputError(f"--adapter: {path} can't be loaded into {backbone_name}: {flaw}")
+
+
+def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str | None:
+    """The first difference between the tensors that an adapter's settings make, and those of its file."""
     for name, shape in wanted.items():
         if name not in found:
-            raise InputError(f"--adapter: {path}: no {name}, which its {CONFIG_FILE} asks for")
+            return f"it has no {name}, which its {CONFIG_FILE} asks for"
         if found[name] != shape:
-            raise InputError(f"--adapter: {path}: {name} is {list(found[name])}, wanted {list(shape)}")
+            return f"{name} is {list(found[name])}, wanted {list(shape)}"
     for name in found:
-        # of LoRA's that were trained beside new tokens, PEFT saves the embeddings too
+        # of LoRAs that were trained beside new tokens, PEFT saves the embeddings too
         if name not in wanted and "embed" not in name and "lm_head" not in name:
-            raise InputError(f"--adapter: {path}: {name} is none of the tensors that its {CONFIG_FILE} asks for")
+            return f"it has {name}, for which its {CONFIG_FILE} does not ask"
+    return None
 
 
 def _shapes_of_finite(path: Path) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -57,9 +58,14 @@ def load_backbone_config(config: BackboneConfig, name: str) -> PretrainedConfig:
     """The model's configuration.
 
     Raises:
-        InputError: an unknown model, or one whose folder holds an adapter too, which would be loaded with it.
+        InputError: an unknown model, one that is no causal language model, or one whose folder holds an adapter too,
+            which would be loaded with it.
     """
     found = _load(AutoConfig, config, name)
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.trust_remote_code:
+        raise InputError(
+            f"backbone.name_or_path: {name}: a model of type {found.model_type}, wanted a causal language model"
+        )
     adapter = find_adapter_config_file(name, revision=config.revision or "main")
     if adapter is not None:
         raise InputError(

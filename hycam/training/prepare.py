@@ -1,6 +1,7 @@
 """What a run needs beside its model, checked and loaded before it; and the model, not yet trained."""
 
 import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +31,10 @@ from hycam.training.backbone import (
     load_tokenizer,
     num_embeddings,
 )
+from hycam.training.callbacks import read_metrics
 from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import check_gpus, check_launcher
-from hycam.training.folder import check_folder, check_record, ended_in
+from hycam.training.folder import METRICS_FILE, check_folder, check_record, ended_in
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
@@ -84,8 +86,6 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
         deepspeed.init_distributed("gloo")
     if recipe.early_stopping is not None and arguments.eval_strategy == IntervalStrategy.NO:
         raise InputError("early_stopping: needs trainer.eval_strategy steps or epoch, got no")
-    if resume and arguments.save_only_model:
-        raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
     _check_streaming(recipe, arguments)
     check_sharding(
@@ -106,7 +106,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
     commit = backbone_commit(recipe.backbone, name)
     if resume:
         check_record(recipe, rows, commit, arguments.world_size)
-        _check_resumed(recipe, config)
+        _check_resumed(recipe, config, name)
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
     dtype = config.dtype if recipe.backbone.dtype == "auto" else recipe.backbone.dtype
@@ -133,14 +133,15 @@ def _untested(rows: dict[str, TaskRows], tokenizer: PreTrainedTokenizerBase, con
     return tokenize_split(with_any, "untested", tokenizer, config)
 
 
-def _check_resumed(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise `InputError` where the adapter that a run goes on from is damaged."""
+def _check_resumed(recipe: Recipe, config: PretrainedConfig, name: str) -> None:
+    """Raise `InputError` where what a run goes on from is damaged: its log, or its adapter."""
+    read_metrics(recipe.output_path / METRICS_FILE)
     if recipe.method.name == "full" or is_deepspeed_zero3_enabled():
         return
     for folder in (last_checkpoint(recipe.output_path), ended_in(recipe)):
         if folder is not None:
             try:
-                check_adapter(folder, recipe.backbone, config)
+                check_adapter(folder, recipe.backbone, config, name)
             except InputError as error:
                 raise InputError(f"--resume: {str(error).removeprefix('--adapter: ')}") from error
 
@@ -228,9 +229,16 @@ def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None
 
 
 def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded."""
-    if not is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
-        adapted(build_model(recipe.backbone, config), recipe.method)
+    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded, or the machine."""
+    if is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
+        return
+    model = adapted(build_model(recipe.backbone, config), recipe.method)
+    wanted = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # where they are made, wherever they are trained
+    if wanted > memory:
+        raise InputError(
+            f"method: {wanted / 2**30:,.0f} GiB of weights are to be trained, this machine has {memory / 2**30:,.0f}"
+        )
 
 
 def adapted_backbone(recipe: Recipe, name: str) -> PeftModel | PreTrainedModel:
@@ -249,7 +257,7 @@ def adapted(backbone: PreTrainedModel, method: MethodConfig) -> PeftModel | PreT
         return backbone
     try:
         model = get_peft_model(backbone, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
-    except ValueError as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
+    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond what a tensor can have
+        raise InputError(f"method: {' '.join(str(error).split()) or type(error).__name__}") from error
     assert isinstance(model, PeftModel)
     return model

@@ -142,6 +142,8 @@ class Recipe:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"tasks: two are named {name!r}")
+            if name == "overall":
+                raise ValueError("tasks: got the name 'overall', wanted another: it is that of all tasks' numbers")
 
     @property
     def output_path(self) -> Path:
@@ -171,7 +173,7 @@ class Recipe:
                 remove_unused_columns=False,
                 restore_callback_states_from_checkpoint=True,
             )
-        except (ValueError, ImportError, OSError) as error:
+        except Exception as error:  # transformers checks the fields, and so do the libraries that they name
             raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
         if arguments.device.type == "mps":
             raise InputError(f"{self.source}: trainer.use_cpu: got false, wanted true: an Apple GPU has no float64")
@@ -304,8 +306,13 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(name, 1) < 1:
             reader.fail(f"trainer.{name}", f"got {values[name]}, wanted at least 1")
-    if values.get("learning_rate", 0) < 0:
-        reader.fail("trainer.learning_rate", f"got {values['learning_rate']}, wanted at least 0")
+    for name, entry in values.items():
+        # transformers has a number below 0 for what is not set, and none of its settings is one
+        is_number = isinstance(entry, int | float) and not isinstance(entry, bool)
+        if is_number and entry < 0 and entry != getattr(TrainingArguments, name, None):
+            reader.fail(f"trainer.{name}", f"got {entry}, wanted at least 0")
+    if not values.get("label_smoothing_factor", 0.0) < 1:
+        reader.fail("trainer.label_smoothing_factor", f"got {values['label_smoothing_factor']}, wanted below 1")
     return values
 
 

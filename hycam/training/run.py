@@ -46,6 +46,7 @@ from hycam.training.folder import (
 from hycam.training.measure import measure, own_draws, training_precision
 from hycam.training.prepare import PreparedRun, adapted_backbone, prepare
 from hycam.training.recipe import Recipe
+from hycam.training.rehearsal import rehearse
 from hycam.training.tasks import training_set
 from hycam.training.trainer import HyCAMTrainer
 
@@ -93,6 +94,8 @@ def train(
         RunStoppedError: a signal, a loss that is not finite (`NotFiniteError`), or a full disk; the last good
             checkpoint is kept.
     """
+    if resume and recipe.trainer.get("save_only_model"):
+        raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     with _held(recipe), disk_full_told(recipe.output_path, _kept):
         goes_on = resume and has_progress(recipe.output_path)
         prepared = prepare(recipe, resume=goes_on, overwrite=overwrite, untested=not test)
@@ -115,6 +118,7 @@ def _train(
     test: bool,
     base: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    rehearse(recipe, prepared.arguments, _training_rows(recipe, prepared))
     set_seed(recipe.seed)
     model = adapted_backbone(recipe, prepared.backbone)
     if not prepared.arguments.should_save:

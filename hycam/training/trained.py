@@ -55,7 +55,7 @@ def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | Pe
         return _placed(selection, load_model(trained, str(selection.adapter)))
     config = load_backbone_config(selection.recipe.backbone, name)
     if selection.adapter is not None:
-        check_adapter(selection.adapter, selection.recipe.backbone, config)
+        check_adapter(selection.adapter, selection.recipe.backbone, config, name)
     model: Any = load_model(selection.recipe.backbone, name)
     if selection.adapter is not None:
         model = PeftModel.from_pretrained(model, str(selection.adapter))

@@ -260,7 +260,7 @@ def test_a_file_of_prompts_has_a_row_for_each_line_alone(tmp_path: Path) -> None
     for end in ("\n", "\r\n"):
         for name, texts in (("p.jsonl", lines), ("p.txt", instructions)):
             (tmp_path / name).write_bytes((end.join(texts) + end).encode())
-            assert [row["instruction"] for row in read_rows(tmp_path / name)] == instructions
+            assert [row["instruction"] for row in read_rows(tmp_path / name).values()] == instructions
 
 
 def test_what_eval_and_generate_refuse(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,3 +400,35 @@ def test_sampling_options_that_make_no_sense(option, value, wanted, capsys) -> N
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert option in error and repr(value) in error and wanted in error
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.txt", "Hello"),
+        ("a.jsonl", '{"instruction": "Hello"}'),
+        ("a.json", '[{"instruction": "Hello"}]'),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        (row,) = read_rows(tmp_path / name).values()
+        assert row["instruction"] == "Hello"
+
+
+def test_one_overlong_prompt_leaves_the_others_answered(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    file.write_text("first\n" + "long " * 200 + "\nthird\n")
+    options = ["--evaluation.max_new_tokens", "3", "--output", str(output)]
+    assert main(["generate", str(run), "--file", str(file), *options]) == 0
+    answered = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["instruction"] for row in answered] == ["first", "third"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert line.startswith(f"hycam: left out: {file}:2: the prompt has ") and line.endswith("128 positions")
+
+
+def test_an_unknown_task_lists_the_recipes_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run), "--task", "nosuch"]) == 2
+    assert (
+        "--task: 'nosuch' is none of the recipe's (colours, animals), nor a known set (auto_cot"
+        in capsys.readouterr().err
+    )
