@@ -56,8 +56,6 @@ def test_activations(family, dtype, checkpointing):
     if checkpointing is not None:
         trainer = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
     run = recipe(dtype, **trainer)
-    if family == "gpt_neox":
-        run.method.options["target_modules"] = ["attention"]
     (plan,) = plan_memory(run, config(family), engine_of(run), [1])
     saved, peak = measured(run, family, checkpointing)
     assert plan.saved_activations == pytest.approx(saved, rel=0.1)
