@@ -30,8 +30,8 @@ _FIELDS: dict[Any, str] = {
     64: "intermediate_size ffn_dim d_ff dff decoder_ffn_dim encoder_ffn_dim moe_intermediate_size dim_ff n_inner "
     "shared_expert_intermediate_size shared_intermediate_size ffn_hidden_size intermediate_size_mlp "
     "expert_ffn_hidden_size feed_forward_size num_centroids shared_experts_intermediate_size",
-    128: "vocab_size decoder_vocab_size max_position_embeddings n_positions n_ctx max_target_positions max_seq_len model_max_length "
-    "vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab "
+    128: "vocab_size decoder_vocab_size max_position_embeddings n_positions n_ctx max_target_positions "
+    "max_seq_len model_max_length vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab "
     "ngram_vocab_size_base context_length",
     1: "n_group topk_group num_expert_group n_groups mamba_n_groups",
     0.0: "attention_dropout hidden_dropout resid_pdrop embd_pdrop emb_pdrop dropout activation_dropout "
@@ -53,7 +53,7 @@ _GEMMA4_ASSISTANT: dict[str, Any] = {
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
     "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
+    "model_max_length vocab_size_per_layer_input": 0,
 }
 _QWEN4: dict[str, Any] = {
     "indexer_n_heads": 2,

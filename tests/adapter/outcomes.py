@@ -38,7 +38,15 @@ FOUND = {
 }
 
 # How many attentions are found where it isn't one in each layer that has one by `layer_types`.
-COUNTS = {"bamba": 1, "hrm_text": 4, "jamba": 1, "longcat_flash": 4, "minimax": 2, "nemotron_h": 1, "recurrent_gemma": 1}
+COUNTS = {
+    "bamba": 1,
+    "hrm_text": 4,
+    "jamba": 1,
+    "longcat_flash": 4,
+    "minimax": 2,
+    "nemotron_h": 1,
+    "recurrent_gemma": 1,
+}
 
 REFUSED = {
     "has the residual stream added to its output before it reaches the layer": "bert bert-generation bloom camembert "
@@ -113,7 +121,9 @@ def _refused_table() -> str:
         f"{next(text for start, text in why.items() if reason.startswith(start))} |"
         for reason, types in REFUSED.items()
     ]
-    rows.append("| `prophetnet` | the attention sees several streams of the same tokens (refused when the model runs) |")
+    rows.append(
+        "| `prophetnet` | the attention sees several streams of the same tokens (refused when the model runs) |"
+    )
     return "\n".join(["| model types | why |", "| --- | --- |", *rows])
 
 

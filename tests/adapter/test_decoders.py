@@ -18,10 +18,23 @@ pytestmark = pytest.mark.skipif(
     not transformers.__version__.startswith("5.23."), reason="the outcomes are those of transformers 5.23"
 )
 
-QUICK = (
-    "deepseek_v3 gemma3 gemma3_text glm4 gpt_oss kimi_linear lfm2_moe llama4_text longcat_flash ministral ministral3 "
-    "olmo3 phi4_multimodal qwen3_moe smollm3"
-).split()
+QUICK = [
+    "deepseek_v3",
+    "gemma3",
+    "gemma3_text",
+    "glm4",
+    "gpt_oss",
+    "kimi_linear",
+    "lfm2_moe",
+    "llama4_text",
+    "longcat_flash",
+    "ministral",
+    "ministral3",
+    "olmo3",
+    "phi4_multimodal",
+    "qwen3_moe",
+    "smollm3",
+]
 NAMES, REASONS = by_type(FOUND), by_type(REFUSED)
 each_that_works = pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(NAMES)]
@@ -37,7 +50,7 @@ def adapted(model_type, **settings):
 
 @torch.no_grad()
 def logits(model):
-    """Of a frozen model, without gradients: where one is needed torch.matmul takes another way, which rounds otherwise."""
+    """Of a frozen model, without gradients: torch.matmul rounds otherwise where one is needed."""
     return model(**batch()).logits
 
 
