@@ -31,8 +31,8 @@ _FIELDS: dict[Any, str] = {
     "shared_expert_intermediate_size shared_intermediate_size ffn_hidden_size intermediate_size_mlp "
     "expert_ffn_hidden_size feed_forward_size num_centroids shared_experts_intermediate_size",
     128: "vocab_size decoder_vocab_size max_position_embeddings n_positions n_ctx max_target_positions "
-    "max_seq_len model_max_length vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab "
-    "ngram_vocab_size_base context_length",
+    "max_seq_len model_max_length vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size "
+    "encoder_hash_byte_group_vocab ngram_vocab_size_base context_length",
     1: "n_group topk_group num_expert_group n_groups mamba_n_groups",
     0.0: "attention_dropout hidden_dropout resid_pdrop embd_pdrop emb_pdrop dropout activation_dropout "
     "hidden_dropout_prob attention_probs_dropout_prob embedding_dropout ffn_dropout",

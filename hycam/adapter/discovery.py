@@ -21,9 +21,10 @@ _STREAMS = ("residual", "input_tensor")
 def self_attention_names(model: nn.Module, layers: Collection[int] | None = None) -> set[str]:
     """The shortest names, as `target_modules` takes them, that match every self-attention of the decoder and no more.
 
-    A self-attention is a module with heads whose forward takes `hidden_states`, `attention_mask` and a cache of keys
-    and values and isn't declared to return a bare tensor. Cross-attention, and attention of another model inside this
-    one (by its configuration), is left out. Nothing runs, so a model on the meta device will do.
+    A self-attention is a module inside a decoder layer, with heads, whose forward takes `hidden_states`,
+    `attention_mask` and a cache of keys and values and isn't declared to return a bare tensor. Cross-attention, and
+    attention of another model inside this one (by its configuration), is left out. Nothing runs, so a model on the meta
+    device will do.
 
     Args:
         model: the backbone, adapted already or not.
@@ -51,6 +52,8 @@ def self_attention_names(model: nn.Module, layers: Collection[int] | None = None
         if obstacle is not None:
             raise InputError(f"{_wanted(model)}: {name}, a {type(modules[name]).__name__}, {obstacle}")
     names = _shortest_names(own, modules)
+    if names is None:
+        raise InputError(f"{_wanted(model)}: the names of those it has, {own[0]} the first, are others' too")
     if layers is not None:  # PEFT takes a whole path for wanted, whatever its index
         names -= {name for name in own if not any(f".{index}." in f".{name}" for index in layers)}
     return names
@@ -69,10 +72,12 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_self_attention(name: str, module: nn.Module) -> bool:
-    own_name = name.rpartition(".")[2]
-    if "cross" in own_name or "encoder" in own_name or not _is_attention(module):
+    *holders, own_name = name.split(".")
+    # a decoder layer, an element of the outermost list, may have the form of its attention
+    is_inside_layer = any(holder.isdigit() for holder in holders)
+    if not is_inside_layer or "cross" in own_name or "encoder" in own_name or not _is_attention(module):
         return False
-    # some decoder layers have heads of their own and return a tuple too
+    # so may a module around the attention
     return not any(_is_attention(inner) for inner in module.modules() if inner is not module)
 
 
@@ -109,14 +114,14 @@ def _decoder_type(model: nn.Module) -> str | None:
     return getattr(config, "model_type", None)
 
 
-def _shortest_names(paths: list[str], modules: Collection[str]) -> set[str]:
-    names: set[str] = set()
+def _shortest_names(paths: list[str], modules: Collection[str]) -> set[str] | None:
+    """Endings of the paths that no other module's path has; None where a whole path is another's ending."""
     for length in range(1, max(path.count(".") for path in paths) + 2):
         names = {".".join(path.split(".")[-length:]) for path in paths}
         endings = tuple(f".{name}" for name in names)
         if sum(f".{path}".endswith(endings) for path in modules) == len(paths):
-            break
-    return names
+            return names
+    return None
 
 
 def _wanted(model: nn.Module) -> str:

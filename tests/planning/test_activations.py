@@ -49,6 +49,8 @@ def _walk(profiled):
         ("llama", "bfloat16", False),
         ("gemma2", "float32", True),
         ("gpt_neox", "float32", None),
+        ("smollm3", "bfloat16", None),
+        ("qwen3_moe", "bfloat16", None),
     ],
 )
 def test_activations(family, dtype, checkpointing):
