@@ -67,7 +67,7 @@ REFUSED_LATE = {"prophetnet": "attention_mask: got shape"}
 # What building a small one says.
 UNBUILT = {
     "gemma3n": "requires the timm library",
-    "gemma4_assistant": "The set of layer types producing a cache is different",
+    "gemma4_assistant": "must be 0, got",
     "gemma4_unified_assistant": "The set of layer types producing a cache is different",
     "musicgen": "object has no attribute 'dropout'",
     "musicgen_melody": "object has no attribute 'dropout'",
