@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 _SIZES = {
@@ -29,6 +31,7 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _GPT2 = {
     "vocab_size": 128,
     "n_embd": 32,
@@ -44,6 +47,8 @@ _CONFIGS = {
     "mistral": lambda **kw: MistralConfig(**(_SIZES | kw)),
     "qwen2": lambda **kw: Qwen2Config(**(_SIZES | kw)),
     "qwen3": lambda **kw: Qwen3Config(**(_SIZES | {"head_dim": 8} | kw)),
+    "qwen3_moe": lambda **kw: Qwen3MoeConfig(**(_SIZES | _EXPERTS | kw)),
+    "smollm3": lambda **kw: SmolLM3Config(**(_SIZES | kw)),
     "gemma2": lambda **kw: Gemma2Config(**(_SIZES | {"head_dim": 8} | kw)),
     "phi3": lambda **kw: Phi3Config(**(_SIZES | kw)),
     "olmo2": lambda **kw: Olmo2Config(**(_SIZES | kw)),

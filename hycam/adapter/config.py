@@ -78,7 +78,7 @@ class HyCAMConfig(PeftConfig):
             biases). It changes no parameter and no name: an adapter trained with it runs without it, and the reverse.
         layers_to_transform: the decoder layers, by index, that get the adapter; None: all.
         target_modules: names of the attention modules (a suffix, a list of suffixes, or one regular expression that
-            matches whole names); None: the self-attention of the architectures that HyCAM knows.
+            matches whole names); None: every self-attention of the decoder, as `docs/architectures.md` says.
         backend: the op's backend.
         modules_to_save: other modules to train and to save with the adapter.
 

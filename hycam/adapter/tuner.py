@@ -10,8 +10,6 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from hycam.adapter.architectures import (
-    ARCHITECTURES,
-    default_targets,
     hidden_size_of,
     model_type_of,
     residual_norm,
@@ -21,6 +19,7 @@ from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.base_tuner import AdapterTuner
 from hycam.adapter.binding import install, uninstall
 from hycam.adapter.config import HyCAMConfig
+from hycam.adapter.discovery import self_attention_names
 from hycam.adapter.norm_fusion import fusible_norms
 from hycam.errors import InputError
 
@@ -30,7 +29,6 @@ class HyCAMModel(AdapterTuner):
 
     prefix = "hycam_"
     tuner_layer_cls = HyCAMAttention
-    target_module_mapping = default_targets()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT copies the norms that it trains, and would copy hooks with them: they come off first.
@@ -53,15 +51,9 @@ class HyCAMModel(AdapterTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> HyCAMConfig:
         if peft_config.target_modules is None:
-            model_type = model_config.get("model_type")
-            if model_type not in self.target_module_mapping:
-                known = ARCHITECTURES.get(model_type or "")
-                name = known.attention if known else "self_attn"
-                raise InputError(
-                    f"target_modules: got none for model_type {model_type!r}, want the names of its self-attention "
-                    f"modules, as in [{name!r}]; known without: {', '.join(self.target_module_mapping)}"
-                )
-            peft_config.target_modules = set(self.target_module_mapping[model_type])
+            layers = peft_config.layers_to_transform
+            wanted = [layers] if isinstance(layers, int) else layers
+            peft_config.target_modules = self_attention_names(self.model, wanted)
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -76,11 +68,7 @@ class HyCAMModel(AdapterTuner):
                 fusible_norms(decoder_layer, model_type_of(module) or model_type_of(model))
         _check_layers_exist(peft_config, targets)
         if peft_config.train_norms:
-            norms = {
-                norm if peft_config.layers_to_transform is None else f"{name.rpartition('.')[0]}.{norm}"
-                for name, module in targets.items()
-                for norm in trained_norms(model_type_of(module) or model_type_of(model))
-            }
+            norms = _norm_names(targets, model)
             peft_config.modules_to_save = sorted(norms.union(peft_config.modules_to_save or ()))
 
     def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
@@ -134,12 +122,23 @@ def _check_is_attention(name: str, module: nn.Module, peft_config: HyCAMConfig) 
         )
 
 
+def _norm_names(targets: dict[str, nn.Module], model: nn.Module) -> set[str]:
+    """The norms around the adapted attentions, for `modules_to_save`: by path where others have the same name."""
+    paths: dict[str, set[str]] = {}
+    for name, module in targets.items():
+        for norm in trained_norms(model_type_of(module) or model_type_of(model)):
+            paths.setdefault(norm, set()).add(f"{name.rpartition('.')[0]}.{norm}")
+    named = [name for name, _ in model.named_modules()]
+    is_whole = {norm: sum(name.endswith(norm) for name in named) == len(wanted) for norm, wanted in paths.items()}
+    return {name for norm, wanted in paths.items() for name in ({norm} if is_whole[norm] else wanted)}
+
+
 def _check_layers_exist(peft_config: HyCAMConfig, targets: Iterable[str]) -> None:
     wanted = peft_config.layers_to_transform
     indices = [] if wanted is None else [wanted] if isinstance(wanted, int) else wanted
     missing = [index for index in indices if not any(f".{index}." in f".{name}" for name in targets)]
     if missing:
-        raise InputError(f"layers_to_transform: got {missing}, want indices of layers that the model has")
+        raise InputError(f"layers_to_transform: got {missing}, want indices of layers with self-attention")
 
 
 def _shown(targets: Any) -> str:

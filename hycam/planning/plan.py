@@ -168,7 +168,12 @@ def _trace(
         # fake generators have no state to restore
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options | {"preserve_rng_state": False})
         model.enable_input_require_grads()
-    return trace_activations(model, _longest_batch(recipe, arguments), engine.autocast)
+    try:
+        return trace_activations(model, _longest_batch(recipe, arguments), engine.autocast)
+    except RuntimeError as error:  # a family's own code may read values, or call an operator that fake tensors lack
+        name, dtype = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__, model.dtype
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"backbone: got {name} in {dtype}, which can't be planned: {reason}") from error
 
 
 def _longest_batch(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Tensor]:

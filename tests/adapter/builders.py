@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from hycam import HyCAMAttention, HyCAMConfig
 from tests.models import tiny_model
 
-TARGETS = {"gpt2": ["attn"], "gpt_neox": ["attention"]}
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "granite", "gpt_neox", "gpt2"]
 
 
@@ -26,7 +25,6 @@ def randomise(model: nn.Module, seed: int = 2) -> None:
 
 def adapted_model(family: str = "llama", *, dtype=torch.float32, **settings) -> PeftModel:
     """A tiny model with a randomised adapter, in training mode."""
-    settings = {"target_modules": TARGETS.get(family)} | settings
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = get_peft_model(tiny_model(family, dtype=dtype), config(**settings))

@@ -49,6 +49,8 @@ def _walk(profiled):
         ("llama", "bfloat16", False),
         ("gemma2", "float32", True),
         ("gpt_neox", "float32", None),
+        ("smollm3", "bfloat16", None),
+        ("qwen3_moe", "bfloat16", None),
     ],
 )
 def test_activations(family, dtype, checkpointing):
@@ -56,8 +58,6 @@ def test_activations(family, dtype, checkpointing):
     if checkpointing is not None:
         trainer = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
     run = recipe(dtype, **trainer)
-    if family == "gpt_neox":
-        run.method.options["target_modules"] = ["attention"]
     (plan,) = plan_memory(run, config(family), engine_of(run), [1])
     saved, peak = measured(run, family, checkpointing)
     assert plan.saved_activations == pytest.approx(saved, rel=0.1)

@@ -182,6 +182,14 @@ def test_refusals_name_what_cannot_be_planned(trainer, message):
         plan(recipe(**trainer))
 
 
+def test_refuses_a_family_whose_step_does_not_run_on_fake_tensors():
+    """The experts' grouped product in float32, which a CPU and a GPU compute and fake tensors don't."""
+    with pytest.raises(
+        InputError, match=r"^backbone: got Qwen3MoeForCausalLM in torch.float32, which can't be planned: "
+    ):
+        plan(shape=config("qwen3_moe"))
+
+
 @pytest.mark.parametrize(("field", "value"), [("liger", True), ("quantization", "bnb-4bit")])
 def test_refuses_backbones_that_cannot_be_built_on_fake_tensors(field, value):
     run = recipe()
