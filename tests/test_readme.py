@@ -17,7 +17,7 @@ def test_the_recipe_is_read(tmp_path):
     (recipe,) = blocks("yaml")
     (tmp_path / "tasks.yaml").write_text(recipe)
     read = load_recipe(str(tmp_path / "tasks.yaml"), [])
-    assert [task.source for task in read.tasks] == ["units.csv", "tickets.csv"]
+    assert [task.source for task in read.tasks] == ["units.csv", "tickets.jsonl"]
 
 
 def test_the_python_compiles():

@@ -22,7 +22,8 @@ from hycam.data.collation import Collator
 from hycam.data.tokenization import IGNORED_LABEL
 from hycam.training.folder import RECIPE_FILE, RESULTS_FILE, check_held_out, read_record, trained_folder
 from hycam.training.measure import own_draws, training_precision
-from hycam.training.recipe import Recipe, load_recipe, read_yaml
+from hycam.training.recipe import Recipe, load_recipe
+from hycam.training.recipe_files import read_yaml
 from hycam.training.tasks import TaskRows, load_rows, responses_alone, row_cache, tokenize_split
 from hycam.training.trained import Selection, load_selected_model, load_selected_tokenizer
 

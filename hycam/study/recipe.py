@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hycam.errors import InputError
-from hycam.training.recipe import (
-    BackboneConfig,
-    Recipe,
-    backbone_section,
-    find_yaml,
-    packaged_yaml,
-    parse_recipe,
-    parse_yaml,
-    read_yaml,
-    set_field,
-)
+from hycam.training.recipe import BackboneConfig, Recipe, backbone_section, parse_recipe
+from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader
 from hycam.training.scratch import ScratchConfig
 

@@ -34,7 +34,8 @@ from hycam.study.units import (
 from hycam.study.worker import Order, work_apart
 from hycam.training.callbacks import write_whole
 from hycam.training.folder import RECIPE_FILE, SPLIT_SINCE, has_own_split, recipe_values
-from hycam.training.recipe import Recipe, differing_fields, read_yaml
+from hycam.training.recipe import Recipe
+from hycam.training.recipe_files import differing_fields, read_yaml
 
 _POLL_SECONDS = 2.0
 

@@ -21,7 +21,8 @@ from hycam.locks import claim
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
 from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import find_deepspeed_settings
-from hycam.training.recipe import Recipe, differing_fields, parse_recipe, read_yaml
+from hycam.training.recipe import Recipe, parse_recipe
+from hycam.training.recipe_files import differing_fields, read_yaml
 from hycam.training.tasks import TaskRows
 
 RECIPE_FILE = "recipe.yaml"
