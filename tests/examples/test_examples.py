@@ -58,7 +58,7 @@ def test_a_recipe_of_csv_files(backbone, tmp_path):
     said = run(
         "-m", "hycam", "train", recipe, "--backbone.name_or_path", backbone, "--output_dir", str(tmp_path / "run"),
         "--method.r", "4", "--trainer.max_steps", "2", "--trainer.eval_steps", "2", "--trainer.save_steps", "2",
-        "--trainer.use_cpu", "true",
+        "--trainer.use_cpu", "true", "--data.prompt", "chat",
     )  # fmt: skip
     assert all(task in said for task in tasks)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
