@@ -1,9 +1,8 @@
-"""A run's output folder: which run it holds, and whether a run may begin or go on in it."""
+"""A run's output folder: which run it holds, and whether one may begin in it."""
 
 import hashlib
 import json
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,15 +10,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from hycam.environment import package_versions
 from hycam.errors import InputError, RunStoppedError, is_disk_full
-from hycam.evaluation.batches import place_in_group
 from hycam.locks import claim
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
-from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import find_deepspeed_settings
 from hycam.training.recipe import Recipe, parse_recipe
 from hycam.training.recipe_files import differing_fields, read_yaml
@@ -34,7 +30,6 @@ ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 # What parted rows before this and makes older runs' parts other ones.
 SPLIT_SINCE = "by another fold or split_by, or by a version before rows were split by their instruction alone"
-_SEEN_WITHIN = 10.0  # seconds in which a network file system shows what another node wrote
 
 # What a run leaves in its folder (patterns), and `hycam eval` of it; a backbone from scratch outlives its runs.
 _FILES = (RECIPE_FILE, RECORD_FILE, METRICS_FILE, RESULTS_FILE, "eval-*.json")
@@ -52,35 +47,9 @@ _WRITTEN = (
 # Of these, what was trained or measured.
 _PROGRESS = (ADAPTER_FOLDER, MODEL_FOLDER, "checkpoint-[0-9]*", RESULTS_FILE, "eval-*.json")
 
-# Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
-# Where a task's rows lie is free too, and the backbone's revision: the rows themselves and the commit are compared.
-# When a run logs, validates and saves is not: the Trainer takes the numbers of steps from the checkpoint, and which
-# weights are the best depends on it.
-_FREE_ON_RESUME = (
-    "output_dir",
-    "tasks.*.source",
-    "tasks.*.domain",
-    "backbone.revision",
-    "data.cache_dir",
-    "early_stopping",
-    "evaluation",
-    "trainer.save_total_limit",
-    "trainer.load_best_model_at_end",
-    "trainer.ddp_timeout",
-    "trainer.dataloader_num_workers",
-    "trainer.dataloader_pin_memory",
-    "trainer.dataloader_prefetch_factor",
-    "trainer.report_to",
-    "trainer.run_name",
-    "trainer.disable_tqdm",
-    "trainer.log_level",
-    "trainer.log_level_replica",
-    "trainer.log_on_each_node",
-)
-
 
 def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Raise `InputError` unless the recipe's output folder is free, or holds the same run and `resume` is set.
+    """Raise `InputError` unless the recipe's output folder is free, or holds a run and `resume` is set.
 
     `overwrite` frees a folder that holds a run and nothing else. A backbone trained from scratch that lies in the
     folder doesn't occupy it.
@@ -91,23 +60,20 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     record = folder / RECIPE_FILE
     if record.is_file():
         if overwrite or not has_progress(folder):
-            others = [entry.name for entry in _entries(folder) if not (_is_backbone(entry) or _is_written(entry))]
+            others = [entry.name for entry in list_entries(folder) if not (_is_backbone(entry) or _is_written(entry))]
             if others:
                 option = "--overwrite" if overwrite else "output_dir"
                 raise InputError(f"{option}: {folder} holds more than a run: {', '.join(sorted(others))}")
             return
         if not resume:
             raise InputError(f"output_dir: {folder} holds a run: --resume goes on with it, --overwrite deletes it")
-        changed = _changed_fields(recipe_values(record), recipe.to_dict())
-        if changed:
-            raise InputError(f"--resume: the run in {folder} began with other values of: {', '.join(changed)}")
-    elif any(not (_is_backbone(entry) or _is_written_first(entry)) for entry in _entries(folder)):
+    elif any(not (_is_backbone(entry) or _is_written_first(entry)) for entry in list_entries(folder)):
         raise InputError(f"output_dir: {folder} has files but no run in it, wanted a new or empty folder")
 
 
 def has_progress(folder: Path) -> bool:
     """Whether a run's folder holds anything that was trained or measured; else nothing is lost with it."""
-    return any(fnmatch(entry.name, name) for entry in _entries(folder) for name in _PROGRESS)
+    return any(fnmatch(entry.name, name) for entry in list_entries(folder) for name in _PROGRESS)
 
 
 def trained_folder(recipe: Recipe) -> Path:
@@ -150,7 +116,7 @@ def hold_folder(recipe: Recipe) -> Iterator[None]:
             finally:
                 (folder / LOCK_FILE).unlink(missing_ok=True)
                 for made in missing:
-                    if made.is_dir() and not _entries(made):
+                    if made.is_dir() and not list_entries(made):
                         made.rmdir()
     except OSError as error:
         if error.filename is not None and Path(error.filename) in (folder / LOCK_FILE, folder, *folder.parents):
@@ -190,55 +156,20 @@ def recipe_values(path: Path) -> dict[str, Any]:
     return parse_recipe(read_yaml(path), str(path)).to_dict()
 
 
-def check_record(recipe: Recipe, rows: Mapping[str, TaskRows], commit: str | None, processes: int) -> None:
-    """Raise `InputError` where a run that is resumed began with what its recipe leaves out, and that is other now.
-
-    These are its rows and their split, its engine's settings, its backbone's commit and its number of processes.
-
-    Args:
-        commit: the backbone's, on the hub.
-    """
-    folder = recipe.output_path
-    if not (folder / RECORD_FILE).is_file():
-        return
-    before = read_record(folder)
-    if before["processes"] != processes:
-        # a step would see another number of rows, and the data's order and the optimizer's parts belong to ranks
-        raise InputError(f"--resume: the run in {folder} began on {before['processes']} processes, got {processes}")
-    for name, task in rows.items():
-        began, now = before["data"][name], task.fingerprint()
-        if _is_split_otherwise(began, now):
-            raise InputError(
-                f"--resume: the rows of {name} fall to other parts than when the run in {folder} began, {SPLIT_SINCE}: "
-                "wanted a run from the start (--overwrite, or another output_dir)"
-            )
-        if began != now:
-            raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
-    for name, sha256 in _settings_files(recipe.trainer).items():
-        if before.get("settings", {}).get(name) != sha256:
-            raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
-    began = before.get("commit")
-    if began != commit:
-        raise InputError(
-            f"--resume: the run in {folder} began with commit {began} of its backbone, got {commit}: "
-            f"wanted --backbone.revision {began}"
-        )
-
-
 def check_held_out(folder: Path, rows: Mapping[str, TaskRows]) -> None:
     """Raise `InputError` where rows that the run in a folder was trained on would count as held out from it."""
     if not (folder / RECORD_FILE).is_file():
         return
     before = read_record(folder)["data"]
     for name, task in rows.items():
-        if name in before and _is_split_otherwise(before[name], task.fingerprint()):
+        if name in before and is_split_otherwise(before[name], task.fingerprint()):
             raise InputError(
                 f"data: the rows of {name} that are held out now are not those of the run in {folder}, {SPLIT_SINCE}: "
                 "it was trained on some of them"
             )
 
 
-def _is_split_otherwise(began: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def is_split_otherwise(began: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two fingerprints are of the same rows in other parts; older records have no digest of the held-out."""
     return began["sha256"] == now["sha256"] and began.get("held_out") != now["held_out"]
 
@@ -281,7 +212,7 @@ def open_folder(
     """
     folder = recipe.output_path
     if (folder / RECIPE_FILE).is_file() and (overwrite or not has_progress(folder)):
-        for entry in _entries(folder):
+        for entry in list_entries(folder):
             if _is_written(entry) and entry.name != LOCK_FILE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if resume and (folder / RECORD_FILE).is_file():
@@ -291,7 +222,7 @@ def open_folder(
     record = {
         "id": uuid.uuid4().hex,
         "data": {name: task.fingerprint() for name, task in rows.items()},
-        "settings": _settings_files(recipe.trainer),
+        "settings": settings_files(recipe.trainer),
         "commit": commit,
         "processes": processes,
         "versions": package_versions(),
@@ -301,60 +232,14 @@ def open_folder(
     write_whole(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def _settings_files(trainer: Mapping[str, Any]) -> dict[str, str]:
+def settings_files(trainer: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of the files that hold an engine's settings, by their field."""
     named = {"deepspeed": find_deepspeed_settings(trainer.get("deepspeed")), "fsdp_config": trainer.get("fsdp_config")}
     files = {name: Path(value) for name, value in named.items() if isinstance(value, str)}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
 
 
-def shared_checkpoint(folder: Path, device: torch.device) -> Path | None:
-    """The last checkpoint in the output folder, which every process sees as the main one does.
-
-    Args:
-        folder: the run's, open.
-        device: where the processes exchange what they see.
-
-    Raises:
-        InputError: in every process, where one sees another run or checkpoint: its node has a folder of its own.
-    """
-    checkpoint, seen = _look(folder)
-    if place_in_group()[1] == 1:
-        return checkpoint
-    wanted = torch.tensor(seen, device=device)
-    torch.distributed.broadcast(wanted, 0)
-    end = time.monotonic() + _SEEN_WITHIN
-    while seen != wanted and time.monotonic() < end:
-        time.sleep(0.2)
-        checkpoint, seen = _look(folder)
-    differs = torch.tensor(int(seen != wanted), device=device)
-    torch.distributed.all_reduce(differs, torch.distributed.ReduceOp.MAX)
-    if differs:
-        raise InputError(
-            f"output_dir: {folder} is not the same folder for every process, wanted one that all nodes see"
-        )
-    return checkpoint
-
-
-def _look(folder: Path) -> tuple[Path | None, int]:
-    """The last checkpoint, and 64 bits of a hash of the run's record and that checkpoint's name."""
-    for parent in (folder.parent, folder):
-        _entries(parent)  # to list a folder makes a network file system look anew
-    record, checkpoint = folder / RECORD_FILE, last_checkpoint(folder)
-    content = record.read_bytes() if record.is_file() else b""
-    digest = hashlib.sha256(content + (b"" if checkpoint is None else checkpoint.name.encode())).digest()
-    return checkpoint, int.from_bytes(digest[:8], signed=True)
-
-
-def _changed_fields(old: Any, new: Any) -> list[str]:
-    return [name for name in differing_fields(old, new) if not _is_free(name)]
-
-
-def _is_free(name: str) -> bool:
-    return any(fnmatch(name, free) or fnmatch(name, f"{free}.*") for free in _FREE_ON_RESUME)
-
-
-def _entries(folder: Path) -> Iterable[Path]:
+def list_entries(folder: Path) -> Iterable[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 

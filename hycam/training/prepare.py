@@ -19,7 +19,6 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hycam.data.config import DataConfig
 from hycam.errors import InputError
-from hycam.training.adapters import check_adapter
 from hycam.training.backbone import (
     backbone_commit,
     backbone_name,
@@ -31,12 +30,11 @@ from hycam.training.backbone import (
     load_tokenizer,
     num_embeddings,
 )
-from hycam.training.callbacks import read_metrics
-from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import check_gpus, check_launcher
-from hycam.training.folder import METRICS_FILE, check_folder, check_record, ended_in
+from hycam.training.folder import check_folder
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
+from hycam.training.resume import check_record, check_same_recipe, check_undamaged
 from hycam.training.schema import suggest
 from hycam.training.tasks import (
     TaskRows,
@@ -98,6 +96,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
     _check_liger(recipe)
     check_available(recipe.backbone)
     check_folder(recipe, resume=resume, overwrite=overwrite)
+    if resume:
+        check_same_recipe(recipe)
     with _first_of_machine(recipe, arguments):
         rows = load_rows(recipe.tasks, recipe.data)
     with arguments.main_process_first(local=False, desc="training the backbone"):
@@ -106,7 +106,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
     commit = backbone_commit(recipe.backbone, name)
     if resume:
         check_record(recipe, rows, commit, arguments.world_size)
-        _check_resumed(recipe, config, name)
+        check_undamaged(recipe, config, name)
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
     dtype = config.dtype if recipe.backbone.dtype == "auto" else recipe.backbone.dtype
@@ -131,19 +131,6 @@ def _untested(rows: dict[str, TaskRows], tokenizer: PreTrainedTokenizerBase, con
     if not with_any:
         raise InputError("tasks: no validation row that no fold tests, wanted more rows: a rate is chosen on them")
     return tokenize_split(with_any, "untested", tokenizer, config)
-
-
-def _check_resumed(recipe: Recipe, config: PretrainedConfig, name: str) -> None:
-    """Raise `InputError` where what a run goes on from is damaged: its log, or its adapter."""
-    read_metrics(recipe.output_path / METRICS_FILE)
-    if recipe.method.name == "full" or is_deepspeed_zero3_enabled():
-        return
-    for folder in (last_checkpoint(recipe.output_path), ended_in(recipe)):
-        if folder is not None:
-            try:
-                check_adapter(folder, recipe.backbone, config, name)
-            except InputError as error:
-                raise InputError(f"--resume: {str(error).removeprefix('--adapter: ')}") from error
 
 
 def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:

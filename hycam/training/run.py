@@ -40,13 +40,13 @@ from hycam.training.folder import (
     hold_folder,
     open_folder,
     read_results,
-    shared_checkpoint,
     trained_folder,
 )
 from hycam.training.measure import measure, own_draws, training_precision
 from hycam.training.prepare import PreparedRun, adapted_backbone, prepare
 from hycam.training.recipe import Recipe
 from hycam.training.rehearsal import rehearse
+from hycam.training.resume import shared_checkpoint
 from hycam.training.tasks import training_set
 from hycam.training.trainer import HyCAMTrainer
 
