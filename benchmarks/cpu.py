@@ -1,7 +1,7 @@
 """The package on a CPU, peers in turn: ``python -m benchmarks.cpu --out FILE``.
 
-The op beside plain autograd, torch.compile and the released code's formulation; attention layers, training steps and
-generation on tiny backbones; the longest row of a 7B shape by count.
+The op beside plain autograd, torch.compile and the released code's formulation; small calls and generation without
+gradients; attention layers, training steps and generation on tiny backbones; the longest row of a 7B shape by count.
 
 Ratios within one record are meaningful as far as their spread says; times of a shared machine are not. Where other
 processes are busy, ``--cpu-time`` counts this process's own processor time, on one thread.
@@ -20,10 +20,10 @@ from benchmarks.harness.timing import HostTimer
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.longest import measure_longest
 from benchmarks.models.measure import measure_attention, measure_generation, measure_steps
-from benchmarks.models.shapes import CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
+from benchmarks.models.shapes import CPU_DECODING, CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
 from benchmarks.models.training import PLAIN, Setting
 from benchmarks.op.measure import measure_op, measure_overhead, measure_rates
-from benchmarks.op.shapes import CPU, CPU_SWEEP, LAUNCH, Shape
+from benchmarks.op.shapes import CPU, CPU_INFERENCE, CPU_SWEEP, LAUNCH, Shape
 
 PAPER_PEERS = ("eager", "torch", "torch-recompute", "compile", "compile-max-autotune")
 RELEASED_PEERS = ("released", "torch-released")
@@ -31,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 LAYER_METHODS = ("frozen", "hycam-eager", "hycam-torch")
+DECODING_METHODS = (*LAYER_METHODS, "lora")
 STEP_METHODS = ("frozen", "hycam-eager", "hycam-torch", "lora", "multilora", "moe-lora", "full")
 
 
@@ -47,6 +48,17 @@ def measure(
             measure_op(session, shape, dtype, paper_peers)
             measure_op(session, shape, dtype, RELEASED_PEERS)
     measure_overhead(session, LAUNCH, torch.float32, ("eager", "torch"))
+
+
+def measure_inference(
+    session: Session, calls: Sequence[Shape] = CPU_INFERENCE, decoding: Sequence[ModelShape] = CPU_DECODING
+) -> None:
+    """Without gradients: small calls of the op, and `generate` on a backbone whose tokens are bound by its weights."""
+    for dtype in DTYPES:
+        for call in calls:
+            measure_op(session, call, dtype, ("eager", "torch"), passes=("inference",), group="decode")
+        for shape in decoding:
+            measure_generation(session, shape, dtype, DECODING_METHODS, NEW_TOKENS["cpu"], seconds=40)
 
 
 def measure_sweep(session: Session, shapes: Sequence[Shape] = CPU_SWEEP, copy_bytes: int = 1 << 26) -> None:
@@ -86,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.write()
     timers = [HostTimer(cpu_time=options.cpu_time)]
     session = Session(record, Budget(options.seconds), torch.device("cpu"), timers, options.rounds)
-    for part in (measure, measure_models, measure_sweep):
+    for part in (measure, measure_inference, measure_models, measure_sweep):
         part(session)
     return 0
 

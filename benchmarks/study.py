@@ -1,7 +1,8 @@
 """The study of `docs/study.md`, drawn from its committed records: ``python -m benchmarks.study [--check]``.
 
-`docs/study` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and the page's
-tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``.
+`docs/study` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and the pages'
+tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``. The home
+page and README have a summary of them.
 """
 
 import argparse
@@ -12,17 +13,32 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness.pages import fill
+from benchmarks.harness.pages import fill, markdown
 from benchmarks.harness.record import ROOT
 from hycam.reporting.report import write_report
+from hycam.study.render import Number
 
-PAGE = ROOT / "docs" / "study.md"
+PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "index.md", ROOT / "README.md")
 STUDY = ROOT / "docs" / "study"
+
+# the summary's methods, by their names in the tables
+_SUMMARY = {
+    "backbone alone": "backbone alone",
+    "hycam": "HyCAM",
+    "lora": "LoRA",
+    "moelora": "MoE-LoRA",
+    "full": "full fine-tuning",
+}
 
 
 def drawn(study: Path) -> dict[str, str]:
-    """Name -> Markdown of the tables that a report wrote, their titles left to the page."""
+    """Name -> Markdown of the tables that a report wrote, their titles left to the page; and of the `summary`."""
+    return _tables(study) | {"summary": _summary(study)}
+
+
+def _tables(study: Path) -> dict[str, str]:
     folder = study / "tables"
     names = [table["name"] for table in json.loads((folder / "tables.json").read_text(encoding="utf-8"))]
     bodies = re.split(r"^## .*\n", (folder / "tables.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
@@ -30,6 +46,26 @@ def drawn(study: Path) -> dict[str, str]:
         name: re.sub(r"^### (.*)$", r"**\1**", f"{body.strip()}\n", flags=re.MULTILINE)
         for name, body in zip(names, bodies, strict=True)
     }
+
+
+def _summary(study: Path) -> str:
+    """Some methods: what they train, what they gain on the tasks, and what they lose on other text."""
+    tables = {table["name"]: table for table in json.loads((study / "tables" / "tables.json").read_text("utf-8"))}
+    cells = {
+        name: {row["cells"][0]: dict(zip(table["columns"], row["cells"], strict=True)) for row in table["rows"]}
+        for name, table in tables.items()
+    }
+    before = next(iter(cells["forgetting"].values()))["PPL before"]
+    lines = []
+    for method, shown in _SUMMARY.items():
+        general = cells["forgetting"][method]["PPL after"] if method in cells["forgetting"] else before
+        of_method = cells["table2"][method]
+        lines.append([shown, *(_shown(cell) for cell in (of_method["trained parameters"], of_method["PPL"], general))])
+    return markdown(["", "trained parameters", "perplexity of the tasks", "of other text"], lines)
+
+
+def _shown(cell: dict[str, Any] | None) -> str:
+    return "-" if cell is None else str(Number(**cell | {"digits": min(cell["digits"], 1), "mark": ""}))
 
 
 def outdated(study: Path) -> list[str]:
@@ -54,12 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.check:
         write_report(STUDY, STUDY)
-    before = PAGE.read_text(encoding="utf-8")
-    after = fill(before, drawn(STUDY).__getitem__)
+    tables = drawn(STUDY)
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    after = {page: fill(text, tables.__getitem__) for page, text in before.items()}
     if not options.check:
-        PAGE.write_text(after, encoding="utf-8")
+        for page, text in after.items():
+            page.write_text(text, encoding="utf-8")
         return 0
-    stale = outdated(STUDY) + ([PAGE.name] if after != before else [])
+    stale = outdated(STUDY) + [page.name for page in PAGES if after[page] != before[page]]
     if stale:
         print(f"{', '.join(stale)}: not what the records give, run `python -m benchmarks.study`", file=sys.stderr)
     return 1 if stale else 0

@@ -1,5 +1,11 @@
 """The error for what a user gave wrong: the command line prints its one line and exits with status 2."""
 
+import errno
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# how libraries without an errno of their own write it: the system's words, and torch's zip writer
+_NO_ROOM_TEXTS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+
 
 class InputError(ValueError):
     """A recipe, a file, a row or an option that can't be used.
@@ -18,3 +24,19 @@ class RunStoppedError(RuntimeError):
     def __init__(self, message: str, exit_status: int = 1) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+class NotFiniteError(RunStoppedError):
+    """A run that ended because its loss or a gradient was not finite."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or what it came from, is a write that found no room."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return True
+        if isinstance(cause, Exception) and any(text in str(cause) for text in _NO_ROOM_TEXTS):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

@@ -4,6 +4,8 @@ It stands outside the package `hycam` because importing that one imports PEFT (s
 """
 
 import argparse
+import importlib.metadata
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +58,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class _Version(argparse.Action):
+    """Prints the installed package's version, which only then is looked up."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:
+        print(f"hycam-kernels {importlib.metadata.version('hycam-kernels')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hycam",
@@ -63,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`hycam COMMAND --help` describes each command.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     train = _add(commands, "train", "train an adapter as a recipe says (without one: the built-in demo)")
@@ -89,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument(
         "--file", metavar="FILE", help="instructions: .txt (one a line), .json or .jsonl (instruction, input)"
     )
+    generate.add_argument("--max-new-tokens", type=_count, metavar="N", help="of an answer, at most")
+    sampling = generate.add_argument_group("sampling", "greedy without any of these; --seed N repeats what was drawn")
+    sampling.add_argument("--temperature", type=_positive, metavar="T", help="divides the logits: 1 leaves them")
+    sampling.add_argument("--top-p", type=_share, metavar="P", help="the likeliest tokens of this share alone")
+    sampling.add_argument("--top-k", type=_count, metavar="K", help="the K likeliest tokens alone")
     generate.add_argument("--raw", action="store_true", help="give the text to the model without a template")
     generate.add_argument("--output", metavar="FILE", help="write the responses here as JSON lines")
 
@@ -126,6 +142,23 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer of 1 or more")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number above 0 and at most 1")
+    return value
 
 
 def _add(
@@ -195,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # these import torch, which takes seconds
     from hycam.commands import run_command
-    from hycam.errors import InputError, RunStoppedError
+    from hycam.errors import InputError, RunStoppedError, is_disk_full
 
     try:
         run_command(options.command, options)
@@ -203,6 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, 2)
     except RunStoppedError as error:
         return _report(error, error.exit_status)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return _report(f"disk full: {error}", 1)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
     return 0

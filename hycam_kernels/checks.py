@@ -1,9 +1,14 @@
 """Argument checks of the ops: each error names the argument, what was given and what is wanted."""
 
+import functools
 import math
+from collections.abc import Mapping
+from types import NoneType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from hycam_kernels.philox import check_seed
 
@@ -15,21 +20,102 @@ _PROJECTED_BIASES = ("lora_a_bias", "lora_n_bias", "router_bias")
 MIN_TAU = 1e-30
 
 
-def check_arguments(tensors: dict[str, Tensor | None], **options) -> None:
+_PLAIN_TENSORS = {Tensor, Parameter, NoneType}
+_PLAIN_OPTIONS = {float, int, str}
+
+
+class _Described(NamedTuple):
+    """What the checks read of a tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+# float tensor arguments by name, None where absent
+_Tensors = Mapping[str, Tensor | _Described | None]
+
+
+# the float tensor arguments, in the order in which `check_arguments` takes them
+_NAMES = (
+    "hidden", "attn_output", "residual", "projections[0]", "projections[1]", "gumbel",
+    "shared_weight", "lora_a", "lora_n", "lora_b", "router_weight",
+    "shared_bias", "lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bias", "expert_weight",
+)  # fmt: skip
+
+
+def check_arguments(
+    tensors: tuple[Tensor | None, ...],
+    *,
+    tau: float,
+    seed: int | Tensor | None,
+    scale: float,
+    token_mask: Tensor | None,
+    backend: str,
+) -> None:
     """Raise ValueError or TypeError for arguments outside the op's contract.
 
+    Generation makes the same call for every token of every layer: what has passed is known again by the dtypes, shapes,
+    devices and options that the checks read.
+
     Args:
-        tensors: every float tensor argument by name, None where absent.
-        options: tau, seed, scale, token_mask and backend as given.
+        tensors: every float tensor argument in the order of `_NAMES`, None where absent.
+        tau, seed, scale, token_mask, backend: as given.
     """
+    if seed is not None:
+        check_seed(seed, "hycam_modulation")
+    seed_device = seed.device if isinstance(seed, Tensor) else None
+    options = tau, scale, backend, seed is not None, seed_device
+    if _is_plain((*tensors, token_mask), (tau, scale, backend)):
+        _check_described(tuple([_read(tensor) for tensor in tensors]), _read(token_mask), *options)
+    else:
+        _check(dict(zip(_NAMES, tensors, strict=True)), token_mask, *options)
+
+
+def _is_plain(tensors: tuple[object, ...], options: tuple[object, ...]) -> bool:
+    """Whether what the checks read can be a key: no subclass, no symbolic number, nothing that a tracer looks at."""
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN_TENSORS.issuperset(map(type, tensors))
+        and _PLAIN_OPTIONS.issuperset(map(type, options))
+    )
+
+
+_Read = tuple[torch.dtype, torch.Size, torch.device] | None
+
+
+def _read(tensor: Tensor | None) -> _Read:
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.device)
+
+
+# an error isn't kept: the call that raised it raises it again
+@functools.lru_cache(maxsize=1024, typed=True)
+def _check_described(tensors: tuple[_Read, ...], token_mask: _Read, *options) -> None:
+    *described, mask = (None if read is None else _Described(*read) for read in (*tensors, token_mask))
+    _check(dict(zip(_NAMES, described, strict=True)), mask, *options)
+
+
+def _check(
+    tensors: _Tensors,
+    token_mask: Tensor | _Described | None,
+    tau: float,
+    scale: float,
+    backend: str,
+    has_seed: bool,
+    seed_device: torch.device | None,
+) -> None:
     for name in ("hidden", "attn_output"):
         if tensors[name] is None:
             raise TypeError(f"hycam_modulation: {name} must be a tensor [..., d], got None")
-    _check_types(tensors, options["token_mask"])
+    _check_types(tensors, token_mask)
     _check_presence(tensors)
-    _check_shapes(tensors, options["token_mask"])
-    _check_devices(tensors, options["token_mask"], options["seed"])
-    _check_options(tensors, **options)
+    _check_shapes(tensors, token_mask)
+    _check_devices(tensors, token_mask, seed_device)
+    _check_options(tensors, tau, scale, backend, has_seed)
 
 
 def split_projections(projections: object) -> tuple[Tensor | None, Tensor | None]:
@@ -90,11 +176,11 @@ def check_norm_arguments(tensors: dict[str, Tensor | None], *, eps: float, kind:
     _check_backend("norm_project", backend)
 
 
-def _check_floats(op: str, tensors: dict[str, Tensor | None]) -> None:
+def _check_floats(op: str, tensors: _Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor | _Described):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
@@ -105,15 +191,15 @@ def _check_backend(op: str, backend: str) -> None:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def _check_types(tensors: dict[str, Tensor | None], token_mask: Tensor | None) -> None:
+def _check_types(tensors: _Tensors, token_mask: Tensor | _Described | None) -> None:
     _check_floats("hycam_modulation", tensors)
-    if token_mask is not None and not isinstance(token_mask, Tensor):
+    if token_mask is not None and not isinstance(token_mask, Tensor | _Described):
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {type(token_mask).__name__}")
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {token_mask.dtype}")
 
 
-def _check_presence(tensors: dict[str, Tensor | None]) -> None:
+def _check_presence(tensors: _Tensors) -> None:
     def given(*names: str) -> list[str]:
         return [name for name in names if tensors[name] is not None]
 
@@ -144,7 +230,7 @@ def _check_presence(tensors: dict[str, Tensor | None]) -> None:
         raise ValueError("hycam_modulation: shared_bias must be None: there is no shared_weight")
 
 
-def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) -> None:
+def _check_shapes(tensors: _Tensors, token_mask: Tensor | _Described | None) -> None:
     hidden = tensors["hidden"]
     assert hidden is not None
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -200,30 +286,22 @@ def _check_shapes(tensors: dict[str, Tensor | None], token_mask: Tensor | None) 
         )
 
 
-def _check_devices(tensors: dict[str, Tensor | None], token_mask: Tensor | None, seed: int | Tensor | None) -> None:
+def _check_devices(tensors: _Tensors, token_mask: Tensor | _Described | None, seed_device: torch.device | None) -> None:
     hidden = tensors["hidden"]
     assert hidden is not None
-    for name, tensor in (tensors | {"token_mask": token_mask}).items():
+    for name, tensor in {**tensors, "token_mask": token_mask}.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
                 f"hycam_modulation: {name} must be on hidden's device {hidden.device}, got {tensor.device}"
             )
     # a 0-d CPU tensor can seed a kernel on any device
-    if isinstance(seed, Tensor) and seed.device != hidden.device and seed.device.type != "cpu":
+    if seed_device is not None and seed_device != hidden.device and seed_device.type != "cpu":
         raise ValueError(
-            f"hycam_modulation: seed must be on hidden's device {hidden.device} or on the CPU, got {seed.device}"
+            f"hycam_modulation: seed must be on hidden's device {hidden.device} or on the CPU, got {seed_device}"
         )
 
 
-def _check_options(
-    tensors: dict[str, Tensor | None],
-    *,
-    tau: float,
-    seed: int | Tensor | None,
-    scale: float,
-    token_mask: Tensor | None,
-    backend: str,
-) -> None:
+def _check_options(tensors: _Tensors, tau: float, scale: float, backend: str, has_seed: bool) -> None:
     for name, value in (("tau", tau), ("scale", scale)):
         # torch.compile may hold a number symbolically
         if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
@@ -234,9 +312,8 @@ def _check_options(
     if not (-math.inf < scale < math.inf):
         raise ValueError(f"hycam_modulation: scale must be finite, got {scale}")
     _check_backend("hycam_modulation", backend)
-    if seed is None:
+    if not has_seed:
         return
-    check_seed(seed, "hycam_modulation")
     if tensors["gumbel"] is not None:
         raise ValueError("hycam_modulation: gumbel and seed were both given; noise comes from one of them")
     if tensors["router_weight"] is None and tensors["projections[1]"] is None:

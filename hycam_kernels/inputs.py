@@ -10,7 +10,8 @@ class ModulationInputs(NamedTuple):
     """Arguments of `hycam::modulation`, tokens flattened to T.
 
     ``compute_dtype`` is the dtype of the matrix products; ``needs_grad`` tells whether a backward may follow, ``keep``
-    whether S and V are returned for it.
+    whether S and V are returned for it. ``inference`` is stricter than its absence: grad mode is off, and no
+    backward follows a second forward either, as that of a checkpoint whose first one runs without gradients.
     """
 
     hidden: Tensor  # [T, d]
@@ -39,6 +40,7 @@ class ModulationInputs(NamedTuple):
     keep: bool
     needs_grad: bool
     backend: str
+    inference: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +61,7 @@ class ModulationInputs(NamedTuple):
     @property
     def sum_dtype(self) -> torch.dtype:
         """dtype of logits, softmax and sums: float64 for float64 products, else float32."""
-        return torch.promote_types(self.compute_dtype, torch.float32)
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
 
 # Names of the tensors that can get a gradient: the first fields, in the order in which the backward op returns them.

@@ -3,7 +3,7 @@
 The op has two doors to the same forward, kept tensors and backward. Where a tracer looks on (torch.compile, fake
 tensors) it is the `torch.library` op `hycam::modulation`, one node to the tracer, with a fake kernel and a registered
 backward. In eager mode it is a plain `torch.autograd.Function`, which spares each pass the dispatcher's two ways
-through Python.
+through Python; where no gradient is wanted, a few tokens need neither.
 """
 
 from collections.abc import Iterable
@@ -11,12 +11,14 @@ from types import NoneType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from hycam_kernels.backends.torch import inference as torch_inference
 from hycam_kernels.backends.torch import modulation as torch_backend
 from hycam_kernels.backends.triton import modulation as triton_backend
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, empty_gradients
-from hycam_kernels.output import HyCAMOutput
+from hycam_kernels.output import DeferredOutput, DeferredRouterMeans, HyCAMOutput, RouterMeans
 from hycam_kernels.preparation import prepare
 
 
@@ -108,17 +110,23 @@ def hycam_modulation(
         router_bias=router_bias, expert_weight=expert_weight, recompute=recompute, residual=residual,
         projections=projections, backend=backend,
     )  # fmt: skip
-    if call.backend == "auto":
-        call = call._replace(backend="torch" if _triton_refusal(call) else "triton")
-    elif call.backend == "triton" and (refusal := _triton_refusal(call)):
-        raise RuntimeError(f"hycam_modulation: backend='triton' can't run this call: {refusal}")
-    if triton_backend.decodes(call):
-        out, load, router_prob, balance_loss = torch.ops.hycam.modulation_decode(*call)
-    else:
-        run = torch.ops.hycam.modulation if _is_traced(call) else _Modulation.apply
-        out, load, router_prob, *_ = run(*call)
-        balance_loss = (load * router_prob).sum()
-    return HyCAMOutput(out.view(attn_output.shape), load, router_prob, balance_loss)
+    out, means = _run(call)
+    return HyCAMOutput(out.view(attn_output.shape), means.load, means.router_prob, means.balance_loss)
+
+
+def modulate(hidden: Tensor, attn_output: Tensor, *args, training: bool, **kwargs) -> DeferredOutput:
+    """`hycam_modulation` whose router's means may be made when they're read only.
+
+    Takes the arguments of `hycam_modulation`, which must fit each other: only in training they're checked.
+    ``token_mask`` must not change before the means are read.
+
+    Args:
+        training: whether a call without gradients may be a checkpoint's first forward, which must be, bit for bit, the
+            one that the backward pass makes.
+    """
+    call = prepare(hidden, attn_output, *args, training=training, fitting=not training, **kwargs)
+    out, means = _run(call)
+    return DeferredOutput(out.view(attn_output.shape), means)
 
 
 def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str:
@@ -132,9 +140,45 @@ def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str
     return "triton: the fused kernels can run this call; the torch backend is their fallback"
 
 
+def _run(call: ModulationInputs) -> tuple[Tensor, RouterMeans | DeferredRouterMeans]:
+    """h_out [T, d] and the router's means, by the backend that the call asks for."""
+    backend = call.backend
+    if backend == "auto":
+        backend = "torch" if _triton_refusal(call) else "triton"
+    elif backend == "triton" and (refusal := _triton_refusal(call)):
+        raise RuntimeError(f"hycam_modulation: backend='triton' can't run this call: {refusal}")
+    is_traced = _is_traced(call)
+    if backend == "torch" and not is_traced and _is_few_tokens_inference(call):
+        return _few_tokens(call)
+    if backend != call.backend:
+        call = call._replace(backend=backend)
+    if triton_backend.decodes(call):
+        out, *means = torch.ops.hycam.modulation_decode(*call)
+        return out, RouterMeans(*means)
+    run = torch.ops.hycam.modulation if is_traced else _Modulation.apply
+    out, load, router_prob, *_ = run(*call)
+    return out, RouterMeans(load, router_prob, (load * router_prob).sum())
+
+
+def _is_few_tokens_inference(call: ModulationInputs) -> bool:
+    """Whether `inference` takes the call of the torch backend; not inside forward mode, which the autograd function
+    refuses."""
+    return call.inference and forward_ad._current_level < 0 and torch_inference.takes(call)
+
+
 def _triton_refusal(call: ModulationInputs) -> str | None:
     """Why the triton backend can't run the call; None where it can."""
     return triton_backend.refusal(call)
+
+
+def _few_tokens(call: ModulationInputs) -> tuple[Tensor, DeferredRouterMeans]:
+    device_type = call.hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            out, probs, logits = torch_inference.forward(call)
+    else:
+        out, probs, logits = torch_inference.forward(call)
+    return out, DeferredRouterMeans(probs, logits, call.token_mask)
 
 
 _PLAIN_TYPES = {Tensor, Parameter, NoneType, float, bool, str, torch.dtype}
@@ -150,7 +194,7 @@ def _is_traced(values: Iterable[object]) -> bool:
 
 
 _SCHEMA_TYPES = {"token_mask": "Tensor?", "tau": "float", "hard": "bool", "scale": "float"} | {
-    "compute_dtype": "ScalarType", "keep": "bool", "needs_grad": "bool", "backend": "str",
+    "compute_dtype": "ScalarType", "keep": "bool", "needs_grad": "bool", "backend": "str", "inference": "bool",
     "hidden": "Tensor", "attn_output": "Tensor",
 }  # fmt: skip
 _INPUT_SCHEMA = ", ".join(f"{_SCHEMA_TYPES.get(name, 'Tensor?')} {name}" for name in ModulationInputs._fields)
@@ -169,6 +213,11 @@ def _backend(inputs: ModulationInputs):
 
 def _modulation(*args) -> tuple[Tensor, ...]:
     inputs = ModulationInputs(*args)
+    if inputs.backend == "torch" and _is_few_tokens_inference(inputs):
+        out, means = _few_tokens(inputs)
+        # no backward reads what is kept, but the op's results have their shapes, and none is an argument
+        saved = torch_inference.as_saved(inputs, means.probs, means.logits)
+        return out, means.load, means.router_prob, *saved
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         out, load, router_prob, saved = _backend(inputs).forward(inputs)
     return out, load, router_prob, *saved

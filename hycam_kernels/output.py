@@ -1,5 +1,6 @@
 """What the op returns."""
 
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,6 +23,53 @@ class HyCAMOutput(NamedTuple):
     load: Tensor
     router_prob: Tensor
     balance_loss: Tensor
+
+
+class RouterMeans(NamedTuple):
+    """The router's part of a `HyCAMOutput`."""
+
+    load: Tensor
+    router_prob: Tensor
+    balance_loss: Tensor
+
+
+class DeferredRouterMeans:
+    """`RouterMeans` that are made when they are read: while a text is generated nobody reads those of every token.
+
+    Args:
+        probs: [E, T] p as it was used.
+        logits: [E, T].
+        token_mask: [T] bool, the tokens that count, or None; not to be written to.
+    """
+
+    def __init__(self, probs: Tensor, logits: Tensor, token_mask: Tensor | None) -> None:
+        self.probs, self.logits, self.token_mask = probs, logits, token_mask
+
+    @cached_property
+    def load(self) -> Tensor:
+        return self._mean(self.probs)
+
+    @cached_property
+    def router_prob(self) -> Tensor:
+        return self._mean(self.logits.softmax(dim=0))
+
+    @cached_property
+    def balance_loss(self) -> Tensor:
+        return self.load.dot(self.router_prob)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        if self.token_mask is not None:
+            # chosen, not multiplied by 0: a token that doesn't count may hold NaN
+            return values.where(self.token_mask, 0).sum(1) / self.token_mask.sum().clamp_min(1)
+        tokens = values.shape[1]
+        return values.sum(1) if tokens <= 1 else values.sum(1) / tokens
+
+
+class DeferredOutput(NamedTuple):
+    """A `HyCAMOutput` whose router's part may not be made yet."""
+
+    hidden_states: Tensor
+    means: RouterMeans | DeferredRouterMeans
 
 
 class NormProjectOutput(NamedTuple):

@@ -4,6 +4,8 @@ Philox is counter-based (Salmon et al., SC 2011): the draw for token t and exper
 counter ``t * E + k`` alone, so noise is never stored and any backend can replay it.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL_KEYS = (0x9E3779B9, 0xBB67AE85)
 # triton's factor: the largest float32 for which (2^31 - 1) * factor stays below 1
 _UINT31_TO_UNIT = 4.6566127342e-10
+# so many draws cost about the same in tensors as in one Python integer
+_FEW = 800
 
 
 def as_seed_tensor(seed: int | Tensor, device: torch.device | None = None) -> Tensor:
@@ -29,19 +33,42 @@ def philox_uniform(seed: Tensor, counter: Tensor) -> Tensor:
         seed: 0-d int64.
         counter: int64, any shape.
     """
-    c0 = counter & _WORD
-    c1 = c2 = c3 = torch.zeros_like(c0)
     steps = torch.arange(_ROUNDS, device=seed.device)
     keys = zip(seed + _WEYL_KEYS[0] * steps, (seed >> 32) + _WEYL_KEYS[1] * steps, strict=True)
+    c0 = counter & _WORD
+    c1 = c2 = c3 = torch.zeros_like(c0)
     for k0, k1 in keys:
         # The 64 bits of a product of two words, whatever its sign as int64: the low word is that of the product as it
         # is, the high word comes down by the shift. What lies above a word is masked off before it is multiplied.
         product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c2 = ((product1 >> 32) ^ c1 ^ k0) & _WORD, ((product0 >> 32) ^ c3 ^ k1) & _WORD
+        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
         c1, c3 = product1, product0
-    # the word read as a signed 32-bit integer, its negative half mirrored onto [0, 2^31)
-    folded = torch.where(c0 >= 1 << 31, _WORD - c0, c0)
-    return folded.to(torch.float32) * _UINT31_TO_UNIT
+    return _unit(c0.to(torch.int32))
+
+
+def _few_uniforms(seed: int, count: int) -> Tensor:
+    """``philox_uniform(seed, arange(count))`` with a lane of 64 bits for each draw in one Python integer: an operation
+    on it takes a tenth of a tensor operation's time where the draws are few.
+
+    A product of two words stays in its lane; what a shift brings in from the next lane is masked off.
+    """
+    ones = int.from_bytes((b"\1" + bytes(7)) * count, "little")
+    words = ones * _WORD
+    c0 = int.from_bytes(b"".join([draw.to_bytes(8, "little") for draw in range(count)]), "little")
+    c1 = c2 = c3 = 0
+    for step in range(_ROUNDS):
+        k0, k1 = (seed + step * _WEYL_KEYS[0]) & _WORD, ((seed >> 32) + step * _WEYL_KEYS[1]) & _WORD
+        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c2 = ((product1 >> 32) ^ c1 ^ ones * k0) & words, ((product0 >> 32) ^ c3 ^ ones * k1) & words
+        c1, c3 = product1, product0
+    lanes = torch.frombuffer(bytearray(c0.to_bytes(8 * count, sys.byteorder)), dtype=torch.int64)
+    return _unit((lanes if sys.byteorder == "little" else lanes.flip(0)).to(torch.int32))
+
+
+def _unit(word: Tensor) -> Tensor:
+    """A word, read as a signed 32-bit integer, as a float in [0, 1): its negative half mirrored onto [0, 2^31)."""
+    return torch.where(word < 0, ~word, word).to(torch.float32) * _UINT31_TO_UNIT
 
 
 def gumbel_noise(
@@ -70,10 +97,14 @@ def gumbel_noise(
     seed = as_seed_tensor(seed, torch.device(device) if device is not None else None)
     if device is not None:
         seed = seed.to(device)
-    counter = torch.arange(num_tokens * num_experts, dtype=torch.int64, device=seed.device)
-    uniform = philox_uniform(seed, counter).view(num_tokens, num_experts)
+    count = num_tokens * num_experts
+    if 0 < count <= _FEW and type(seed) is Tensor and seed.device.type == "cpu" and not torch.compiler.is_compiling():
+        uniform = _few_uniforms(int(seed), count)
+    else:
+        uniform = philox_uniform(seed, torch.arange(count, dtype=torch.int64, device=seed.device))
     # 0 is a possible draw; the smallest other draw stands in for it so that the logarithm is finite
-    return -torch.log(-torch.log(uniform.clamp_min(_UINT31_TO_UNIT)))
+    noise = uniform.clamp_min_(_UINT31_TO_UNIT).log_().neg_().log_().neg_()
+    return noise.view(num_tokens, num_experts)
 
 
 def check_seed(seed: object, caller: str) -> None:

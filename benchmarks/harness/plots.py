@@ -20,7 +20,9 @@ from PIL import Image
 from benchmarks.harness.record import Entry
 
 _DIGEST = "Record"
-_SYMBOLS = {"tokens": "T", "d": "d"}
+_SIZES = {"tokens": "tokens T", "d": "features d"}
+_MARKERS = "osD^vPX*"
+_PASSES = {"both": "forward and backward"}
 
 
 class Point(NamedTuple):
@@ -100,7 +102,7 @@ def _wanted(records: Iterable[Path]) -> dict[str, tuple[str, str, list[Point]]]:
         text = path.read_bytes()
         record = json.loads(text)
         for name, points in figures(record).items():
-            title = f"{name}: share of the floor, {path.parent.name}/{path.name}"
+            title = f"{_PASSES.get(name, name)}: share of the floor that is reached ({path.parent.name}/{path.name})"
             wanted[file_name(record, name)] = hashlib.sha256(text).hexdigest(), title, points
     return wanted
 
@@ -114,7 +116,12 @@ def _draw(points: Sequence[Point], title: str, path: Path, digest: str) -> None:
     """Against T at the d that has the most of them, and against d at the T that has the most."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     width, length = _most_varied(points, "d", "tokens"), _most_varied(points, "tokens", "d")
-    colours = {series: f"C{index}" for index, series in enumerate(dict.fromkeys(point.series for point in points))}
+    # markers too: curves that run together, and sizes at which a peer was measured alone
+    looks = {
+        series: {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)]}
+        for index, series in enumerate(dict.fromkeys(point.series for point in points))
+    }
+    drawn = {}
     for axis, along, fixed, value in ((axes[0], "tokens", "d", width), (axes[1], "d", "tokens", length)):
         chosen = [point for point in points if getattr(point, fixed) == value]
         for series in dict.fromkeys(point.series for point in chosen):
@@ -124,18 +131,17 @@ def _draw(points: Sequence[Point], title: str, path: Path, digest: str) -> None:
                 if point.series == series:
                     shares[getattr(point, along)].append(point.share)
             positions = sorted(shares)
-            axis.plot(
-                positions,
-                [statistics.mean(shares[x]) for x in positions],
-                marker="o",
-                color=colours[series],
-                label=series,
-            )
-        axis.set_xlabel({"tokens": "T", "d": "d"}[along] + f" ({ {'tokens': 'T', 'd': 'd'}[fixed] } = {value})")
-        axis.set_ylim(bottom=0)
+            drawn[series] = axis.plot(positions, [statistics.mean(shares[x]) for x in positions], **looks[series])[0]
+        sizes = sorted({getattr(point, along) for point in chosen})
+        axis.set_xscale("log")
+        axis.set_xticks(sizes, [f"{x:,}" for x in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel(f"{_SIZES[along]} (with {_SIZES[fixed]} = {value:,})")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("share of the floor")
-    axes[0].legend(fontsize="small")
+    highest = max(max(line.get_ydata()) for axis in axes for line in axis.lines)
+    axes[0].set_ylim(0, 1.08 * highest)  # both panels', with room for whole markers
+    axes[0].set_ylabel("floor's time / measured time\n(1: as fast as the floor)")
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=6, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=110, metadata={_DIGEST: digest, "Software": None})
     plt.close(figure)

@@ -32,6 +32,10 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, max_position_embeddings=131072,
     ),
+    "SmolLM2-135M": lambda: LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
     "tiny-llama": lambda: LlamaConfig(**_TINY),
     "tiny-qwen2": lambda: Qwen2Config(**_TINY),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 from benchmarks.harness.timing import Work
 from benchmarks.models.backbones import ModelShape
+from benchmarks.models.methods import HYCAM
 from benchmarks.models.training import adapted, base_model, token_ids
 from benchmarks.op.checks import compare, results
 from benchmarks.op.peers import Arguments, Outputs
@@ -69,7 +70,7 @@ def check_generation(name: str, shape: ModelShape, dtype: torch.dtype, device: t
         WrongResultError: as `checks.compare`.
     """
     cut = shape.cut()
-    eager = name if name == "frozen" else "hycam-eager"
+    eager = "hycam-eager" if name in HYCAM else name
 
     def run(method: str, computed_in: torch.dtype) -> dict[str, Tensor]:
         model: Any = adapted(method, cut, dtype, device).eval().to(computed_in)

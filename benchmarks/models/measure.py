@@ -73,7 +73,7 @@ def measure_generation(
     seconds: float = 20.0,
 ) -> None:
     """Whole `generate` calls and, on CUDA, one token's forward as a graph."""
-    labels = {"dtype": dtype_name(dtype), "setting": f"{new_tokens} new tokens"}
+    labels = {"dtype": dtype_name(dtype), "setting": f"{new_tokens} new tokens, {dtype_name(dtype)}"}
 
     def make(name: str) -> list[Timing]:
         check_generation(name, shape, dtype, session.device)

@@ -12,7 +12,7 @@ from benchmarks.models.backbones import ModelShape
 from hycam import HyCAMAttention, HyCAMConfig
 from hycam.adapter.config import Backend
 from hycam.methods import MoeLoraConfig, MultiLoraConfig
-from hycam_kernels import HyCAMOutput
+from hycam_kernels.output import DeferredOutput, RouterMeans
 from hycam_kernels.reference import modulation_reference
 
 Adapt = Callable[[PreTrainedModel, ModelShape], nn.Module]
@@ -21,7 +21,7 @@ Adapt = Callable[[PreTrainedModel, ModelShape], nn.Module]
 class EagerHyCAMAttention(HyCAMAttention):
     """HyCAM with the op's reference under plain autograd; its noise is torch's own, which is cheaper than Philox."""
 
-    def _modulate(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any) -> HyCAMOutput:
+    def _modulate(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any) -> DeferredOutput:
         config = self.adapter_configs[adapter_name]
         shared_weight, _ = self._projection("hycam_shared", adapter_name)
         router_weight, _ = self._projection("hycam_router", adapter_name)
@@ -30,7 +30,7 @@ class EagerHyCAMAttention(HyCAMAttention):
         if options.pop("seed") is not None:
             size = (*hidden.shape[:-1], config.num_experts)
             noise = -torch.empty(size, dtype=torch.float32, device=hidden.device).exponential_().log()
-        return modulation_reference(
+        hidden_states, *means = modulation_reference(
             hidden,
             attn_output,
             shared_weight,
@@ -42,6 +42,7 @@ class EagerHyCAMAttention(HyCAMAttention):
             gumbel=noise,
             **options,
         )
+        return DeferredOutput(hidden_states, RouterMeans(*means))
 
 
 def hycam_config(shape: ModelShape, backend: Backend = "auto") -> HyCAMConfig:

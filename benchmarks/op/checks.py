@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from benchmarks.op.peers import TAU, Arguments, Outputs, Peer, leaves, released_scale, upstream
+from benchmarks.op.peers import TAU, Arguments, Outputs, Peer, detached, leaves, released_scale, upstream
 from benchmarks.op.released import noisy_logits
 from hycam_kernels.reference import modulation_reference
 
@@ -24,6 +24,8 @@ Results = dict[str, Tensor]
 def results(call: Callable[[Arguments], Outputs], arguments: Arguments, *, inference: bool = False) -> Results:
     """Outputs and, unless for inference, gradients of every argument that requires one, by name."""
     device = next(iter(arguments.values())).device
+    if inference:
+        arguments = detached(arguments)
     with torch.set_grad_enabled(not inference), generator_state(device):
         outputs = call(arguments)
     named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}

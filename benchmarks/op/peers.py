@@ -61,6 +61,11 @@ def leaves(arguments: Arguments) -> list[Tensor]:
     return [tensor for tensor in arguments.values() if tensor.requires_grad]
 
 
+def detached(arguments: Arguments) -> Arguments:
+    """The arguments as a model without gradients has them: one that carries a gradient is a checkpoint's."""
+    return {name: tensor.detach() for name, tensor in arguments.items()}
+
+
 def released_scale(arguments: Arguments) -> float:
     return ALPHA / arguments["lora_a"].shape[1]
 
@@ -161,7 +166,8 @@ def work(call: Callable[[Arguments], Outputs], sets: list[Arguments], pass_: str
     if pass_ == "forward":
         return Work(lambda i: sets[i], call, len(sets))
     if pass_ == "inference":
-        return Work(lambda i: sets[i], infer, len(sets))
+        plain = [detached(arguments) for arguments in sets]
+        return Work(lambda i: plain[i], infer, len(plain))
     grads = upstream(call(sets[0]))
     inputs = [leaves(arguments) for arguments in sets]
 

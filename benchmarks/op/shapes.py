@@ -25,6 +25,8 @@ DECODE = (Shape(1, 4096), Shape(16, 4096), Shape(64, 4096))
 CPU = (Shape(1024, 1024), Shape(300, 512))
 CPU_QUICK = CPU[1]
 CPU_DECODE = (Shape(1, 512), Shape(16, 512))
+# a token of a 576-wide model, and a call so small that it's bound by the operations in it
+CPU_INFERENCE = (Shape(1, 576), Shape(80, 128, rank=16))
 # one number changed at a time, for plots against it
 SWEEP = (*(Shape(tokens, 4096) for tokens in (512, 1200, 4800)), *(Shape(8192, d) for d in (2048, 3072)))
 CPU_SWEEP = (Shape(128, 512), Shape(512, 512), Shape(1024, 512), Shape(300, 256), Shape(300, 1024))

@@ -16,24 +16,40 @@ from hycam.adapter.parameters import (
     AdapterLayer,
     AdapterParameters,
     initialise,
+    parameter_names,
     placement,
     projections,
     stacked_shapes,
 )
 from hycam.errors import InputError
-from hycam_kernels import HyCAMOutput, hycam_modulation, norm_project
+from hycam_kernels import norm_project
+from hycam_kernels.modulation import modulate
+from hycam_kernels.output import DeferredOutput, DeferredRouterMeans, RouterMeans
+
+# what the op wants to be told of even where there is none
+_POSITIONAL = ("shared_weight", "lora_a", "lora_n", "lora_b", "router_weight")
+# what a fused norm multiplies h by, in the op's place
+_PROJECTED = ("hycam_lora_a", "hycam_lora_n", "hycam_router")
 
 # The models (by their configuration) whose user was told that HyCAM layers run unbound: one warning each.
 _told_unbound: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class LayerStatistics(NamedTuple):
-    """One layer's routing in its last forward: load [E], balance loss, and the counted tokens, as mask or number."""
+    """One layer's routing in its last forward: detached load [E] and balance loss, which may be made when they're read,
+    and the counted tokens, as mask or number."""
 
-    load: Tensor
-    balance_loss: Tensor
+    means: RouterMeans | DeferredRouterMeans
     token_mask: Tensor | None
     num_tokens: int
+
+    @property
+    def load(self) -> Tensor:
+        return self.means.load
+
+    @property
+    def balance_loss(self) -> Tensor:
+        return self.means.balance_loss
 
 
 class ResidualTap:
@@ -126,8 +142,11 @@ class HyCAMAttention(nn.Module, AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         context = kwargs.pop(CONTEXT_KEYWORD, None)
         residual = self.residual_tap.take() if self.residual_tap is not None else None
-        projections, self.projections = self.projections, None
-        output = self.base_layer(*args, **kwargs)
+        projections = self.projections
+        if projections is not None:
+            self.projections = None
+        attention: Any = self._modules["base_layer"]
+        output = attention(*args, **kwargs)
         if self.disable_adapters:
             return output
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -166,13 +185,13 @@ class HyCAMAttention(nn.Module, AdapterLayer):
                 "modulation='residual': the norm before the attention did not run; after replacing norms, bind "
                 "the model again: hycam.bind(model)"
             )
-        if projections is None and adapter_name == self.fused_adapter():
+        if self.training and projections is None and adapter_name == self.fused_adapter():
             raise RuntimeError(
                 "fuse_norm=True: the norm before the attention did not make its projections; after replacing norms, "
                 "bind the model again: hycam.bind(model)"
             )
         token_mask = context.token_mask(hidden)
-        out = self._modulate(
+        modulated, means = self._modulate(
             adapter_name,
             hidden,
             attn_output,
@@ -182,45 +201,54 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             projections=projections,
         )
         if config.experts == "none":
-            return out.hidden_states
-        routing = Routing(out.load, out.router_prob)
-        if context.record(adapter_name, self.layer_name, routing):
-            self.statistics[adapter_name] = LayerStatistics(
-                out.load.detach(), out.balance_loss.detach(), token_mask, hidden[..., 0].numel()
-            )
+            return modulated
+        kept = means if isinstance(means, DeferredRouterMeans) else RouterMeans(*(value.detach() for value in means))
+        if context.record(adapter_name, self.layer_name, kept):
+            self.statistics[adapter_name] = LayerStatistics(kept, token_mask, hidden.shape[:-1].numel())
         if self.training and config.balance_coef > 0:
-            return context.inject(out.hidden_states, routing, adapter_name, self.layer_name, config)
-        return out.hidden_states
+            routing = Routing(means.load, means.router_prob)
+            return context.inject(modulated, routing, adapter_name, self.layer_name, config)
+        return modulated
 
-    def _modulate(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any) -> HyCAMOutput:
+    def _modulate(self, adapter_name: str, hidden: Tensor, attn_output: Tensor, **options: Any) -> DeferredOutput:
         """The op with the adapter's parameters, fetched anew: sharded training swaps them between forwards."""
         config = self.adapter_configs[adapter_name]
-        shared_weight, shared_bias = self._projection("hycam_shared", adapter_name)
-        made = () if options.get("projections") is None else ("hycam_lora_a", "hycam_lora_n")
-        router_weight, router_bias = (None, None) if made else self._projection("hycam_router", adapter_name)
-        weights: dict[str, Any] = {
-            name.removeprefix("hycam_"): None if name in made else getattr(self, name)(adapter_name)
-            for name in STACKED_NAMES
-        }
-        shared_a, shared_n, shared_b = (weights.pop(f"shared_lora_{factor}") for factor in "anb")
+        weights = self._weights(adapter_name, config, are_projected=options.get("projections") is not None)
         if config.shared == "slora":
+            a, n, b = (weights.pop(f"shared_lora_{factor}") for factor in "anb")
             with torch.autocast(hidden.device.type, enabled=False):
-                shared_weight = shared_b @ (shared_n @ shared_a)
-        return hycam_modulation(
+                weights["shared_weight"] = b @ (n @ a)
+        return modulate(
             hidden,
             attn_output,
-            shared_weight,
-            router_weight=router_weight,
-            shared_bias=shared_bias,
-            router_bias=router_bias,
             tau=config.tau,
             hard=config.routing == "hard",
             scale=config.scale,
             recompute=config.recompute,
             backend=config.backend,
+            training=self.training,
             **weights,
             **options,
         )
+
+    def _weights(self, adapter_name: str, config: HyCAMConfig, *, are_projected: bool) -> dict[str, Any]:
+        """The adapter's parameters by the op's names, and the factors of a low-rank shared CAM; without those that the
+        norm has multiplied by, where it ``are_projected``.
+
+        Modules that the settings leave empty aren't called: a call takes longer than many of the op's steps.
+        """
+        weights: dict[str, Any] = dict.fromkeys(_POSITIONAL)
+        modules = self._modules
+        for name in parameter_names(config):
+            if are_projected and name in _PROJECTED:
+                continue
+            module: Any = modules[name]
+            if name in STACKED_NAMES:
+                weights[name.removeprefix("hycam_")] = module(adapter_name)
+            else:
+                argument = name.removeprefix("hycam_")
+                weights[f"{argument}_weight"], weights[f"{argument}_bias"] = module[adapter_name]()
+        return weights
 
     def fused_adapter(self) -> str | None:
         """The adapter whose projections the norm makes: of the active ones the first with `fuse_norm`, in training.

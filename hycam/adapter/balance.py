@@ -13,12 +13,14 @@ gradient ``P / n`` for F_l and ``F / n`` for P_l, with the layer's own values or
 """
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hycam.adapter.config import HyCAMConfig
+from hycam_kernels.output import DeferredRouterMeans, RouterMeans
 
 # The keyword that takes the context from the model's call to its attention modules. Checkpointing keeps a layer's
 # keywords, so a forward that the backward pass runs again meets its own context, not that of a later batch.
@@ -30,6 +32,10 @@ class Routing(NamedTuple):
 
     load: Tensor
     router_prob: Tensor
+
+
+# what has a load and a router_prob
+AnyRouting = Routing | RouterMeans | DeferredRouterMeans
 
 
 class ForwardContext:
@@ -59,11 +65,13 @@ class ForwardContext:
         self.layer_counts = layer_counts
         self.loss_scale: Tensor | float | None = None
         self.is_tracked = False
-        self.routing: dict[str, dict[str, Routing]] = {}
+        self.routing: dict[str, dict[str, AnyRouting]] = {}
         self.in_graph: dict[str, tuple[HyCAMConfig, dict[str, Routing]]] = {}
         self.is_over = False
         self.is_attached = False
         self.needs_tracking = False
+        # the layers of one call ask for the same one
+        self._token_masks: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def token_mask(self, hidden: Tensor) -> Tensor | None:
         """[batch, length] bool, the tokens of `hidden` [batch, length, d] that aren't padding; None: all of them
@@ -74,18 +82,25 @@ class ForwardContext:
         mask = self.attention_mask
         if mask is None:
             return None
+        key = hidden.shape[:-1], hidden.device
+        if not torch.compiler.is_compiling() and key in self._token_masks:
+            return self._token_masks[key]
         if hidden.ndim != 3 or mask.shape[0] != hidden.shape[0] or mask.shape[1] < hidden.shape[1]:
             raise ValueError(
                 f"attention_mask: got shape {tuple(mask.shape)} for hidden states {tuple(hidden.shape)}, want "
                 "[batch, length] for [batch, length, hidden_size]"
             )
-        return mask[:, mask.shape[1] - hidden.shape[1] :].to(hidden.device).bool()
+        # a copy: the router's means may be read after the caller has changed its mask
+        counted = mask[:, mask.shape[1] - hidden.shape[1] :].to(hidden.device, torch.bool, copy=True)
+        if not torch.compiler.is_compiling():
+            self._token_masks[key] = counted
+        return counted
 
-    def record(self, adapter_name: str, layer_name: str, routing: Routing) -> bool:
-        """Keep a layer's routing. False where it is kept already: the backward pass runs the forward again."""
+    def record(self, adapter_name: str, layer_name: str, routing: AnyRouting) -> bool:
+        """Keep a layer's detached routing. False where it is kept already: the backward pass runs the forward again."""
         layers = self.routing.setdefault(adapter_name, {})
         is_first = layer_name not in layers
-        layers[layer_name] = Routing(routing.load.detach(), routing.router_prob.detach())
+        layers[layer_name] = routing
         return is_first
 
     def inject(
@@ -163,8 +178,8 @@ class ForwardContext:
         return Routing(routing.router_prob * weight, routing.load * weight)
 
 
-def _mean(layers: Any, device: torch.device | None = None) -> Routing:
-    layers = list(layers)
+def _mean(layers: Iterable[AnyRouting], device: torch.device | None = None) -> Routing:
+    layers = [Routing(layer.load, layer.router_prob) for layer in layers]
     device = device or layers[0].load.device
     return Routing(
         *(torch.stack([value.to(device) for value in values]).mean(0) for values in zip(*layers, strict=True))

@@ -38,7 +38,9 @@ class AdapterParameters(nn.ParameterDict):
     __call__ = nn.Module.__call__
 
     def forward(self, adapter_name: str) -> Tensor | None:
-        return self.get(adapter_name)
+        parameter = self._parameters.get(adapter_name)
+        # FSDP1 holds what it has gathered as an attribute
+        return self.get(adapter_name) if parameter is None else parameter
 
 
 class Projection(nn.Module):
@@ -75,18 +77,39 @@ class AdapterLayer(BaseTunerLayer):
 def stacked_shapes(config: HyCAMConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of those of `STACKED_NAMES` that the settings ask for."""
     d, r, experts = hidden_size, config.r, config.num_experts
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {
+        "hycam_shared_lora_a": (r, d),
+        "hycam_shared_lora_n": (r, r),
+        "hycam_shared_lora_b": (d, r),
+        "hycam_lora_a": (experts, r, d),
+        "hycam_lora_n": (experts, r, r),
+        "hycam_lora_b": (experts, d, r),
+        "hycam_lora_a_bias": (experts, r),
+        "hycam_lora_n_bias": (experts, r),
+        "hycam_expert_weight": (experts, d, d),
+        "hycam_lora_b_bias": (experts, d),
+    }
+    return {name: shapes[name] for name in parameter_names(config) if name in shapes}
+
+
+def parameter_names(config: HyCAMConfig) -> list[str]:
+    """Those of `STACKED_NAMES`, and of the projections, that the settings ask for."""
+    names = []
+    if config.shared == "full" or (config.shared == "slora" and config.bias):
+        names.append("hycam_shared")
+    if config.experts != "none":
+        names.append("hycam_router")
     if config.shared == "slora":
-        shapes |= {"hycam_shared_lora_a": (r, d), "hycam_shared_lora_n": (r, r), "hycam_shared_lora_b": (d, r)}
+        names += ["hycam_shared_lora_a", "hycam_shared_lora_n", "hycam_shared_lora_b"]
     if config.experts == "slora":
-        shapes |= {"hycam_lora_a": (experts, r, d), "hycam_lora_n": (experts, r, r), "hycam_lora_b": (experts, d, r)}
+        names += ["hycam_lora_a", "hycam_lora_n", "hycam_lora_b"]
         if config.bias:
-            shapes |= {"hycam_lora_a_bias": (experts, r), "hycam_lora_n_bias": (experts, r)}
+            names += ["hycam_lora_a_bias", "hycam_lora_n_bias"]
     if config.experts == "full":
-        shapes["hycam_expert_weight"] = (experts, d, d)
+        names.append("hycam_expert_weight")
     if config.experts != "none" and config.bias:
-        shapes["hycam_lora_b_bias"] = (experts, d)
-    return shapes
+        names.append("hycam_lora_b_bias")
+    return names
 
 
 def projections(
@@ -94,10 +117,11 @@ def projections(
 ) -> dict[str, Projection]:
     """Name -> projection: the shared CAM (zero) and the router (N(0, 0.02^2))."""
     made = {}
-    if config.shared == "full" or (config.shared == "slora" and config.bias):
+    names = parameter_names(config)
+    if "hycam_shared" in names:
         weight = torch.zeros(hidden_size, hidden_size, device=device, dtype=dtype) if config.shared == "full" else None
         made["hycam_shared"] = Projection(weight, _zeros(config.bias, hidden_size, device, dtype))
-    if config.experts != "none":
+    if "hycam_router" in names:
         router = torch.empty(config.num_experts, hidden_size, device=device, dtype=dtype).normal_(std=ROUTER_STD)
         made["hycam_router"] = Projection(router, _zeros(config.bias, config.num_experts, device, dtype))
     return made

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from hycam.errors import InputError
 
@@ -19,6 +22,8 @@ _PANELS_IN_A_ROW = 4
 _MOST_ANNOTATED_PANELS = 8
 _MOST_TOKEN_LABELS = 80
 _LABEL_LENGTH = 14
+_ENDS = (0.01, 0.99)
+MODULATION_COLORS = "RdBu_r"
 
 
 def plot_loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -51,7 +56,7 @@ def plot_loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> 
         axes.plot(*points, color="black", marker="o", markersize=4, linewidth=2, label="validation, all tasks")
     axes.set(title="Loss during training", xlabel="optimiser step", ylabel="loss (nats per response token)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     save(figure, path)
 
 
@@ -92,12 +97,10 @@ def expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         values = [list(loads[task][layer]) for task in tasks]
         image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
         axes.set_title(layer_label(layer), fontsize="medium")
-        axes.set_xticks(range(experts), [str(expert + 1) for expert in range(experts)])
+        axes.set_xticks(range(experts))
         axes.set_yticks(range(len(tasks)), tasks, parse_math=False)
         if len(layers) <= _MOST_ANNOTATED_PANELS:
             _annotate(axes, values, highest)
-    for axes in panels:
-        axes.label_outer()
     figure.suptitle(f"Expert load by task (uniform: {1 / experts:.2f})")
     figure.supxlabel("expert")
     figure.supylabel("task")
@@ -131,27 +134,49 @@ def plot_modulation(modulation: Mapping[str, torch.Tensor], tokens: Sequence[str
             raise InputError(
                 f"modulation: {layer}: shape {list(tensor.shape)} given, [{len(tokens)}, features] is wanted"
             )
-    # One scale for all layers, up to all but the strongest hundredth: single outliers would wash out the rest.
-    strengths = torch.cat([tensor.abs().flatten() for tensor in values.values()]).sort().values
-    limit = float(strengths[int(0.99 * (len(strengths) - 1))]) or 1.0
+    scale = modulation_scale([tensor.numpy() for tensor in values.values()])
     every = math.ceil(len(tokens) / _MOST_TOKEN_LABELS)
     height = max(3.0, 0.15 * len(tokens) / every)
     figure, panels = _panels(len(values), (3.2, height), left=0.9, bottom=0.5)
     for axes, (layer, tensor) in zip(panels, values.items(), strict=True):
-        image = axes.imshow(
-            tensor.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
-        )
+        image = axes.imshow(tensor.numpy(), cmap=MODULATION_COLORS, norm=scale, aspect="auto", interpolation="nearest")
         axes.set_title(layer_label(layer), fontsize="medium")
         positions = range(0, len(tokens), every)
         labels = [token_label(tokens[position]) for position in positions]
         axes.set_yticks(positions, labels, fontsize=7, family="monospace", parse_math=False)
-    for axes in panels:
-        axes.label_outer()
     figure.suptitle("Modulation of the attention's output, $A_\\mathrm{fusion}$")
     figure.supxlabel("feature")
     figure.supylabel("token")
-    figure.colorbar(image, ax=panels, label="modulation (0: as in the backbone)", aspect=30, pad=0.01, extend="both")
+    modulation_bar(figure, panels, image)
     save(figure, path)
+
+
+def modulation_scale(values: Sequence[Any]) -> TwoSlopeNorm:
+    """One scale of colours for all the arrays, white at 0 and either side as wide as its own values.
+
+    SiLU hardly goes below 0: were both sides as wide as the positive one, half of the colours would stay unused. The
+    ends are the 1st and the 99th percentile: single outliers would wash out the rest.
+    """
+    every = np.concatenate([np.asarray(array, dtype=float).ravel() for array in values] or [np.zeros(1)])
+    low, high = (float(end) for end in np.quantile(every, _ENDS))
+    high = high if high > 0 else -low if low < 0 else 1.0
+    return TwoSlopeNorm(0.0, vmin=low if low < 0 else -high, vmax=high)
+
+
+def modulation_bar(figure: Figure, panels: list[Axes], image: AxesImage) -> None:
+    """The scale of the modulation, with both its ends."""
+    low, high = image.get_clim()
+    bar = figure.colorbar(
+        image,
+        ax=panels,
+        label="modulation (0: as in the backbone),\neach side to a scale of its own,\n"
+        "to the 1st and the 99th percentile",
+        aspect=30,
+        pad=0.01,
+        extend="both",
+    )
+    bar.set_ticks([low, low / 2, 0, high / 4, high / 2, 3 * high / 4, high])
+    bar.ax.yaxis.set_major_formatter("{x:.2g}")
 
 
 def token_label(token: str) -> str:
@@ -161,7 +186,7 @@ def token_label(token: str) -> str:
 
 
 def layer_label(path: str) -> str:
-    """`layer 3` of `model.layers.3.self_attn`; a path without a number stays as it is."""
+    """`layer 3` of `model.layers.3.self_attn`, counted from 0 as there; a path without a number stays as it is."""
     numbers = [part for part in path.split(".") if part.isdecimal()]
     return f"layer {numbers[-1]}" if numbers else path
 
@@ -173,6 +198,13 @@ def _panels(count: int, panel: tuple[float, float], *, left: float, bottom: floa
     size = (columns * panel[0] + left + 1.2, rows * panel[1] + bottom + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()
+    drop_panels(grid, count, columns)
+    return figure, grid[:count]
+
+
+def drop_panels(grid: Sequence[Axes], count: int, columns: int) -> None:
+    """Remove the panels beyond the first `count`; the lowest of each column has the ticks' labels."""
     for axes in grid[count:]:
         axes.remove()
-    return figure, grid[:count]
+    for axes in grid[count - columns : count]:
+        axes.tick_params(labelbottom=True)

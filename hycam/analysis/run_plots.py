@@ -17,7 +17,7 @@ def write_plots(
     modulation: Mapping[str, torch.Tensor] | None,
     tokens: Sequence[str],
 ) -> list[Path]:
-    """`loss.png`, and where they are given `modulation.png` and `expert_load.png` in `folder`.
+    """`loss.png` where a loss was logged, and where they are given `modulation.png` and `expert_load.png` in `folder`.
 
     Args:
         folder: made where it is missing.
@@ -27,8 +27,12 @@ def write_plots(
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "loss.png"]
-    plot_loss_curves(metrics, files[0])
+    files: list[Path] = []
+    if any(
+        "loss" in event or "eval_loss" in event for event in metrics
+    ):  # a run may be shorter than its logs' distance
+        files.append(folder / "loss.png")
+        plot_loss_curves(metrics, files[-1])
     if modulation is not None:
         files.append(folder / "modulation.png")
         plot_modulation(modulation, tokens, files[-1])

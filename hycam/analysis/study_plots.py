@@ -6,18 +6,29 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from hycam.analysis.plots import layer_label, token_label
+from hycam.analysis.plots import (
+    MODULATION_COLORS,
+    drop_panels,
+    layer_label,
+    modulation_bar,
+    modulation_scale,
+    token_label,
+)
 from hycam.errors import InputError
+
+Curves = Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]  # method -> training, validation -> step, mean, std
 
 _LINE_STYLES = ("-", "--", ":")
 _COLORS = 10
+_PANELS_IN_A_ROW = 4
 
 
-def method_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]) -> Figure:
-    """Training and validation loss of each method over the optimiser's steps: the mean over runs, and its spread.
+def method_curves(curves: Curves) -> Figure:
+    """Training and validation loss of each method over the optimiser's steps: the means over its runs side by side, and
+    below, where there are several, each method's spread in a panel of its own.
 
     Args:
         curves: method -> `training` and `validation`, each with `step`, `mean` and `std`, lists of one length; a `std`
@@ -28,25 +39,68 @@ def method_curves(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]
     """
     if not any(curve["step"] for kinds in curves.values() for curve in kinds.values()):
         raise InputError("curves: no method has a loss, at least one is wanted")
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, kind in zip(panels, ("training", "validation"), strict=True):
-        for index, (method, kinds) in enumerate(curves.items()):
-            _band(axes, kinds[kind], index, method)
-        axes.set(title=f"{kind} loss", xlabel="optimiser step", ylabel="loss (nats per token that it is taken on)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    panels[1].legend(fontsize="small")
-    figure.suptitle("Loss per method: mean over the runs, shaded by one standard deviation")
+    spread = [m for m, kinds in curves.items() if any(s is not None for kind in kinds.values() for s in kind["std"])]
+    rows = math.ceil(len(spread) / _PANELS_IN_A_ROW)
+    heights = [4.8, 2.4 * rows] if rows else [4.8]
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    title = "Loss per method: mean over the runs"
+    figure.suptitle(f"{title}, below shaded by one standard deviation" if rows else title)
+    top, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    _means(top, curves)
+    for part in below:
+        _spreads(part, curves, spread)
     return figure
 
 
-def _band(axes: Axes, curve: Mapping[str, Sequence[Any]], index: int, label: str) -> None:
-    color, style = f"C{index % _COLORS}", _LINE_STYLES[index // _COLORS % len(_LINE_STYLES)]
-    mean = np.array(curve["mean"], dtype=float)
-    axes.plot(curve["step"], mean, color=color, linestyle=style, linewidth=1.5, label=label)
-    spread = np.array(curve["std"], dtype=float)  # None becomes nan, which fills nothing
-    axes.fill_between(curve["step"], mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+def _means(figure: SubFigure, curves: Curves) -> None:
+    panels = figure.subplots(1, 2)
+    for axes, kind in zip(panels, ("training", "validation"), strict=True):
+        for index, (method, kinds) in enumerate(curves.items()):
+            axes.plot(kinds[kind]["step"], _numbers(kinds[kind]["mean"]), **_line(index), linewidth=1.5, label=method)
+        axes.set(title=f"{kind} loss", xlabel="optimiser step", ylabel="loss (nats per token that it is taken on)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+
+
+def _spreads(figure: SubFigure, curves: Curves, methods: Sequence[str]) -> None:
+    """A panel for each of the methods: its two curves with their bands, over everyone's validation means in grey."""
+    columns = min(len(methods), _PANELS_IN_A_ROW)
+    grid = (
+        figure.subplots(math.ceil(len(methods) / columns), columns, squeeze=False, sharex=True, sharey=True)
+        .ravel()
+        .tolist()
+    )
+    for axes, method in zip(grid, methods, strict=False):
+        for kinds in curves.values():
+            axes.plot(kinds["validation"]["step"], _numbers(kinds["validation"]["mean"]), color="0.8", linewidth=0.8)
+        color = _line(list(curves).index(method))["color"]
+        for kind, style in (("training", ":"), ("validation", "-")):
+            _band(axes, curves[method][kind], color, style)
+        axes.set_title(method, fontsize="small", parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.grid(alpha=0.3)
+    drop_panels(list(grid), len(methods), columns)
+    figure.supxlabel(
+        "optimiser step (dotted: training; solid: validation; grey: the validation of all)", fontsize="medium"
+    )
+    figure.supylabel("loss", fontsize="medium")
+
+
+def _line(index: int) -> dict[str, str]:
+    return {"color": f"C{index % _COLORS}", "linestyle": _LINE_STYLES[index // _COLORS % len(_LINE_STYLES)]}
+
+
+def _band(axes: Axes, curve: Mapping[str, Sequence[Any]], color: str, style: str) -> None:
+    mean, spread = _numbers(curve["mean"]), _numbers(curve["std"])
+    axes.plot(curve["step"], mean, color=color, linestyle=style, linewidth=1.5)
+    axes.fill_between(curve["step"], mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    """None becomes nan, which draws nothing."""
+    return np.array(values, dtype=float)
 
 
 def sweep(points: Sequence[Mapping[str, Any]], label: str) -> Figure:
@@ -115,9 +169,7 @@ def task_modulation(tasks: Mapping[str, Mapping[str, Any]], features: Sequence[i
     layers = list(next(iter(tasks.values()))["layers"]) if tasks else []
     if not layers:
         raise InputError(f"tasks: {len(tasks)} given and no layer, at least one of both is wanted")
-    strengths = np.sort(np.concatenate([np.abs(v).ravel() for task in tasks.values() for v in task["layers"].values()]))
-    # all but the strongest hundredth: single outliers would wash out the rest
-    limit = float(strengths[int(0.99 * (len(strengths) - 1))]) or 1.0
+    scale = modulation_scale([values for task in tasks.values() for values in task["layers"].values()])
     heights = [len(task["tokens"]) for task in tasks.values()]
     size = (2.4 + 3.4 * len(layers), 1.5 + 0.15 * sum(heights) + 0.4 * len(tasks))
     figure = Figure(figsize=size, layout="constrained")
@@ -126,7 +178,7 @@ def task_modulation(tasks: Mapping[str, Mapping[str, Any]], features: Sequence[i
     )
     for row, (name, task) in zip(grid, tasks.items(), strict=True):
         for axes, (layer, values) in zip(row, task["layers"].items(), strict=True):
-            image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+            image = axes.imshow(values, cmap=MODULATION_COLORS, norm=scale, aspect="auto", interpolation="nearest")
             axes.set_title(f"{name}, {layer_label(layer)}", fontsize="small", parse_math=False)
         labels = [token_label(token) for token in task["tokens"]]
         row[0].set_yticks(range(len(labels)), labels, fontsize=6, family="monospace", parse_math=False)
@@ -135,6 +187,5 @@ def task_modulation(tasks: Mapping[str, Mapping[str, Any]], features: Sequence[i
     figure.suptitle(title)
     figure.supxlabel("feature")
     figure.supylabel("token")
-    label = "modulation (0: as in the backbone)"
-    figure.colorbar(image, ax=grid.ravel().tolist(), label=label, aspect=40, extend="both")
+    modulation_bar(figure, grid.ravel().tolist(), image)
     return figure

@@ -4,15 +4,15 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from hycam.commands.selection import select
+from hycam.commands.selection import check_output, select
 from hycam.commands.tables import metrics_table, show
 from hycam.environment import package_versions
 from hycam.errors import InputError
 from hycam.training.backbone import check_max_length, load_backbone_config
 from hycam.training.callbacks import finite
+from hycam.training.folder import check_held_out, trained_folder
 from hycam.training.measure import measure, training_precision
-from hycam.training.run import trained_folder
-from hycam.training.tasks import load_rows, prompts_that_fit, responses_alone, tokenize_split
+from hycam.training.tasks import check_tokens, load_rows, prompts_that_fit, responses_alone, tokenize_split
 from hycam.training.trained import Selection, load_selected_model, load_selected_tokenizer
 
 
@@ -32,13 +32,15 @@ def run(options: Namespace) -> None:
         raise InputError("tasks: none given, wanted a recipe with tasks, or --task NAME[=SOURCE]")
     measured = _measured(selection, base=options.base)
     output = Path(options.output or (selection.run or Path()) / f"eval-{measured}{options.split}.json")
-    if not output.parent.is_dir():
-        raise InputError(f"--output: {output.parent} is no folder")
+    check_output(output)
     rows = load_rows(recipe.tasks, recipe.data)
+    if selection.adapter is not None and options.split in ("validation", "test"):
+        check_held_out(selection.adapter.parent, rows)
     name, tokenizer = load_selected_tokenizer(selection)
     config = load_backbone_config(recipe.backbone, name)
     check_max_length(config, recipe.data.max_length, name)
     tokenized = tokenize_split(rows, options.split, tokenizer, responses_alone(recipe.data))
+    check_tokens(rows, [tokenized], tokenizer, config, name)
     prompts = None
     if not options.no_generation:
         prompts = prompts_that_fit(rows, options.split, tokenizer, config, recipe.data, recipe.evaluation)

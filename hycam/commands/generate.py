@@ -1,13 +1,16 @@
 """`hycam generate`."""
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hycam.commands.selection import select
-from hycam.data.prompts import prompt_text
+from transformers import set_seed
+
+from hycam.commands.selection import check_output, select
+from hycam.data.tokenization import encode_prompt, encode_row_prompt
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
 from hycam.training.backbone import load_backbone_config
@@ -18,29 +21,47 @@ _SUFFIXES = (".txt", ".json", ".jsonl")
 
 
 def run(options: Namespace) -> None:
-    rows = [{"instruction": options.prompt, "input": ""}] if options.file is None else read_rows(Path(options.file))
+    if options.file is None:
+        rows = {"--prompt": {"instruction": options.prompt, "input": ""}}
+    else:
+        rows = read_rows(Path(options.file))
     selection = select(options)
     recipe = selection.recipe
     output = None if options.output is None else Path(options.output)
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output: {output.parent} is no folder")
+    if output is not None:
+        check_output(output)
     name, tokenizer = load_selected_tokenizer(selection)
-    if options.raw:
-        prompts = [row["instruction"] + row["input"] for row in rows]
-    else:
-        prompts = [prompt_text(row, recipe.data.prompt, tokenizer) for row in rows]
-    max_new_tokens = recipe.evaluation.max_new_tokens
-    encode_prompts(prompts, tokenizer, load_backbone_config(recipe.backbone, name), max_new_tokens)  # or refuse
+    config = load_backbone_config(recipe.backbone, name)
+    max_new_tokens = options.max_new_tokens or recipe.evaluation.max_new_tokens
+    chosen = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
+    sampling = {name: value for name, value in chosen.items() if value is not None}
+    prompts: dict[str, list[int]] = {}
+    for place, row in rows.items():
+        if options.raw:
+            ids = encode_prompt(row["instruction"] + row["input"], tokenizer)
+        else:
+            ids = encode_row_prompt(row, recipe.data.prompt, tokenizer)
+        try:
+            (prompts[place],) = encode_prompts([ids], tokenizer, config, max_new_tokens)
+        except InputError as error:
+            if options.file is None:
+                raise
+            reason = str(error).removeprefix("prompts: prompt 0")
+            print(f"hycam: left out: {place}: the prompt{reason}", file=sys.stderr)
+    if not prompts:
+        raise InputError(f"--file: {options.file}: no prompt can be answered")
     model = load_selected_model(selection, name)
+    set_seed(recipe.seed)
     with training_precision(recipe, model.device):
         responses = generate_responses(
             model,
             tokenizer,
-            prompts,
+            list(prompts.values()),
             max_new_tokens=max_new_tokens,
             batch_size=recipe.evaluation.batch_size,
+            sampling=sampling or None,
         )
-    answered = [row | {"response": response} for row, response in zip(rows, responses, strict=True)]
+    answered = [rows[place] | {"response": response} for place, response in zip(prompts, responses, strict=True)]
     if output is not None:
         output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered), encoding="utf-8")
         print(f"{len(answered)} responses written to {output}")
@@ -51,8 +72,8 @@ def run(options: Namespace) -> None:
             print(json.dumps(row, ensure_ascii=False))
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows with `instruction` and `input` from a text file (one a line), a JSON list or JSON lines.
+def read_rows(path: Path) -> dict[str, dict[str, str]]:
+    """Rows with `instruction` and `input` from a text file (one a line), a JSON list or JSON lines, by their places.
 
     Raises:
         InputError: with file and line (or row) where it can't be read.
@@ -60,10 +81,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if path.suffix not in _SUFFIXES:
         raise InputError(f"--file: {path}: wanted one of {', '.join(_SUFFIXES)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read: {error}") from error
-    rows = [_row(value, place) for place, value in _values(path, text)]
+    rows = {place: _row(value, place) for place, value in _values(path, text)}
     if not rows:
         raise InputError(f"{path}: empty, wanted at least one instruction")
     return rows

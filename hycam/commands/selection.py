@@ -1,16 +1,19 @@
 """Which backbone and adapter a command works with."""
 
-import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
 from hycam.data.config import TaskConfig
+from hycam.data.formats import KNOWN_SETS
+from hycam.data.sources import is_source
 from hycam.errors import InputError
+from hycam.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from hycam.training.folder import trained_folder
 from hycam.training.recipe import load_recipe, parse_recipe
-from hycam.training.run import trained_folder
 from hycam.training.trained import Selection, holds_model
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 def select(options: Namespace, tasks: list[str] | None = None) -> Selection:
@@ -45,11 +48,27 @@ def select(options: Namespace, tasks: list[str] | None = None) -> Selection:
     return Selection(recipe, adapter, run)
 
 
+def check_output(path: Path) -> None:
+    """Raise `InputError` for a file of results that can't be written, before there are any."""
+    if path.is_dir():
+        raise InputError(f"--output: {path} is a folder, wanted a file")
+    if not path.parent.is_dir():
+        raise InputError(f"--output: {path.parent} is no folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--output: {path} can't be written")
+
+
 def _chosen_tasks(chosen: list[str] | None, own: list[TaskConfig]) -> list[TaskConfig]:
     if not chosen:
         return own
     known = {task.name: task for task in own}
     parts = [task.partition("=") for task in chosen]
+    for name, equals, _ in parts:
+        if not equals and name not in known and not is_source(name):
+            raise InputError(
+                f"--task: {name!r} is none of the recipe's ({', '.join(known) or 'it has none'}), nor a known set "
+                f"({', '.join(KNOWN_SETS)}): wanted one, or NAME=SOURCE"
+            )
     return [
         known[name] if not equals and name in known else TaskConfig(name, source or None)
         for name, equals, source in parts
@@ -69,6 +88,5 @@ def _named_backbone(adapter: Path | None) -> dict[str, dict[str, str]]:
         return {}
     if holds_model(adapter):
         return {"backbone": {"name_or_path": str(adapter)}}
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
+    name = read_adapter_config(adapter).base_model_name_or_path
     return {"backbone": {"name_or_path": name}} if name else {}

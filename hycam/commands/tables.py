@@ -1,5 +1,6 @@
 """Results as tables on the terminal."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,17 @@ _METRICS = (("perplexity", "perplexity", "{:.3f}"), ("bleu4", "BLEU-4", "{:.2f}"
 
 
 def metrics_table(title: str, reports: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Every metric per task and overall, a column for each report (`{"base": ..., "adapted": ...}`)."""
+    """Every metric per task and overall, a column for each report (`{"base": ..., "adapted": ...}`).
+
+    Of two reports there is a third column, what the second gains: how many times smaller its perplexity is, or how much
+    higher its score.
+    """
     first = next(iter(reports.values()))
     metrics = [metric for metric in _METRICS if metric[0] in first["overall"]]
     table = Table(title=title)
     table.add_column("task")
     for _, label, _ in metrics:
-        for name in reports:
+        for name in [*reports, *(["gain"] if len(reports) == 2 else [])]:
             table.add_column(f"{label}\n{name}" if len(reports) > 1 else label, justify="right")
     table.add_column("tokens", justify="right")
     for task in first["tasks"]:
@@ -27,8 +32,16 @@ def metrics_table(title: str, reports: Mapping[str, Mapping[str, Any]]) -> Table
 
 
 def _add_row(table: Table, name: str, metrics: list[tuple[str, str, str]], results: list[Mapping[str, Any]]) -> None:
-    numbers = [form.format(result[key]) for key, _, form in metrics for result in results]
+    numbers = []
+    for key, _, form in metrics:
+        numbers += [form.format(result[key]) for result in results]
+        if len(results) == 2:
+            numbers.append(_gain(key, *(result[key] for result in results)))
     table.add_row(name, *numbers, f"{results[0]['tokens']:,}")
+
+
+def _gain(metric: str, before: float, after: float) -> str:
+    return f"{before / after:.1f} x" if metric == "perplexity" else f"{after - before:+.2f}"
 
 
 def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
@@ -37,7 +50,7 @@ def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
     table.add_column("task")
     experts = len(next(iter(next(iter(loads.values())).values())))
     for expert in range(experts):
-        table.add_column(f"expert {expert + 1}", justify="right")
+        table.add_column(f"expert {expert}", justify="right")
     for task, layers in loads.items():
         shares = [sum(layer[expert] for layer in layers.values()) / len(layers) for expert in range(experts)]
         table.add_row(task, *(f"{share:.3f}" for share in shares))
@@ -45,6 +58,7 @@ def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
 
 
 def show(*tables: Table) -> None:
-    console = Console()
+    """Print tables as wide as they need: a narrow terminal breaks their lines, where rich would cut their numbers."""
     for table in tables:
-        console.print(table)
+        needed = Console(width=sys.maxsize).measure(table).maximum
+        Console(width=max(Console().width, needed)).print(table)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from hycam.data.formats import KNOWN_SETS
 from hycam.errors import InputError
@@ -11,6 +11,7 @@ from hycam.errors import InputError
 NUM_FOLDS = 5
 UNIFIED_FIELDS = ("instruction", "input", "output")
 PROMPT_STYLES = ("alpaca", "chat")
+SplitBy = Literal["instruction", "prompt"]
 _MOST_WEIGHT = 1e6
 
 
@@ -21,8 +22,8 @@ class TaskConfig:
     Attributes:
         name: the task's name in every table and plot.
         source: a known set (`auto_cot`, `icliniq`, `dolly`, `code_alpaca`, `webgpt`), a synthetic task
-            (`synthetic_*`), a local `.json`, `.jsonl` or `.parquet` file, or any other set's
-            hub id (`owner/name`). Defaults to `name`.
+            (`synthetic_*`), a local `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file (lines and tables also as
+            `.gz` or `.zst`), or any other set's hub id (`owner/name`). Defaults to `name`.
         fields: unified field -> native field, dotted for a nested one (`question.full_text`, `turns.0.value`).
             `instruction` and `output` are needed; without `input` the rows have none.
         split: the split of a hub set, with any slice that `datasets` reads, as in `train[:1000]`; a stream takes none.
@@ -31,6 +32,9 @@ class TaskConfig:
             known set called `name`, else the unified names themselves.
         subset: the configuration of a hub set that has several.
         revision: the branch, tag or commit of a hub set.
+        split_by: which rows stay together in training, validation or test: those with one `instruction`, or with one
+            `prompt` (instruction and input), for an instruction that heads very many rows.
+        domain: what the rows are about, for the table of the data; None: a known set's own.
 
     Raises:
         InputError: for a value of the wrong type or out of range.
@@ -44,17 +48,21 @@ class TaskConfig:
     format: str | None = None
     subset: str | None = None
     revision: str | None = None
+    split_by: SplitBy = "instruction"
+    domain: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise InputError(f"name: {self.name!r}, wanted the task's name")
-        for option in ("source", "split", "format", "subset", "revision"):
+        for option in ("source", "split", "format", "subset", "revision", "domain"):
             value = getattr(self, option)
             absent = value is None and option != "split"
             if not absent and not (isinstance(value, str) and value):
                 raise InputError(f"{option}: {value!r}, wanted text")
         if self.format is not None and self.format not in KNOWN_SETS:
             raise InputError(f"format: {self.format!r}, wanted one of {', '.join(KNOWN_SETS)}")
+        if self.split_by not in get_args(SplitBy):
+            raise InputError(f"split_by: {self.split_by!r}, wanted one of {', '.join(get_args(SplitBy))}")
         if self.max_rows is not None and not (_is_int(self.max_rows) and self.max_rows >= 1):
             raise InputError(f"max_rows: {self.max_rows!r}, wanted an integer of 1 or more")
         if self.fields is not None:

@@ -24,10 +24,12 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class KnownSet:
-    """One of the paper's data sets: its place on the hub and its native fields."""
+    """One of the paper's data sets: its place on the hub, its native fields, their parser and its domain."""
 
     hub_id: str
+    fields: tuple[str, ...]
     parse: RowParser
+    domain: str
     data_files: str | None = None
     revision: str | None = None
 
@@ -59,16 +61,35 @@ def parse_webgpt(row: Mapping[str, Any]) -> UnifiedRow:
 KNOWN_SETS: Mapping[str, KnownSet] = {
     "auto_cot": KnownSet(
         "QingyiSi/Alpaca-CoT",
+        ("instruction", "input", "output"),
         fields_parser("instruction", "output", input="input"),
+        "reasoning",
         data_files="Auto-CoT/Auto-CoT.json",
     ),
-    "icliniq": KnownSet("lavita/ChatDoctor-iCliniq", fields_parser("input", "answer_icliniq")),
-    "dolly": KnownSet("databricks/databricks-dolly-15k", fields_parser("instruction", "response", input="context")),
-    "code_alpaca": KnownSet("sahil2801/CodeAlpaca-20k", fields_parser("instruction", "output", input="input")),
+    "icliniq": KnownSet(
+        "lavita/ChatDoctor-iCliniq",
+        ("input", "answer_icliniq"),
+        fields_parser("input", "answer_icliniq"),
+        "medical",
+    ),
+    "dolly": KnownSet(
+        "databricks/databricks-dolly-15k",
+        ("instruction", "context", "response"),
+        fields_parser("instruction", "response", input="context"),
+        "general",
+    ),
+    "code_alpaca": KnownSet(
+        "sahil2801/CodeAlpaca-20k",
+        ("instruction", "input", "output"),
+        fields_parser("instruction", "output", input="input"),
+        "code",
+    ),
     # Its main branch holds a loading script, which `datasets` no longer runs: the hub's own parquet copy is data alone.
     "webgpt": KnownSet(
         "openai/webgpt_comparisons",
+        ("question", *(f"{name}_{number}" for name in ("answer", "score", "quotes") for number in (0, 1))),
         parse_webgpt,
+        "long-form answers",
         data_files="default/train/*.parquet",
         revision="refs/convert/parquet",
     ),

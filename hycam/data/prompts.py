@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from hycam.data.config import check_prompt_style
@@ -64,7 +63,7 @@ def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
         raise InputError("tokenizer: no chat template, wanted one for prompt: chat (or the data option prompt: alpaca)")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: it may fail in any way
         raise InputError(f"tokenizer: chat template: {error}, wanted one that takes a user's message") from error
     assert isinstance(text, str)  # tokenize=False
     return text

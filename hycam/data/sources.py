@@ -1,7 +1,6 @@
 """Rows from the hub, from local files and from the synthetic tasks, as `{instruction, input, output}`."""
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 
-from hycam.data.cache import RowCache, file_digest, in_memory
+from hycam.data.cache import RowCache, in_memory
 from hycam.data.config import UNIFIED_FIELDS, TaskConfig
-from hycam.data.formats import KNOWN_SETS, FieldError, RowParser, fields_parser
+from hycam.data.files import READERS, PlacedRow, file_content, kind_of
+from hycam.data.formats import KNOWN_SETS, FieldError, KnownSet, RowParser, fields_parser
 from hycam.data.synthetic import synthetic_task
 from hycam.errors import InputError
 
@@ -25,15 +23,12 @@ logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_BATCH = 100
-_PARQUET_BUFFER = 1 << 20  # bytes
 _SYNTHETIC_PREFIX = "synthetic_"
 _SYNTHETIC_ROWS = 1000
 _HUB_OPTIONS = ("split", "subset", "revision")
 
 TEXT_FEATURES = Features({field: Value("string") for field in UNIFIED_FIELDS})
 _SHOWN_PLACES = 10
-
-_PlacedRow = tuple[str, Any]  # a row with the place that an error names: `file.jsonl:12`, `file.json: row 3`
 
 
 def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
@@ -67,7 +62,7 @@ def load_task(config: TaskConfig, cache: RowCache | None = None) -> Dataset:
     else:
         key: dict[str, Any] = {
             "rows of": content(),
-            "task": dataclasses.asdict(config) | {"name": None, "source": None},
+            "task": dataclasses.asdict(config) | dict.fromkeys(("name", "source", "split_by", "domain")),
         }
         key["task"]["known set"] = next((name for name, known in KNOWN_SETS.items() if known.parse is parse), None)
         cached = cache.rows(key, TEXT_FEATURES, make)
@@ -118,7 +113,7 @@ def _synthetic(source: str, config: TaskConfig) -> Dataset:
 
 
 def _unified_rows(
-    rows: Iterable[_PlacedRow], parse: RowParser, max_rows: int | None, notes: dict[str, Any]
+    rows: Iterable[PlacedRow], parse: RowParser, max_rows: int | None, notes: dict[str, Any]
 ) -> Iterator[dict[str, str]]:
     """At most `max_rows` rows with instruction and output; `notes` counts the others and has the first ones' places."""
     notes |= {"blank": 0, "places": []}
@@ -144,100 +139,69 @@ def _unified_rows(
 def _parser(source: str, config: TaskConfig) -> RowParser:
     if config.fields is not None:
         return fields_parser(**config.fields)
+    known = _known_set(source, config)
+    return fields_parser("instruction", "output", input="input") if known is None else known.parse
+
+
+def _known_set(source: str, config: TaskConfig) -> KnownSet | None:
     hub_names = {known.hub_id: name for name, known in KNOWN_SETS.items()}
     for name in (config.format, source, hub_names.get(source), config.name):
         if name is not None and name in KNOWN_SETS:
-            return KNOWN_SETS[name].parse
-    return fields_parser("instruction", "output", input="input")
+            return KNOWN_SETS[name]
+    return None
+
+
+def _columns(source: str, config: TaskConfig) -> set[str]:
+    """The columns that a task's rows are parsed from; of a dotted path the name of the whole, and its beginning."""
+    if config.fields is not None:
+        paths = set(config.fields.values())
+    else:
+        known = _known_set(source, config)
+        paths = set(UNIFIED_FIELDS if known is None else known.fields)
+    return {path.partition(".")[0] for path in paths}
+
+
+def is_source(name: str) -> bool:
+    """Whether a task's name alone says where its rows are: a known or synthetic set, a hub id, or a file."""
+    is_known = name in KNOWN_SETS or name.startswith(_SYNTHETIC_PREFIX)
+    return is_known or kind_of(Path(name)) is not None or _HUB_ID.fullmatch(name) is not None
+
+
+def origin(config: TaskConfig) -> tuple[str | None, str]:
+    """A task's domain, where it is known, and its source: a hub id, a file's name, or a synthetic task's."""
+    source = config.source or config.name
+    known = _known_set(source, config)
+    domain = config.domain or (None if known is None else known.domain)
+    if source in KNOWN_SETS:
+        return domain, KNOWN_SETS[source].hub_id
+    return domain, source if _HUB_ID.fullmatch(source) and kind_of(Path(source)) is None else Path(source).name
 
 
 def _opened(
     source: str, config: TaskConfig, *, streaming: bool = False
-) -> tuple[Callable[[], str], Iterator[_PlacedRow]]:
+) -> tuple[Callable[[], str], Iterator[PlacedRow]]:
     """What finds out how the source's content differs from any other, and its rows."""
     path = Path(source).expanduser()
-    kind = path.suffix.lower()
-    if kind in _FILE_READERS:
+    kind = kind_of(path)
+    if kind is not None:
         _refuse(config, _HUB_OPTIONS, "a file")
         if streaming and kind == ".json":
             raise InputError(f"{path}: a .json file is read as a whole, wanted .jsonl or .parquet with data.streaming")
-        return lambda: f"{kind} {_file_content(path)}", _FILE_READERS[kind](path)
+        return lambda: f"{kind} {file_content(path)}", READERS[kind](path, _columns(source, config))
     if source in KNOWN_SETS:
         return _hub_rows(source, config, streaming)
     if path.exists():
-        wanted = ", ".join(_FILE_READERS)
+        wanted = ", ".join(READERS)
         raise InputError(f"tasks: {config.name}: source: {source!r}, wanted a file that ends in one of {wanted}")
     if _HUB_ID.fullmatch(source):
         return _hub_rows(source, config, streaming)
     raise InputError(
         f"tasks: {config.name}: source: unknown task {source!r}, wanted one of {', '.join(KNOWN_SETS)}, a "
-        f"{_SYNTHETIC_PREFIX}* task, a hub id (owner/name) or a file that ends in {', '.join(_FILE_READERS)}"
+        f"{_SYNTHETIC_PREFIX}* task, a hub id (owner/name) or a file that ends in {', '.join(READERS)}"
     )
 
 
-def _file_content(path: Path) -> str:
-    try:
-        return file_digest(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[_PlacedRow]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _parse_json(line.rstrip(b"\r\n"), path, first_line=number)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _json_rows(path: Path) -> Iterator[_PlacedRow]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    rows = _parse_json(content, path, first_line=1)
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: a {type(rows).__name__}, wanted an array of rows (or a row a line in a .jsonl file)")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}: row {number}", row
-
-
-def _parse_json(content: bytes, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        hint = "; a file with a row a line is named .jsonl" if error.msg == "Extra data" else ""
-        line = first_line + error.lineno - 1
-        raise InputError(f"{path}:{line}: broken JSON, column {error.colno}: {error.msg}{hint}") from error
-    except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise InputError(f"{path}:{line}: a byte that is not {error.encoding}, wanted UTF-8 text") from error
-    except (ValueError, RecursionError) as error:  # an integer of over 4300 digits, a thousand brackets
-        raise InputError(f"{path}:{first_line}: unreadable JSON: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[_PlacedRow]:
-    number = 0
-    try:
-        with path.open("rb") as file:
-            # else pyarrow reads row groups whole, and keeps all that it has read
-            parquet = pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
-            for batch in parquet.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: after row {number}: broken parquet: {_first_line(error)}") from error
-
-
-_FILE_READERS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-
-
-def _hub_rows(source: str, config: TaskConfig, streaming: bool) -> tuple[Callable[[], str], Iterator[_PlacedRow]]:
+def _hub_rows(source: str, config: TaskConfig, streaming: bool) -> tuple[Callable[[], str], Iterator[PlacedRow]]:
     known = KNOWN_SETS.get(source)
     hub_id = source if known is None else known.hub_id
     revision = config.revision or (None if known is None else known.revision)
@@ -255,7 +219,7 @@ def _hub_rows(source: str, config: TaskConfig, streaming: bool) -> tuple[Callabl
     return lambda: f"{hub_id} {rows._fingerprint}", _placed(rows, hub_id, config)
 
 
-def _placed(rows: Dataset | datasets.IterableDataset, hub_id: str, config: TaskConfig) -> Iterator[_PlacedRow]:
+def _placed(rows: Dataset | datasets.IterableDataset, hub_id: str, config: TaskConfig) -> Iterator[PlacedRow]:
     number = 0
     with _hub_failures(hub_id, config):
         # in batches: a stream's own iterator gives each worker of a DataLoader other rows
@@ -273,7 +237,7 @@ def _hub_failures(hub_id: str, config: TaskConfig) -> Iterator[None]:
     except ConnectionError as error:
         raise InputError(
             f"tasks: {config.name}: source: hub set {hub_id!r} is out of reach (no network) and not cached here; "
-            f"a downloaded copy can be given as source: a file that ends in {', '.join(_FILE_READERS)}"
+            f"a downloaded copy can be given as source: a file that ends in {', '.join(READERS)}"
         ) from error
     except Exception as error:  # the hub client, the HTTP client and the file readers each have kinds of their own
         raise InputError(
@@ -288,10 +252,6 @@ def _refuse(config: TaskConfig, options: tuple[str, ...], kind: str) -> None:
         value = getattr(config, option)
         if value != defaults[option]:
             raise InputError(f"tasks: {config.name}: {option}: {value!r}, wanted none: the source is {kind}")
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: can't be read: {error.strerror or _first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

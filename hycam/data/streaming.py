@@ -18,7 +18,7 @@ from hycam.data.cache import in_memory
 from hycam.data.collation import Collator
 from hycam.data.config import UNIFIED_FIELDS, DataConfig, StreamingConfig, TaskConfig
 from hycam.data.sources import TEXT_FEATURES, no_rows, report_blank, stream_task
-from hycam.data.splits import PARTS, check_parts, part_of
+from hycam.data.splits import PARTS, Instructions, check_parts, part_of
 from hycam.data.tokenization import IGNORED_LABEL, batch_tokenizer
 from hycam.errors import InputError
 
@@ -80,7 +80,7 @@ class StreamedRows(IterableDataset[dict[str, str]]):
 
     def _training_rows(self, task: TaskConfig) -> Iterator[dict[str, str]]:
         for row in stream_task(task, {}):
-            if part_of(row["instruction"], row["input"], self.fold) == "train":
+            if part_of(row["instruction"], row["input"], self.fold, task.split_by) == "train":
                 yield row
 
 
@@ -93,12 +93,18 @@ class StreamCollator:
     Args:
         tokenizer: with eos and pad token.
         config: prompt style, length and where the loss is taken; with `packing`, a batch's rows are concatenated.
+        num_embeddings: how many tokens the model knows; None: any.
 
     Raises:
-        InputError: for a tokenizer without eos, pad or (prompt: chat) chat template.
+        InputError: for a tokenizer without eos, pad or (prompt: chat) chat template; on a call, for a token that the
+            model doesn't know.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, num_embeddings: int | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.num_embeddings = num_embeddings
         self.tokenize = batch_tokenizer(tokenizer, config)
         assert tokenizer.pad_token_id is not None
         self.collate = Collator(tokenizer.pad_token_id, packing=config.packing)
@@ -110,6 +116,12 @@ class StreamCollator:
             return {}
         columns = {field: [row[field] for row in rows] for field in UNIFIED_FIELDS}
         tokens = [{"input_ids": input_ids, "labels": labels} for input_ids, labels, _ in self.tokenize(columns)]
+        most = max((max(row["input_ids"]) for row in tokens), default=0)
+        if self.num_embeddings is not None and most >= self.num_embeddings:
+            raise InputError(
+                f"data: the token {self.tokenizer.convert_ids_to_tokens(most)!r} has id {most}, but the backbone has "
+                f"embeddings for {self.num_embeddings} tokens"
+            )
         return self.collate(tokens or [self.without_target])
 
 
@@ -130,8 +142,10 @@ def read_held_out(task: TaskConfig, fold: int, limit: int) -> dict[str, Dataset]
     notes: dict[str, Any] = {}
     held_out: dict[str, list[dict[str, str]]] = {"validation": [], "test": []}
     counts = dict.fromkeys(PARTS, 0)
+    instructions = Instructions()
     for row in stream_task(task, notes):
-        part = part_of(row["instruction"], row["input"], fold)
+        part = part_of(row["instruction"], row["input"], fold, task.split_by)
+        instructions.add(row["instruction"])
         counts[part] += 1
         if part != "train" and counts[part] <= limit:
             held_out[part].append(row)
@@ -141,6 +155,7 @@ def read_held_out(task: TaskConfig, fold: int, limit: int) -> dict[str, Dataset]
     num_rows = sum(counts.values())
     if not num_rows:
         raise InputError(no_rows(task, notes))
+    instructions.warn(task)
     try:
         check_parts(counts, num_rows, fold)
     except InputError as error:

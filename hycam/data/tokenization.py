@@ -1,12 +1,13 @@
 """From text to token ids and labels.
 
-A row is `prefix, prompt, response`: the prefix is what the tokenizer puts before a text (mostly BOS, once), the
-response ends in its closing: the eos token, or what the chat template adds after an answer.
+A row is `prefix, prompt, response`: the prefix is what the tokenizer puts before a text (mostly BOS, once; a chat
+template has its own, or none), the response ends in its closing: the eos token, or what the chat template adds after an
+answer. A special token in a row's text is text.
 """
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from hycam.data.cache import RowCache, digest, file_digest, in_memory, rows_digest
 from hycam.data.config import UNIFIED_FIELDS, DataConfig
 from hycam.data.prompts import chat_response_text, prompt_text
+from hycam.data.special_tokens import Quoted, SpecialTokens, encode_plain
 from hycam.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 _BATCH = 1000
+_PROBE = {"instruction": "question", "input": "", "output": "hycam-probe"}
 
 _FEATURES = Features(
     {
@@ -65,13 +68,26 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a prompt, the same in training and in generation.
+    """The ids of a whole prompt, in which special tokens are meant as such.
 
-    What the tokenizer puts before a text (mostly BOS) stands there once, also where the text brings it along as chat
-    templates do; what it puts after a text (eos, for some) is left out: the response follows.
+    What the tokenizer puts before a text (mostly BOS) stands there once, also where the text brings it along; what it
+    puts after a text (eos, for some) is left out: the response follows.
     """
-    (ids,) = _encode([prompt], tokenizer, _prefix_ids(tokenizer))
-    return ids
+    (ids,) = _encode_marked([prompt], tokenizer)
+    prefix = _prefix_ids(tokenizer)
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def encode_row_prompt(row: Mapping[str, str], style: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the prompt of a row (`instruction`, `input`), the same in training and in generation.
+
+    Raises:
+        InputError: as `prompt_text`.
+    """
+    encoder = _RowEncoder(tokenizer, style)
+    (quoted,) = encoder.quotes([row])
+    text = prompt_text(row if quoted is None else quoted.row, style, tokenizer)
+    return encoder.encode(text, quoted)
 
 
 def tokenize_dataset(
@@ -92,7 +108,8 @@ def tokenize_dataset(
         tokenizer: with eos and pad token.
         data_config: prompt style, length and where the loss is taken.
         task_id: written into every row, for reports by task.
-        cache: keeps the token rows on disk, by rows, tokenizer and `data_config`; None: they are in memory.
+        cache: keeps the token rows on disk, by rows, tokenizer, what its chat template renders today, and
+            `data_config`; None: they are in memory.
         content: `rows_digest` of the dataset where that is known; it is computed where a cache needs it.
 
     Raises:
@@ -117,7 +134,11 @@ def tokenize_dataset(
         tokenized = in_memory(make(notes), _FEATURES)
     else:
         settings = {name: getattr(data_config, name) for name in ("max_length", "prompt", "train_on_prompt")}
-        key = {"tokens of": content or rows_digest(dataset), "tokenizer": tokenizer_digest(tokenizer)}
+        key: dict[str, Any] = {
+            "tokens of": content or rows_digest(dataset),
+            "tokenizer": tokenizer_digest(tokenizer),
+            "rendered": _rendered_probe(data_config.prompt, tokenizer),
+        }
         cached = cache.rows(key | settings | {"task_id": task_id}, _FEATURES, make)
         tokenized, notes = cached.dataset, cached.notes
     if not len(tokenized):
@@ -139,8 +160,8 @@ def batch_tokenizer(
         InputError: for a tokenizer without eos, pad or (prompt: chat) chat template.
     """
     check_tokenizer(tokenizer)
-    prefix, closing = _prefix_ids(tokenizer), _closing_ids(tokenizer, config.prompt)
-    return partial(_tokenize_batch, tokenizer=tokenizer, config=config, prefix=prefix, closing=closing)
+    encoder, closing = _RowEncoder(tokenizer, config.prompt), _closing_ids(tokenizer, config.prompt)
+    return partial(_tokenize_batch, config=config, encoder=encoder, closing=closing)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -152,14 +173,39 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([type(tokenizer).__name__, versions, files])
 
 
+class _RowEncoder:
+    """Encodes what a prompt style makes of rows.
+
+    Alpaca's texts have no special token, whatever the row has, and what the tokenizer puts before a text comes before
+    them. A chat template writes its special tokens itself, at the beginning too.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: str) -> None:
+        self.tokenizer = tokenizer
+        self.style = style
+        self.special = SpecialTokens(tokenizer)
+        self.prefix = _prefix_ids(tokenizer) if style == "alpaca" else []
+
+    def quotes(self, rows: Sequence[Mapping[str, str]]) -> list[Quoted | None]:
+        """Each row with its special tokens held apart, None where that isn't needed."""
+        return [self.special.quoted(row) if self.style == "chat" else None for row in rows]
+
+    def encode(self, text: str, quoted: Quoted | None, *, begins: bool = True) -> list[int]:
+        """The ids of one text; `begins`: what comes before a text comes before it."""
+        (ids,) = self.encode_all([text], [quoted])
+        return ids if begins else ids[len(self.prefix) :]
+
+    def encode_all(self, texts: list[str], quotes: list[Quoted | None]) -> list[list[int]]:
+        if self.style == "alpaca":
+            return [self.prefix + ids for ids in encode_plain(texts, self.tokenizer)]
+        encoded = zip(_encode_marked(texts, self.tokenizer), texts, quotes, strict=True)
+        return [ids if quoted is None else quoted.encode(text) for ids, text, quoted in encoded]
+
+
 def _tokenize_batch(
-    batch: Mapping[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    prefix: list[int],
-    closing: list[int],
+    batch: Mapping[str, list[str]], config: DataConfig, encoder: _RowEncoder, closing: list[int]
 ) -> Iterator[tuple[list[int], list[int], bool]]:
-    for prompt, response in _encode_rows(batch, tokenizer, config.prompt, prefix):
+    for prompt, response in _encode_rows(batch, encoder):
         room = config.max_length - len(prompt)
         truncated = len(response) > room
         if truncated:
@@ -170,15 +216,16 @@ def _tokenize_batch(
         yield input_ids, input_ids if config.train_on_prompt else [IGNORED_LABEL] * len(prompt) + response, truncated
 
 
-def _encode_rows(
-    batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, style: str, prefix: list[int]
-) -> Iterator[tuple[list[int], list[int]]]:
+def _encode_rows(batch: Mapping[str, list[str]], encoder: _RowEncoder) -> Iterator[tuple[list[int], list[int]]]:
     """Prompt ids as in generation, and the response's ids, read in the prompt's context where the border allows it.
 
     SentencePiece puts a blank before a text of its own, so a response tokenised alone would gain one. Where a token
     would reach over the border between prompt and response, the response is tokenised alone all the same.
     """
+    tokenizer, style = encoder.tokenizer, encoder.style
     rows = [dict(zip(UNIFIED_FIELDS, row, strict=True)) for row in zip(*map(batch.get, UNIFIED_FIELDS), strict=True)]
+    quotes = encoder.quotes(rows)
+    rows = [row if quoted is None else quoted.row for row, quoted in zip(rows, quotes, strict=True)]
     prompts = [prompt_text(row, style, tokenizer) for row in rows]
     if style == "chat":
         responses = [chat_response_text(row, prompt, tokenizer) for row, prompt in zip(rows, prompts, strict=True)]
@@ -187,18 +234,19 @@ def _encode_rows(
         responses = batch["output"]
         end = [tokenizer.eos_token_id]
     joint_texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    encoded = zip(_encode(prompts, tokenizer, prefix), _encode(joint_texts, tokenizer, prefix), responses, strict=True)
-    for prompt_ids, joint_ids, response in encoded:
+    encoded = encoder.encode_all(prompts, quotes), encoder.encode_all(joint_texts, quotes)
+    for prompt_ids, joint_ids, response, quoted in zip(*encoded, responses, quotes, strict=True):
         if joint_ids[: len(prompt_ids)] == prompt_ids:
             response_ids = joint_ids[len(prompt_ids) :]
         else:
-            (response_ids,) = _encode([response], tokenizer, prefix=[])
+            response_ids = encoder.encode(response, quoted, begins=False)
         yield prompt_ids, response_ids + end
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+def _encode_marked(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of texts in which special tokens are meant as such, and nothing around them."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -208,18 +256,23 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return next(whole[:i] for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
 
 
+def _rendered_probe(style: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Prompt and response of a row, as they are rendered now: a chat template may write the day's date."""
+    prompt = prompt_text(_PROBE, style, tokenizer)
+    return prompt, chat_response_text(_PROBE, prompt, tokenizer) if style == "chat" else _PROBE["output"]
+
+
 def _closing_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
     """What follows an answer: the eos token, or the chat template's end of a turn."""
     if style == "alpaca":
         return [tokenizer.eos_token_id]
-    probe = {"instruction": "question", "input": "", "output": "hycam-probe"}
-    response = chat_response_text(probe, prompt_text(probe, style, tokenizer), tokenizer)
-    _, found, closing = response.rpartition(probe["output"])
+    _, response = _rendered_probe(style, tokenizer)
+    _, found, closing = response.rpartition(_PROBE["output"])
     if not found:
         raise InputError(
-            f"tokenizer: chat template: makes {response!r} of the answer {probe['output']!r}, wanted the answer in it"
+            f"tokenizer: chat template: makes {response!r} of the answer {_PROBE['output']!r}, wanted the answer in it"
         )
-    (closing_ids,) = _encode([closing], tokenizer, prefix=[])
+    (closing_ids,) = _encode_marked([closing], tokenizer)
     if tokenizer.eos_token_id not in closing_ids:
         logger.warning(
             "the chat template closes an answer with %r, without the eos token %r: generation ends there only if the "

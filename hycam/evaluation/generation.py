@@ -1,6 +1,7 @@
-"""Greedy responses, and BLEU-4 and ROUGE-L of them."""
+"""Responses, greedy unless sampling is asked for, and BLEU-4 and ROUGE-L of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,15 +18,21 @@ from hycam.evaluation.batches import device_of, evaluation_mode, unwrap
 def generate_responses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     *,
     max_new_tokens: int,
     batch_size: int = 8,
+    sampling: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, up to its end-of-sequence token.
+    """The model's continuation of each prompt, up to its end-of-sequence token: greedy, or sampled.
 
     Prompts of a batch are padded on the left here, so the tokenizer's own padding settings neither matter nor
-    change. Sampling, beams and penalties that the model's generation settings carry are overridden.
+    change. Of the model's generation settings none but its end tokens counts.
+
+    Args:
+        prompts: texts, in which special tokens are meant as such, or token ids.
+        sampling: draw each token from the model's distribution, changed by these: `temperature`, `top_p`, `top_k`; by
+            none of them where it is empty. None: greedy.
 
     Raises:
         InputError: an option below 1, an empty prompt, no end-of-sequence token, or a prompt that with
@@ -38,22 +45,15 @@ def generate_responses(
     encoded = encode_prompts(prompts, tokenizer, bare.config, max_new_tokens)
     ends = _end_tokens(bare, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        do_sample=False,
-        num_beams=1,
-        # What is left unset comes from the model's own settings, so each that alters the search is named.
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-    )
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, num_beams=1)
+    if sampling is None:
+        settings.do_sample = False
+    else:
+        # transformers' own default keeps the 50 likeliest tokens
+        settings.update(do_sample=True, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0} | dict(sampling))
     responses = [""] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
-    with evaluation_mode(bare):
+    with evaluation_mode(bare), _own_settings(bare, settings):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = _pad_left([encoded[row] for row in rows], pad, device_of(bare))
@@ -64,19 +64,44 @@ def generate_responses(
     return responses
 
 
+@contextmanager
+def _own_settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """Put `settings` in the place of the model's own, from which `generate` takes all that a call leaves unset."""
+    owners: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.generation_config = own
+
+
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, max_new_tokens: int
+    prompts: Sequence[str | list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """The token ids of each prompt, for a model of this configuration.
 
     Raises:
-        InputError: an empty prompt, or one that with `max_new_tokens` exceeds the model's positions.
+        InputError: an empty prompt, one that with `max_new_tokens` exceeds the model's positions, or one with a token
+            that the model has no embedding for.
     """
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    encoded = [encode_prompt(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in prompts]
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    embeddings = config.get_text_config().vocab_size
     for row, ids in enumerate(encoded):
         if not ids:
             raise InputError(f"prompts: prompt {row} is empty, at least one token is wanted")
+        if max(ids) >= embeddings:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"prompts: prompt {row} has the token {token!r} with id {max(ids)}, but the model has embeddings for "
+                f"{embeddings} tokens"
+            )
         if positions is not None and len(ids) + max_new_tokens > positions:
             raise InputError(
                 f"prompts: prompt {row} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} "

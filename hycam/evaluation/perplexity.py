@@ -61,7 +61,9 @@ def evaluate_perplexity(
             them, and each returns the whole result. Else the calling process evaluates every row by itself.
 
     Returns:
-        `{"tasks": {name: {"nll", "tokens", "perplexity"}}, "overall": {...}}`; `nll` is the sum, in nats.
+        `{"tasks": {name: {"nll", "tokens", "perplexity"}}, "overall": {...}}`; `nll` is the sum, in nats. `overall` has
+        `row_average` too: the mean of the tasks' perplexities weighted by their rows, in which a task with long
+        responses counts for no more than its rows.
 
     Raises:
         InputError: no task, or a task without a response token.
@@ -91,7 +93,10 @@ def evaluate_perplexity(
                 raise InputError(f"tasks: {name!r} has no response token to score, at least one is wanted")
             sums[name] = (nll_sum, int(tokens))
     overall = (math.fsum(nll for nll, _ in sums.values()), sum(tokens for _, tokens in sums.values()))
-    return {"tasks": {name: _result(*sum_) for name, sum_ in sums.items()}, "overall": _result(*overall)}
+    results = {name: _result(*sum_) for name, sum_ in sums.items()}
+    weighted = math.fsum(len(tasks[name]) * result["perplexity"] for name, result in results.items())
+    average = {"row_average": weighted / sum(map(len, tasks.values()))}
+    return {"tasks": results, "overall": _result(*overall) | average}
 
 
 def _result(nll: float, tokens: int) -> dict[str, float | int]:

@@ -89,7 +89,9 @@ def _figures(
             yield f"expert_load-{method}", {"figure": "expert_load", "loads": first["expert_load"]}
     states = measurements.value_states.get(backbone)
     if states is not None:
-        title = f"t-SNE of the attention's value states, layer {states['layer'] + 1} of {states['layers']}"
+        unit = " of tokens" if "tokens" in states else ""
+        which = f"layer {states['layer']} of 0 to {states['layers'] - 1}"
+        title = f"t-SNE of the attention's value states{unit}, {which}"
         embeddings = {"backbone": states["base"], f"with {reference}": states["adapted"]}
         yield "value_states", {"figure": "value_states", "title": title, "embeddings": embeddings}
     modulation = measurements.modulation.get(backbone)

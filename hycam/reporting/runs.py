@@ -1,6 +1,5 @@
 """A study's runs, read again, and what a report measures of their models and tokenizers."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,20 +16,21 @@ from transformers import PreTrainedTokenizerBase
 from hycam.analysis.general_text import text_perplexity, text_windows
 from hycam.analysis.modulation import prompt_modulation
 from hycam.analysis.token_statistics import token_statistics
-from hycam.analysis.value_states import embed_value_states, pooled_value_states
+from hycam.analysis.value_states import embed_value_states, token_value_states
 from hycam.data.cache import digest, file_digest
 from hycam.data.collation import Collator
 from hycam.data.tokenization import IGNORED_LABEL
-from hycam.training.folder import RECIPE_FILE, RECORD_FILE
+from hycam.training.folder import RECIPE_FILE, RESULTS_FILE, check_held_out, read_record, trained_folder
 from hycam.training.measure import own_draws, training_precision
-from hycam.training.recipe import Recipe, load_recipe, read_yaml
-from hycam.training.run import RESULTS_FILE, trained_folder
+from hycam.training.recipe import Recipe, load_recipe
+from hycam.training.recipe_files import read_yaml
 from hycam.training.tasks import TaskRows, load_rows, responses_alone, row_cache, tokenize_split
 from hycam.training.trained import Selection, load_selected_model, load_selected_tokenizer
 
-# Fig. 2: rows of each task's test split, and the layer whose value states they have. Fig. 4: tokens around the
-# beginning of a task's first response, and features evenly spaced over the layer's width.
+# Fig. 2: rows of each task's test split, tokens drawn from them, and the layer whose value states they have. Fig. 4:
+# tokens around the beginning of a task's first response, and features evenly spaced over the layer's width.
 VALUE_STATE_ROWS = 100
+VALUE_STATE_TOKENS = 200
 VALUE_STATE_LAYER = -1
 _TOKENS_BEFORE, _TOKENS_AFTER = 6, 14
 _MODULATION_LAYERS = 2
@@ -73,12 +73,15 @@ class RunFolder:
     def token_inputs(self) -> dict[str, Any]:
         """What tells its token rows from others: the rows that the run began with, and who made tokens of them."""
         recipe = read_yaml(self.path / RECIPE_FILE)
-        rows = json.loads((self.path / RECORD_FILE).read_text(encoding="utf-8"))["data"]
+        rows = read_record(self.path)["data"]
         return {"rows": rows, "settings": {"backbone": recipe["backbone"], "data": recipe["data"]}}
 
     @cached_property
     def rows(self) -> dict[str, TaskRows]:
-        return load_rows(self.recipe.tasks, self.recipe.data)
+        """The run's. Raises `InputError` where they would be split otherwise than when it was trained."""
+        rows = load_rows(self.recipe.tasks, self.recipe.data)
+        check_held_out(self.path, rows)
+        return rows
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -113,7 +116,7 @@ class RunFolder:
 def measurement_settings() -> dict[str, Any]:
     """The settings of Fig. 2 and Fig. 4, which their measurements are made from too."""
     return {
-        "value_states": [VALUE_STATE_ROWS, VALUE_STATE_LAYER],
+        "value_states": [VALUE_STATE_ROWS, VALUE_STATE_TOKENS, VALUE_STATE_LAYER],
         "modulation": [_TOKENS_BEFORE, _TOKENS_AFTER, _MODULATION_LAYERS, _MODULATION_FEATURES],
     }
 
@@ -148,16 +151,21 @@ def measure_text(run: RunFolder, texts: list[str], *, adapted: bool) -> dict[str
 
 
 def measure_value_states(run: RunFolder, model: PeftModel) -> dict[str, Any]:
-    """t-SNE of test rows' value states in the last layer, with the adapter and without.
+    """t-SNE of value states in the last layer of tokens of test rows, with the adapter and without.
 
     Returns:
-        `{"layer", "layers", "rows", "base": what embed_value_states returns, "adapted": ...}`.
+        `{"layer", "layers", "tokens", "base": what embed_value_states returns, "adapted": ...}`.
     """
     rows = {task: dataset.select(range(min(VALUE_STATE_ROWS, len(dataset)))) for task, dataset in run.test_rows.items()}
 
     def embedded() -> dict[str, Any]:
-        states = pooled_value_states(
-            model, rows, run.collator, layer=VALUE_STATE_LAYER, batch_size=run.recipe.evaluation.batch_size
+        states = token_value_states(
+            model,
+            rows,
+            run.collator,
+            count=VALUE_STATE_TOKENS,
+            layer=VALUE_STATE_LAYER,
+            batch_size=run.recipe.evaluation.batch_size,
         )
         return embed_value_states(states)
 
@@ -169,7 +177,7 @@ def measure_value_states(run: RunFolder, model: PeftModel) -> dict[str, Any]:
     return {
         "layer": range(layers)[VALUE_STATE_LAYER],
         "layers": layers,
-        "rows": {task: len(chosen) for task, chosen in rows.items()},
+        "tokens": {task: len(points) for task, points in adapted["points"].items()},
         "base": _rounded(base),
         "adapted": _rounded(adapted),
     }

@@ -5,6 +5,8 @@ from typing import Any
 
 from hycam.analysis.routing import routing_specialisation
 from hycam.analysis.token_statistics import PERCENTILES
+from hycam.data.config import TaskConfig
+from hycam.data.sources import origin
 from hycam.reporting.measurements import Measurements
 from hycam.reporting.records import Cell, cell_folder
 from hycam.study.render import Number, Row, Table
@@ -26,7 +28,9 @@ def analysis_tables(backbones: CellsOfBackbones, measurements: Measurements) -> 
 
 
 def _data(measurements: Measurements) -> Table:
-    columns = ["task", "rows", *(f"{part}, {key}" for part in ("prompt", "response") for key in _SUMMARIES)]
+    lengths_of = [f"{part}, {key}" for part in ("prompt", "response") for key in _SUMMARIES]
+    columns = ["task", "rows", "tokens", "tokens per row", *lengths_of, "truncated", "dropped", "domain", "source"]
+    origins = {task["name"]: origin(TaskConfig(**task)) for task in measurements.record["study"]["tasks"]}
     rows = []
     for backbone, of_folds in measurements.tokens.items():
         if not of_folds:
@@ -39,13 +43,15 @@ def _data(measurements: Measurements) -> Table:
                 for key in _SUMMARIES
             ]
             counts = [Number(values[key], None, 0) for key in ("rows", "truncated", "dropped")]
-            rows.append(Row(backbone, [task, counts[0], *lengths, *counts[1:]]))
+            of_row = values["prompt"]["mean"] + values["response"]["mean"]
+            tokens = [Number(of_row * values["rows"], None, 0), Number(of_row, None, 1)]
+            rows.append(Row(backbone, [task, counts[0], *tokens, *lengths, *counts[1:], *origins[task]]))
     notes = [
-        "Lengths in tokens of the backbone's tokenizer, before anything is cut. A prompt counts with the template's "
+        "Tokens are the backbone's tokenizer's, before anything is cut. A prompt counts with the template's "
         "text and what the tokenizer puts before it, a response with its end token. Truncated: rows over "
         "data.max_length, whose response loses its end. Dropped: rows whose prompt leaves no room for a response.",
     ]
-    return Table("table1", "Data", [*columns, "truncated", "dropped"], rows, notes)
+    return Table("table1", "Data", columns, rows, notes)
 
 
 def _forgetting(backbones: CellsOfBackbones, measurements: Measurements) -> Table:

@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hycam.errors import InputError
-from hycam.training.recipe import (
-    BackboneConfig,
-    Recipe,
-    backbone_section,
-    find_yaml,
-    packaged_yaml,
-    parse_recipe,
-    parse_yaml,
-    read_yaml,
-    set_field,
-)
+from hycam.training.recipe import BackboneConfig, Recipe, backbone_section, parse_recipe
+from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader
 from hycam.training.scratch import ScratchConfig
 
@@ -83,7 +74,8 @@ class Study:
         tasks, data, trainer, early_stopping, evaluation: as in a run's recipe, for every run.
         output_dir: folder of the study.
         seeds, folds: every method runs once with each pair of them.
-        learning_rates: the grid; a method takes the rate with the lowest validation loss on the first fold and seed.
+        learning_rates: the grid; a method takes the rate with the lowest loss on the first fold's validation rows that
+            no fold tests, with the first seed.
         reference: the method that the baselines are tested against, and that ablations and sweeps vary.
         baselines: methods among which the best is tested; None: the PEFT methods that are no variant of HyCAM.
         families: title -> names of backbones whose results stand side by side in a table.

@@ -4,16 +4,16 @@ import json
 from typing import Any
 
 from hycam.errors import InputError
+from hycam.locks import claim
 from hycam.study.recipe import Study
-from hycam.study.units import Unit, cells, claim, failure, is_done, lock_file, results, run_folder, tuning, weights
+from hycam.study.units import Unit, cells, failure, is_done, lock_file, results, run_folder, tuning, weights
 from hycam.study.worker import DIVERGED
 from hycam.training.callbacks import finite, read_metrics, write_whole
-from hycam.training.folder import RECORD_FILE
-from hycam.training.run import METRICS_FILE
+from hycam.training.folder import METRICS_FILE, RECORD_FILE
 
 STUDY_RECORD = "study.json"
 
-_TEST_METRICS = ("perplexity", "nll", "tokens", "bleu4", "rougeL", "rows", "too_long")
+_TEST_METRICS = ("perplexity", "row_average", "nll", "tokens", "bleu4", "rougeL", "rows", "too_long")
 
 
 def chosen_rate(study: Study, backbone: str, method: str) -> float | None:
@@ -32,16 +32,15 @@ def chosen_rate(study: Study, backbone: str, method: str) -> float | None:
 
 
 def validation_loss(study: Study, unit: Unit) -> float | None:
-    """The validation loss of the weights that a finished run ended with; None where training broke down."""
+    """The loss of the weights that a run of a grid ended with, on validation rows that no fold tests.
+
+    None where training broke down, and where the loss is not finite.
+    """
     measured = results(study, unit)
     if measured is None or DIVERGED in measured:
         return None
-    losses = [
-        line["eval_loss"]
-        for line in read_metrics(run_folder(study, unit) / METRICS_FILE)
-        if "eval_loss" in line and line["step"] > 0
-    ]
-    return min(losses) if study.trainer.get("load_best_model_at_end", True) else losses[-1]
+    overall = measured["untested"]["overall"]
+    return None if overall["nll"] is None else overall["nll"] / overall["tokens"]
 
 
 def write_record(study: Study) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def _cell(study: Study, unit: Unit) -> dict[str, Any] | None:
         "base": _test(measured["test"]["base"]),
         "parameters": measured["parameters"],
         "train_seconds": sum(line["seconds"] for line in lines if "seconds" in line),
-        "peak_bytes": max(line["peak_bytes"] for line in lines if "peak_bytes" in line),
+        "peak_bytes": max((line["peak_bytes"] for line in lines if "peak_bytes" in line), default=0),
         "steps": measured["steps"],
         "best_step": measured["best_step"],
         "curves": {key: [[line["step"], line[key]] for line in lines if key in line] for key in ("loss", "eval_loss")},

@@ -105,7 +105,8 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([|*\\_<>`])", r"\\\1", text)
+    # entities: not every Markdown knows an angle bracket behind a backslash
+    return re.sub(r"([|*\\_`])", r"\\\1", text).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def latex(table: Table) -> str:

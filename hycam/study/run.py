@@ -1,5 +1,6 @@
 """A study, run: its units one after another, beside any other process that works on the same folder."""
 
+import itertools
 import signal
 import threading
 import time
@@ -13,14 +14,13 @@ from typing import Any
 import yaml
 
 from hycam.errors import InputError, RunStoppedError
+from hycam.locks import claim, is_claimed
 from hycam.study.recipe import STUDY_FILE, Study
 from hycam.study.record import chosen_rate, collect, write_record
 from hycam.study.units import (
     Unit,
     cells,
-    claim,
     failure,
-    is_claimed,
     is_done,
     lock_file,
     prune,
@@ -33,14 +33,22 @@ from hycam.study.units import (
 )
 from hycam.study.worker import Order, work_apart
 from hycam.training.callbacks import write_whole
-from hycam.training.folder import RECIPE_FILE
-from hycam.training.recipe import Recipe, differing_fields, read_yaml
+from hycam.training.folder import RECIPE_FILE, SPLIT_SINCE, has_own_split, recipe_values
+from hycam.training.recipe import Recipe
+from hycam.training.recipe_files import differing_fields, read_yaml
 
 _POLL_SECONDS = 2.0
 
 # Fields in which a run that the folder holds may differ from the study's: none of them reaches a number. The rows of
 # two sources are compared by their SHA-256.
-_FREE = ("output_dir", "tasks.*.source", "data.cache_dir", "trainer.report_to", "trainer.disable_tqdm")
+_FREE = (
+    "output_dir",
+    "tasks.*.source",
+    "tasks.*.domain",
+    "data.cache_dir",
+    "trainer.report_to",
+    "trainer.disable_tqdm",
+)
 
 
 def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str, Any]:
@@ -59,6 +67,11 @@ def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str
         InputError: the folder holds runs of other recipes or rows.
         RunStoppedError: a signal; the run in progress has saved a checkpoint, and the same call goes on.
     """
+    for backbone, method in itertools.product(study.backbones, study.methods):
+        recipe = study.recipe(backbone, method, fold=0, seed=0, learning_rate=1.0, folder=".")
+        rounding = recipe.method.rounding(recipe.backbone.dtype)
+        if rounding is not None and not recipe.trainer.get("deepspeed"):
+            announce(f"{backbone}, {method}: {rounding}")
     runner = _Runner(study, announce)
     with _open_folder(study), runner.stoppable():
         while runner.step():
@@ -254,11 +267,13 @@ def _check_folder(study: Study) -> None:
             raise InputError(f"{path.parent}: a run whose learning rate or backbone the study has not yet; {_WAY_OUT}")
         changed = [
             name
-            for name in differing_fields(_plain(read_yaml(path)), _plain(recipe.to_dict()))
+            for name in differing_fields(_plain(recipe_values(path)), _plain(recipe.to_dict()))
             if not any(fnmatch(name, free) for free in _FREE)
         ]
         if changed:
             raise InputError(f"{path.parent}: a run that began with other values of {', '.join(changed)}; {_WAY_OUT}")
+        if not has_own_split(path.parent):
+            raise InputError(f"{path.parent}: a run with other rows held out, {SPLIT_SINCE}; {_WAY_OUT}")
     collect(study)  # which compares the rows
 
 

@@ -1,6 +1,7 @@
 """Means over folds and seeds, and the paired test of the reference method against the best baseline."""
 
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from scipy.stats import ttest_rel
 # Metric -> (its label, digits behind the point, whether lower is better).
 METRICS = {
     "perplexity": ("PPL", 3, True),
+    "row_average": ("PPL, row average", 3, True),
     "bleu4": ("BLEU-4", 2, False),
     "rougeL": ("ROUGE-L", 2, False),
 }
@@ -36,7 +38,7 @@ class Comparison:
         reference, baseline: names of the methods.
         pairs: number of (fold, seed).
         reference_mean, baseline_mean: over the pairs.
-        t, p: of the paired two-sided t-test; None with fewer than two pairs, and where all differences are zero.
+        t, p: of the paired two-sided t-test; None where there is none (see `paired_t_test`).
         better: whether the reference has the better mean.
     """
 
@@ -57,6 +59,8 @@ class Comparison:
     def verdict(self) -> str:
         if self.pairs < 2:
             return "no test: fewer than two pairs"
+        if self.p is None:
+            return "no test: equal differences"
         if not self.significant:
             return "not significant"
         return "better" if self.better else "worse"
@@ -99,9 +103,15 @@ def scores(
 def paired_t_test(first: list[float], second: list[float]) -> tuple[float, float] | None:
     """t and two-sided p of the paired differences.
 
-    None with fewer than two pairs, and where all differences are zero: t is 0 / 0 then.
+    None with fewer than two pairs, and where the differences don't vary by more than their rounding: t would be a
+    difference over nothing.
     """
-    if len(first) < 2 or first == second:
+    if len(first) < 2:
+        return None
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    # half a unit in the last place of each of four values, and as much of their differences
+    rounding = 4 * sys.float_info.epsilon * max(map(abs, first + second))
+    if max(differences) - min(differences) <= rounding:
         return None
     result = ttest_rel(first, second)
     return float(result.statistic), float(result.pvalue)

@@ -17,6 +17,10 @@ _RULES = [
     "number of response tokens) over all tasks' tokens, never a mean of the tasks' perplexities; overall BLEU-4 is "
     "that of all tasks' rows as one corpus, overall ROUGE-L the mean over all rows.",
 ]
+_ROW_AVERAGE = (
+    "Row average: the mean of the tasks' perplexities weighted by their test rows, which is nearer to an average over "
+    "tasks; over tokens, a task with long responses counts more."
+)
 
 
 def study_tables(record: Mapping[str, Any]) -> list[Table]:
@@ -40,6 +44,9 @@ class _Tables:
         self.backbones = list(self.study.backbones)
         self.tasks = list(dict.fromkeys(task for cell in _done(record) for task in cell["test"]["tasks"]))
         self.metrics = [m for m in METRICS if any(m in cell["test"]["overall"] for cell in _done(record))]
+        # a row average is of several tasks, and says nothing of one
+        reports = [report for cell in _done(record) for report in cell["test"]["tasks"].values()]
+        self.task_metrics = [m for m in self.metrics if any(m in report for report in reports)]
 
     def is_ablation(self, method: str) -> bool:
         section = self.study.methods[method].section
@@ -71,6 +78,7 @@ class _Tables:
             "most while it trained, allocated on its accelerator or, without one, resident (the packages' own "
             "included). Learning rate: the one of the grid with the lowest validation loss of the first fold and seed.",
             *self._mark_notes(),
+            *self._fold_notes(),
             *self._incomplete(),
         ]
         return Table("table2", "Methods and backbones", [*columns, "peak memory, GiB"], rows, notes)
@@ -89,7 +97,7 @@ class _Tables:
         rows = []
         scopes = [*self.tasks, OVERALL]
         for backbone in self.backbones:
-            for metric in self.metrics:
+            for metric in self.task_metrics:
                 section = f"{backbone}, {METRICS[metric][0]}"
                 rows.append(self._base_row(backbone, [(metric, scope) for scope in scopes], section=section))
                 for method in self.study.methods:
@@ -128,7 +136,7 @@ class _Tables:
         notes = [
             f"Paired two-sided t-test over folds x seeds of {self.study.reference} against the baseline with the best "
             f"mean, of {', '.join(self.study.candidates()) or 'none'}; not corrected for the number of rows. With "
-            "fewer than two pairs no test is made.",
+            "fewer than two pairs, or equal differences, no test is made.",
             *self._not_finite(),
         ]
         return Table("significance", "Significance", columns, rows, notes)
@@ -192,7 +200,8 @@ class _Tables:
         return Number(shares[0], None, 2) if shares else None
 
     def _rules(self) -> list[str]:
-        return [*_RULES, *self._not_finite()]
+        average = [_ROW_AVERAGE] if "row_average" in self.metrics else []
+        return [*_RULES, *average, *self._not_finite()]
 
     def _not_finite(self) -> list[str]:
         """What no mean and no test has: metrics that a finished cell has as null."""
@@ -215,6 +224,14 @@ class _Tables:
         return [
             f"* {reference} is better than the best baseline of that column, † worse: p < 0.05 in a paired two-sided "
             "t-test, see the table Significance; no mark: no significant difference, or no test."
+        ]
+
+    def _fold_notes(self) -> list[str]:
+        folds = len(self.study.folds)
+        if folds == 1:
+            return []
+        return [
+            f"The {folds} folds test {folds} of the ten bins of the rows, each once; what they test differs in rows."
         ]
 
     def _incomplete(self) -> list[str]:

@@ -1,19 +1,17 @@
 """What a study consists of: backbones to train, learning rates to try, and cells, each with a folder and a lock."""
 
 import dataclasses
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hycam.errors import InputError
 from hycam.study.recipe import Study
 from hycam.training.callbacks import write_whole
-from hycam.training.run import ADAPTER_FOLDER, MODEL_FOLDER, RESULTS_FILE
+from hycam.training.folder import ADAPTER_FOLDER, MODEL_FOLDER, RESULTS_FILE
 
 # A study's backbone is no method's: all runs share it, whatever their own seeds are.
 BACKBONE_SEED = 0
@@ -88,6 +86,8 @@ def results(study: Study, unit: Unit) -> dict[str, Any] | None:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read: {error}; delete it to have the run measured again") from error
     return values
 
 
@@ -135,33 +135,6 @@ def log_file(study: Study, unit: Unit) -> Path:
 
 def lock_file(study: Study, name: str) -> Path:
     return study.output_path / _WORK_FOLDER / f"{name}.lock"
-
-
-@contextmanager
-def claim(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[bool]:
-    """Hold a file's lock, which ends with the process at the latest.
-
-    Args:
-        wait: until the lock is free.
-        shared: beside others that share it, instead of alone.
-
-    Yields:
-        Whether this process has it; without `wait` another one may.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def is_claimed(path: Path, *, shared: bool = False) -> bool:
-    """Whether a process holds the file's lock; also one that shares it, with `shared`."""
-    with claim(path, shared=not shared) as free:
-        return not free
 
 
 def record_failure(study: Study, unit: Unit, error: str) -> None:

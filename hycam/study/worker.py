@@ -13,17 +13,15 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
-import datasets
 import torch
-import transformers
 import yaml
 
-from hycam.errors import InputError, RunStoppedError
+from hycam.errors import InputError, NotFiniteError, RunStoppedError
+from hycam.locks import claim
 from hycam.study.recipe import Study
 from hycam.study.units import (
     BACKBONE_SEED,
     Unit,
-    claim,
     forget_failure,
     is_done,
     lock_file,
@@ -32,9 +30,10 @@ from hycam.study.units import (
     run_folder,
 )
 from hycam.training.callbacks import write_whole
-from hycam.training.folder import RECIPE_FILE, RECORD_FILE
+from hycam.training.folder import METRICS_FILE, RECIPE_FILE, RECORD_FILE, RESULTS_FILE
+from hycam.training.progress import keep_others_quiet
 from hycam.training.recipe import Recipe
-from hycam.training.run import METRICS_FILE, RESULTS_FILE, train
+from hycam.training.run import train
 from hycam.training.scratch import train_scratch_backbone
 
 DIVERGED = "diverged"
@@ -94,8 +93,7 @@ def _work(order: Order, sender: Connection) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     _obey_the_parent_alone()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    keep_others_quiet()
     with claim(lock_file(order.study, order.unit.folder)) as claimed:
         if not claimed or is_done(order.study, order.unit):
             answer: tuple[Outcome, str] = ("taken", "")
@@ -123,7 +121,7 @@ def _attempt(order: Order) -> tuple[Outcome, str]:
     except RunStoppedError as error:
         if error.exit_status > 128:
             return "stopped", signal.Signals(error.exit_status - 128).name
-        if order.unit.tried_rate is None:
+        if order.unit.tried_rate is None or not isinstance(error, NotFiniteError):
             return _failed(order, error)
         # a rate at which training breaks down is an answer of the grid, not a failure
         results = json.dumps({DIVERGED: str(error)}) + "\n"

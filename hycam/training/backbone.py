@@ -1,14 +1,14 @@
 """The frozen backbone: what a recipe asks for is checked first, then loaded."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from hycam.data.tokenization import check_tokenizer
 from hycam.errors import InputError
@@ -54,8 +55,24 @@ def backbone_name(config: BackboneConfig, run_folder: Path, seed: int) -> str:
 
 
 def load_backbone_config(config: BackboneConfig, name: str) -> PretrainedConfig:
-    """The model's configuration. Raises `InputError` for an unknown model."""
-    return _load(AutoConfig, config, name)
+    """The model's configuration.
+
+    Raises:
+        InputError: an unknown model, one that is no causal language model, or one whose folder holds an adapter too,
+            which would be loaded with it.
+    """
+    found = _load(AutoConfig, config, name)
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.trust_remote_code:
+        raise InputError(
+            f"backbone.name_or_path: {name}: a model of type {found.model_type}, wanted a causal language model"
+        )
+    adapter = find_adapter_config_file(name, revision=config.revision or "main")
+    if adapter is not None:
+        raise InputError(
+            f"backbone.name_or_path: {name} holds an adapter too ({Path(adapter).name}), which would be loaded under "
+            "the run's own: wanted a folder without it"
+        )
+    return found
 
 
 def backbone_commit(config: BackboneConfig, name: str) -> str | None:
@@ -73,6 +90,23 @@ def check_max_length(config: PretrainedConfig, max_length: int, name: str) -> No
         raise InputError(f"data.max_length: {max_length} given, the backbone has {positions} positions ({name})")
 
 
+def num_embeddings(config: PretrainedConfig) -> int:
+    """How many tokens a model of this configuration has an embedding for."""
+    return config.get_text_config().vocab_size
+
+
+def check_ids(ids: Mapping[str, int], config: PretrainedConfig, name: str) -> None:
+    """Raise `InputError` for a token that the backbone has no embedding for.
+
+    Args:
+        ids: what each is, for the message -> the id.
+    """
+    rows = num_embeddings(config)
+    for where, number in ids.items():
+        if number >= rows:
+            raise InputError(f"{where} has id {number}, but {name} has embeddings for {rows} tokens (0 to {rows - 1})")
+
+
 def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, padding as the recipe says. Raises `InputError` where it has no eos or pad token."""
     tokenizer = _load(AutoTokenizer, config, name)
@@ -86,17 +120,29 @@ def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase
 
 
 def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
-    """The causal language model, from safetensors alone: on the CPU, or where its quantised layers are made."""
+    """The causal language model, from safetensors alone: on the CPU, or where its quantised layers are made.
+
+    Raises:
+        InputError: files that can't be loaded, or that lack weights which the configuration asks for.
+    """
     quantized = {} if config.quantization is None else {"quantization_config": quantization_config(config)}
-    return _load(
+    model, report = _load(
         AutoModelForCausalLM,
         config,
         name,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
+        output_loading_info=True,
         **quantized,
     )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"backbone.name_or_path: {name}: {len(missing)} tensors of its config.json are not among its weights, the "
+            f"first is {missing[0]}: they would be random"
+        )
+    return model
 
 
 def build_model(config: BackboneConfig, model_config: PretrainedConfig) -> PreTrainedModel:
@@ -121,7 +167,7 @@ def _load(auto_class: Any, config: BackboneConfig, name: str, **options: Any) ->
         return auto_class.from_pretrained(
             name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError, HFValidationError, SafetensorError) as error:
+    except Exception as error:  # transformers and the libraries below it have as many kinds as files can be broken
         # transformers explains itself over many lines: the first says what is wrong
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"backbone.name_or_path: {name}: can't be loaded: {reason}") from error

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.binding import router_statistics
-from hycam.errors import RunStoppedError
+from hycam.errors import InputError, NotFiniteError
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -86,16 +86,27 @@ def layer_statistics(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics file."""
+    """The objects of a metrics file. Raises `InputError` with the line where it isn't what a run writes."""
     return _whole_lines(path)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    *lines, rest = path.read_bytes().split(b"\n")
     del rest  # what follows the last newline: nothing, or a line that a kill cut short
-    return [json.loads(line) for line in lines]
+    return [_event(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _event(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("step"), int):
+            return event
+        reason = "no object with a step"
+    except ValueError as error:
+        reason = str(error)
+    raise InputError(f"{place}: damaged, wanted the log events as the run wrote them: {reason}")
 
 
 def _json_line(values: dict[str, Any]) -> str:
@@ -231,7 +242,7 @@ class FiniteGradients(TrainerCallback):
             return
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise RunStoppedError(f"the gradient is not finite at step {state.global_step + 1}")
+            raise NotFiniteError(f"the gradient is not finite at step {state.global_step + 1}")
 
 
 class SaveOnSignal(TrainerCallback):

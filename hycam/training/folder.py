@@ -5,7 +5,8 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,30 +15,42 @@ import torch
 import yaml
 
 from hycam.environment import package_versions
-from hycam.errors import InputError
+from hycam.errors import InputError, RunStoppedError, is_disk_full
 from hycam.evaluation.batches import place_in_group
+from hycam.locks import claim
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
 from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import find_deepspeed_settings
-from hycam.training.recipe import Recipe, differing_fields, read_yaml
+from hycam.training.recipe import Recipe, parse_recipe
+from hycam.training.recipe_files import differing_fields, read_yaml
 from hycam.training.tasks import TaskRows
 
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run.json"
+LOCK_FILE = "run.lock"
+METRICS_FILE = "metrics.jsonl"
+RESULTS_FILE = "results.json"
+ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+# What parted rows before this and makes older runs' parts other ones.
+SPLIT_SINCE = "by another fold or split_by, or by a version before rows were split by their instruction alone"
 _SEEN_WITHIN = 10.0  # seconds in which a network file system shows what another node wrote
 
 # What a run leaves in its folder (patterns), and `hycam eval` of it; a backbone from scratch outlives its runs.
-_FILES = (RECIPE_FILE, RECORD_FILE, "metrics.jsonl", "results.json", "eval-*.json")
+_FILES = (RECIPE_FILE, RECORD_FILE, METRICS_FILE, RESULTS_FILE, "eval-*.json")
 _WRITTEN = (
     *_FILES,
     *(str(Path(name).with_suffix(PARTIAL_SUFFIX)) for name in _FILES),
-    "adapter",
-    "model",
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
     "checkpoint-[0-9]*",
     "unfinished",
     "plots",
     "runs",  # TensorBoard's
+    LOCK_FILE,
 )
+# Of these, what was trained or measured.
+_PROGRESS = (ADAPTER_FOLDER, MODEL_FOLDER, "checkpoint-[0-9]*", RESULTS_FILE, "eval-*.json")
 
 # Fields (patterns) that may differ on resuming: none of them reaches a weight, the data's order or a random draw.
 # Where a task's rows lie is free too, and the backbone's revision: the rows themselves and the commit are compared.
@@ -46,6 +59,7 @@ _WRITTEN = (
 _FREE_ON_RESUME = (
     "output_dir",
     "tasks.*.source",
+    "tasks.*.domain",
     "backbone.revision",
     "data.cache_dir",
     "early_stopping",
@@ -76,24 +90,177 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"output_dir: {folder} is a file, wanted a folder")
     record = folder / RECIPE_FILE
     if record.is_file():
-        if overwrite:
+        if overwrite or not has_progress(folder):
             others = [entry.name for entry in _entries(folder) if not (_is_backbone(entry) or _is_written(entry))]
             if others:
-                raise InputError(f"--overwrite: {folder} holds more than a run: {', '.join(sorted(others))}")
+                option = "--overwrite" if overwrite else "output_dir"
+                raise InputError(f"{option}: {folder} holds more than a run: {', '.join(sorted(others))}")
             return
         if not resume:
             raise InputError(f"output_dir: {folder} holds a run: --resume goes on with it, --overwrite deletes it")
-        changed = _changed_fields(read_yaml(record), recipe.to_dict())
+        changed = _changed_fields(recipe_values(record), recipe.to_dict())
         if changed:
             raise InputError(f"--resume: the run in {folder} began with other values of: {', '.join(changed)}")
-    elif any(not _is_backbone(entry) and entry.suffix != PARTIAL_SUFFIX for entry in _entries(folder)):
+    elif any(not (_is_backbone(entry) or _is_written_first(entry)) for entry in _entries(folder)):
         raise InputError(f"output_dir: {folder} has files but no run in it, wanted a new or empty folder")
+
+
+def has_progress(folder: Path) -> bool:
+    """Whether a run's folder holds anything that was trained or measured; else nothing is lost with it."""
+    return any(fnmatch(entry.name, name) for entry in _entries(folder) for name in _PROGRESS)
+
+
+def trained_folder(recipe: Recipe) -> Path:
+    """Where a run of the recipe leaves what it trained: the adapter, or the whole model."""
+    return recipe.output_path / (MODEL_FOLDER if recipe.method.name == "full" else ADAPTER_FOLDER)
+
+
+def ended_in(recipe: Recipe) -> Path | None:
+    """Where the run in the output folder left what it trained, None before it has ended."""
+    folder = trained_folder(recipe)
+    return folder if folder.is_dir() and read_results(recipe.output_path) is not None else None
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """What a run's `results.json` holds, None where it isn't there or can't be read."""
+    try:
+        results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return results if isinstance(results, dict) and "steps" in results else None
+
+
+@contextmanager
+def hold_folder(recipe: Recipe) -> Iterator[None]:
+    """Make the output folder, and keep other processes from training in it; what a kill leaves behind is free.
+
+    A folder in which no run has begun is removed again.
+
+    Raises:
+        InputError: it can't be made, or another process holds it.
+    """
+    folder = recipe.output_path
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        with claim(folder / LOCK_FILE) as held:
+            if not held:
+                raise InputError(f"output_dir: {folder}: another process trains in it")
+            try:
+                yield
+            finally:
+                (folder / LOCK_FILE).unlink(missing_ok=True)
+                for made in missing:
+                    if made.is_dir() and not _entries(made):
+                        made.rmdir()
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) in (folder / LOCK_FILE, folder, *folder.parents):
+            raise InputError(f"output_dir: {folder} can't be made: {error.strerror}") from error
+        raise
+
+
+@contextmanager
+def disk_full_told(folder: Path, kept: Callable[[Path], str]) -> Iterator[None]:
+    """Turn a write that found no room into one line that says so, and how to go on.
+
+    Args:
+        kept: what is said of the checkpoints in `folder`.
+
+    Raises:
+        RunStoppedError: no room on a disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        where = f"disk full: {error}".splitlines()[0]
+        raise RunStoppedError(
+            f"{where}; {kept(folder)}; with room, go on with: hycam train {folder} --resume"
+        ) from error
 
 
 def holds_run_of(recipe: Recipe) -> bool:
     """Whether the recipe's output folder holds a run of this very recipe."""
     record = recipe.output_path / RECIPE_FILE
-    return record.is_file() and not differing_fields(read_yaml(record), recipe.to_dict())
+    return record.is_file() and not differing_fields(recipe_values(record), recipe.to_dict())
+
+
+def recipe_values(path: Path) -> dict[str, Any]:
+    """A run's recipe, with today's defaults for the fields that it was written without."""
+    return parse_recipe(read_yaml(path), str(path)).to_dict()
+
+
+def check_record(recipe: Recipe, rows: Mapping[str, TaskRows], commit: str | None, processes: int) -> None:
+    """Raise `InputError` where a run that is resumed began with what its recipe leaves out, and that is other now.
+
+    These are its rows and their split, its engine's settings, its backbone's commit and its number of processes.
+
+    Args:
+        commit: the backbone's, on the hub.
+    """
+    folder = recipe.output_path
+    if not (folder / RECORD_FILE).is_file():
+        return
+    before = read_record(folder)
+    if before["processes"] != processes:
+        # a step would see another number of rows, and the data's order and the optimizer's parts belong to ranks
+        raise InputError(f"--resume: the run in {folder} began on {before['processes']} processes, got {processes}")
+    for name, task in rows.items():
+        began, now = before["data"][name], task.fingerprint()
+        if _is_split_otherwise(began, now):
+            raise InputError(
+                f"--resume: the rows of {name} fall to other parts than when the run in {folder} began, {SPLIT_SINCE}: "
+                "wanted a run from the start (--overwrite, or another output_dir)"
+            )
+        if began != now:
+            raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
+    for name, sha256 in _settings_files(recipe.trainer).items():
+        if before.get("settings", {}).get(name) != sha256:
+            raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
+    began = before.get("commit")
+    if began != commit:
+        raise InputError(
+            f"--resume: the run in {folder} began with commit {began} of its backbone, got {commit}: "
+            f"wanted --backbone.revision {began}"
+        )
+
+
+def check_held_out(folder: Path, rows: Mapping[str, TaskRows]) -> None:
+    """Raise `InputError` where rows that the run in a folder was trained on would count as held out from it."""
+    if not (folder / RECORD_FILE).is_file():
+        return
+    before = read_record(folder)["data"]
+    for name, task in rows.items():
+        if name in before and _is_split_otherwise(before[name], task.fingerprint()):
+            raise InputError(
+                f"data: the rows of {name} that are held out now are not those of the run in {folder}, {SPLIT_SINCE}: "
+                "it was trained on some of them"
+            )
+
+
+def _is_split_otherwise(began: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same rows in other parts; older records have no digest of the held-out."""
+    return began["sha256"] == now["sha256"] and began.get("held_out") != now["held_out"]
+
+
+def has_own_split(folder: Path) -> bool:
+    """Whether a run's record tells its rows' split; a folder without a record has nothing to tell."""
+    if not (folder / RECORD_FILE).is_file():
+        return True
+    return all("held_out" in fingerprint for fingerprint in read_record(folder)["data"].values())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's record. Raises `InputError` where it can't be read."""
+    path = folder / RECORD_FILE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["data"], dict) and isinstance(record["processes"], int):
+            return record
+        reason = "data or processes are not what a run writes"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise InputError(f"{path}: not a run's record, wanted it as the run wrote it ({reason})")
 
 
 def open_folder(
@@ -105,46 +272,26 @@ def open_folder(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Make the folder this run's: write its recipe and record, or check that what they leave out is still the run's.
+    """Make the folder this run's: write its recipe and record, unless it goes on there.
+
+    What a try that trained nothing has left is replaced.
 
     Args:
         commit: the backbone's, on the hub.
-
-    Raises:
-        InputError: on resuming with other rows, engine's settings or weights of the backbone, or on another number of
-            processes, than the run began with.
     """
     folder = recipe.output_path
-    if overwrite and (folder / RECIPE_FILE).is_file():
+    if (folder / RECIPE_FILE).is_file() and (overwrite or not has_progress(folder)):
         for entry in _entries(folder):
-            if _is_written(entry):
+            if _is_written(entry) and entry.name != LOCK_FILE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    data = {name: _fingerprint(task) for name, task in rows.items()}
-    settings = _settings_files(recipe.trainer)
     if resume and (folder / RECORD_FILE).is_file():
-        before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if before["processes"] != processes:
-            # a step would see another number of rows, and the data's order and the optimizer's parts belong to ranks
-            raise InputError(f"--resume: the run in {folder} began on {before['processes']} processes, got {processes}")
-        for name, fingerprint in data.items():
-            if before["data"][name] != fingerprint:
-                raise InputError(f"--resume: the rows of {name} are no longer those that the run began with")
-        for name, sha256 in settings.items():
-            if before.get("settings", {}).get(name) != sha256:
-                raise InputError(f"--resume: the file of trainer.{name} is no longer the one that the run began with")
-        began = before.get("commit")
-        if began != commit:
-            raise InputError(
-                f"--resume: the run in {folder} began with commit {began} of its backbone, got {commit}: "
-                f"wanted --backbone.revision {began}"
-            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     # the id tells this folder from another node's with an equal run in it
     record = {
         "id": uuid.uuid4().hex,
-        "data": data,
-        "settings": settings,
+        "data": {name: task.fingerprint() for name, task in rows.items()},
+        "settings": _settings_files(recipe.trainer),
         "commit": commit,
         "processes": processes,
         "versions": package_versions(),
@@ -215,9 +362,10 @@ def _is_backbone(entry: Path) -> bool:
     return entry.is_dir() and entry.name.startswith("backbone-")
 
 
+def _is_written_first(entry: Path) -> bool:
+    """Whether a run writes the entry before its recipe: its lock, and a file that a kill has left unfinished."""
+    return entry.name == LOCK_FILE or entry.suffix == PARTIAL_SUFFIX
+
+
 def _is_written(entry: Path) -> bool:
     return any(fnmatch(entry.name, written) for written in _WRITTEN)
-
-
-def _fingerprint(task: TaskRows) -> dict[str, Any]:
-    return {"rows": {split: len(dataset) for split, dataset in task.splits.items()}, "sha256": task.sha256}

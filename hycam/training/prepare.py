@@ -1,5 +1,7 @@
 """What a run needs beside its model, checked and loaded before it; and the model, not yet trained."""
 
+import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,9 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
+from hycam.data.config import DataConfig
 from hycam.errors import InputError
+from hycam.training.adapters import check_adapter
 from hycam.training.backbone import (
     backbone_commit,
     backbone_name,
@@ -25,29 +29,49 @@ from hycam.training.backbone import (
     load_backbone_config,
     load_model,
     load_tokenizer,
+    num_embeddings,
 )
+from hycam.training.callbacks import read_metrics
+from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import check_gpus, check_launcher
-from hycam.training.folder import check_folder
+from hycam.training.folder import METRICS_FILE, check_folder, check_record, ended_in
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.schema import suggest
-from hycam.training.tasks import TaskRows, load_rows, prompts_that_fit, responses_alone, tokenize_split
+from hycam.training.tasks import (
+    TaskRows,
+    check_tokens,
+    load_rows,
+    prompts_that_fit,
+    responses_alone,
+    tokenize_split,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All that a run needs beside its model, checked."""
+    """All that a run needs beside its model, checked.
+
+    Attributes:
+        num_embeddings: how many tokens the backbone has an embedding for.
+        untested: token rows of validation that no fold tests, of the tasks that have any; None unless they are asked
+            for.
+    """
 
     arguments: TrainingArguments
     rows: dict[str, TaskRows]
     backbone: str
     commit: str | None
     tokenizer: PreTrainedTokenizerBase
+    num_embeddings: int
     tokenized: dict[str, dict[str, Dataset]]
     prompts: dict[str, dict[str, Any]] | None
+    untested: dict[str, Dataset] | None
 
 
-def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
+def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = False) -> PreparedRun:
     """Check and read everything but the model's weights."""
     if not recipe.tasks:
         raise InputError("tasks: none given, wanted at least one")
@@ -62,8 +86,6 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
         deepspeed.init_distributed("gloo")
     if recipe.early_stopping is not None and arguments.eval_strategy == IntervalStrategy.NO:
         raise InputError("early_stopping: needs trainer.eval_strategy steps or epoch, got no")
-    if resume and arguments.save_only_model:
-        raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
     _check_metric(recipe, arguments.metric_for_best_model)
     _check_streaming(recipe, arguments)
     check_sharding(
@@ -82,17 +104,46 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> PreparedRun:
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
     commit = backbone_commit(recipe.backbone, name)
+    if resume:
+        check_record(recipe, rows, commit, arguments.world_size)
+        _check_resumed(recipe, config, name)
     check_max_length(config, recipe.data.max_length, name)
     _check_adapter(recipe, config)
+    dtype = config.dtype if recipe.backbone.dtype == "auto" else recipe.backbone.dtype
+    rounding = recipe.method.rounding(dtype)
+    if rounding is not None and not arguments.deepspeed:  # which keeps float32 weights by itself
+        logger.warning(rounding)
     tokenizer = load_tokenizer(recipe.backbone, name)
     measured = responses_alone(recipe.data)
     with _first_of_machine(recipe, arguments):
         tokenized = {} if recipe.data.streaming else {"train": tokenize_split(rows, "train", tokenizer, recipe.data)}
         tokenized |= {split: tokenize_split(rows, split, tokenizer, measured) for split in ("validation", "test")}
+        chosen_on = _untested(rows, tokenizer, measured) if untested else None
+    check_tokens(rows, tokenized.values(), tokenizer, config, name)
     prompts = None
     if recipe.evaluation.generation:
         prompts = prompts_that_fit(rows, "test", tokenizer, config, recipe.data, recipe.evaluation)
-    return PreparedRun(arguments, rows, name, commit, tokenizer, tokenized, prompts)
+    return PreparedRun(arguments, rows, name, commit, tokenizer, num_embeddings(config), tokenized, prompts, chosen_on)
+
+
+def _untested(rows: dict[str, TaskRows], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> dict[str, Dataset]:
+    with_any = {name: task for name, task in rows.items() if len(task.split("untested"))}
+    if not with_any:
+        raise InputError("tasks: no validation row that no fold tests, wanted more rows: a rate is chosen on them")
+    return tokenize_split(with_any, "untested", tokenizer, config)
+
+
+def _check_resumed(recipe: Recipe, config: PretrainedConfig, name: str) -> None:
+    """Raise `InputError` where what a run goes on from is damaged: its log, or its adapter."""
+    read_metrics(recipe.output_path / METRICS_FILE)
+    if recipe.method.name == "full" or is_deepspeed_zero3_enabled():
+        return
+    for folder in (last_checkpoint(recipe.output_path), ended_in(recipe)):
+        if folder is not None:
+            try:
+                check_adapter(folder, recipe.backbone, config, name)
+            except InputError as error:
+                raise InputError(f"--resume: {str(error).removeprefix('--adapter: ')}") from error
 
 
 def _first_of_machine(recipe: Recipe, arguments: TrainingArguments) -> AbstractContextManager[None]:
@@ -178,9 +229,16 @@ def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None
 
 
 def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded."""
-    if not is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
-        adapted(build_model(recipe.backbone, config), recipe.method)
+    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded, or the machine."""
+    if is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
+        return
+    model = adapted(build_model(recipe.backbone, config), recipe.method)
+    wanted = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # where they are made, wherever they are trained
+    if wanted > memory:
+        raise InputError(
+            f"method: {wanted / 2**30:,.0f} GiB of weights are to be trained, this machine has {memory / 2**30:,.0f}"
+        )
 
 
 def adapted_backbone(recipe: Recipe, name: str) -> PeftModel | PreTrainedModel:
@@ -199,7 +257,7 @@ def adapted(backbone: PreTrainedModel, method: MethodConfig) -> PeftModel | PreT
         return backbone
     try:
         model = get_peft_model(backbone, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
-    except ValueError as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
+    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond what a tensor can have
+        raise InputError(f"method: {' '.join(str(error).split()) or type(error).__name__}") from error
     assert isinstance(model, PeftModel)
     return model

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.resources
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -18,6 +16,7 @@ from hycam.data.config import DataConfig, TaskConfig
 from hycam.errors import InputError
 from hycam.training.engines import check_checkpointing, deepspeed_settings, fsdp_backend, join_processes
 from hycam.training.method import MethodConfig, method_fields, method_section
+from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader, suggest
 from hycam.training.scratch import ScratchConfig
 
@@ -142,6 +141,8 @@ class Recipe:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"tasks: two are named {name!r}")
+            if name == "overall":
+                raise ValueError("tasks: got the name 'overall', wanted another: it is that of all tasks' numbers")
 
     @property
     def output_path(self) -> Path:
@@ -171,7 +172,7 @@ class Recipe:
                 remove_unused_columns=False,
                 restore_callback_states_from_checkpoint=True,
             )
-        except (ValueError, ImportError, OSError) as error:
+        except Exception as error:  # transformers checks the fields, and so do the libraries that they name
             raise InputError(f"{self.source}: trainer: {' '.join(str(error).split())}") from error
         if arguments.device.type == "mps":
             raise InputError(f"{self.source}: trainer.use_cpu: got false, wanted true: an Apple GPU has no float64")
@@ -200,12 +201,6 @@ def packaged_recipes() -> dict[str, Path]:
     return packaged_yaml("recipes")
 
 
-def packaged_yaml(*folders: str) -> dict[str, Path]:
-    """Name -> file of the YAML files in a folder of the package."""
-    folder = importlib.resources.files("hycam").joinpath(*folders)
-    return {Path(str(file)).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
-
-
 def packaged_backbones() -> dict[str, dict[str, Any]]:
     """Name -> section of the backbones that ship, which a recipe's `backbone` may name."""
     return read_yaml(Path(str(importlib.resources.files("hycam") / "backbones.yaml")))
@@ -231,20 +226,6 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
 def find_recipe(name_or_path: str) -> Path:
     """The file of a recipe."""
     return find_yaml(name_or_path, "recipe.yaml", packaged_recipes())
-
-
-def find_yaml(name_or_path: str, inside: str, packaged: Mapping[str, Path]) -> Path:
-    """The file at a path, the one called `inside` of the folder there, or the packaged one of that name."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir() and (path / inside).is_file():
-        return path / inside
-    if path.is_file():
-        return path
-    if name_or_path in packaged:
-        return packaged[name_or_path]
-    if path.suffix or len(path.parts) > 1:
-        raise InputError(f"{name_or_path}: no such recipe file")
-    raise InputError(f"{name_or_path}: neither a recipe file nor one that ships{suggest(name_or_path, packaged)}")
 
 
 def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
@@ -304,96 +285,11 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(name, 1) < 1:
             reader.fail(f"trainer.{name}", f"got {values[name]}, wanted at least 1")
-    if values.get("learning_rate", 0) < 0:
-        reader.fail("trainer.learning_rate", f"got {values['learning_rate']}, wanted at least 0")
+    for name, entry in values.items():
+        # transformers has a number below 0 for what is not set, and none of its settings is one
+        is_number = isinstance(entry, int | float) and not isinstance(entry, bool)
+        if is_number and entry < 0 and entry != getattr(TrainingArguments, name, None):
+            reader.fail(f"trainer.{name}", f"got {entry}, wanted at least 0")
+    if not values.get("label_smoothing_factor", 0.0) < 1:
+        reader.fail("trainer.label_smoothing_factor", f"got {values['label_smoothing_factor']}, wanted below 1")
     return values
-
-
-def set_field(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted field, which the command line gave, in nested mappings and lists; missing mappings are made.
-
-    A key may have dots itself: of several that `name` could mean, the longest that is there.
-    """
-    node: Any = values
-    path: list[str] = []
-    key, rest = _first_key(node, name)
-    while rest is not None:
-        if isinstance(node, dict) and node.get(key) is None:
-            node[key] = {}
-        node = _child(node, key, name, ".".join(path))
-        path.append(key)
-        key, rest = _first_key(node, rest)
-    if isinstance(node, dict):
-        node[key] = value
-    else:
-        _child(node, key, name, ".".join(path))
-        node[int(key)] = value
-
-
-def _first_key(node: Any, name: str) -> tuple[str, str | None]:
-    """The key of `node` that a dotted name begins with, and what follows it: None where nothing does."""
-    keys = node.keys() if isinstance(node, dict) else ()
-    meant = [key for key in keys if isinstance(key, str) and f"{name}.".startswith(f"{key}.")]
-    key = max(meant, key=len) if meant else name.partition(".")[0]
-    return key, None if key == name else name.removeprefix(f"{key}.")
-
-
-def _child(node: Any, key: str, name: str, path: str) -> Any:
-    if isinstance(node, dict):
-        return node[key]
-    if not isinstance(node, list):
-        raise InputError(f"--{name}: {path!r} is {node!r}, which has no fields")
-    if not key.isdecimal() or int(key) >= len(node):
-        raise InputError(f"--{name}: {path!r} is a list of {len(node)}, wanted an index instead of {key!r}")
-    return node[int(key)]
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML in which `2e-5` is a number (YAML 1.1 wants a dot) and a key may not come twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark)
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Safe YAML. Raises `InputError` with `source` and the line."""
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{source}{line}: not YAML: {problem}") from error
-
-
-def read_yaml(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read: {error}") from error
-    return parse_yaml(text, str(path))
-
-
-def differing_fields(old: Any, new: Any, path: str = "") -> list[str]:
-    """Dotted names of the fields in which two plain recipes differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            name
-            for key in keys
-            for name in differing_fields(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [name for index, (a, b) in pairs for name in differing_fields(a, b, f"{path}.{index}")]
-    return [] if old == new else [path]

@@ -1,7 +1,9 @@
 """One run, from a recipe to an adapter and its numbers."""
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,27 @@ from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.batches import Collate
 from hycam.evaluation.expert_load import evaluate_expert_load
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, validation_is_due, write_whole
-from hycam.training.checkpoints import checkpoint_state, last_checkpoint, remove_unfinished
+from hycam.training.checkpoints import checkpoint_state, damaged_checkpoints, last_checkpoint, remove_unfinished
 from hycam.training.engines import timeouts_told
-from hycam.training.folder import open_folder, shared_checkpoint
+from hycam.training.folder import (
+    METRICS_FILE,
+    RESULTS_FILE,
+    disk_full_told,
+    ended_in,
+    has_progress,
+    hold_folder,
+    open_folder,
+    read_results,
+    shared_checkpoint,
+    trained_folder,
+)
 from hycam.training.measure import measure, own_draws, training_precision
 from hycam.training.prepare import PreparedRun, adapted_backbone, prepare
 from hycam.training.recipe import Recipe
+from hycam.training.rehearsal import rehearse
 from hycam.training.tasks import training_set
 from hycam.training.trainer import HyCAMTrainer
 
-ADAPTER_FOLDER = "adapter"
-MODEL_FOLDER = "model"
-METRICS_FILE = "metrics.jsonl"
-RESULTS_FILE = "results.json"
 PLOTS_FOLDER = "plots"
 _PLOTTED_LAYERS = 4
 _PLOTTED_TOKENS = 80
@@ -71,6 +81,7 @@ def train(
         overwrite: delete the run that the output folder holds.
         announce: is told, in the main process, what the run is about to do: a line each.
         test: measure the test split; without it the results have no `test` and no `expert_load`, and nothing is drawn.
+            They have `untested` instead: the perplexity on the validation rows that no fold tests.
         base: the backbone's own metrics on this test split where they are known, as a run's `results["test"]["base"]`
             has them; None: they are measured.
 
@@ -80,9 +91,34 @@ def train(
     Raises:
         InputError: anything wrong with the recipe, the data or the output folder, before the model is loaded; a flaw
             of a stream's row where training comes to it, with the last good checkpoint kept.
-        RunStoppedError: a signal, or a loss that is not finite; the last good checkpoint is kept.
+        RunStoppedError: a signal, a loss that is not finite (`NotFiniteError`), or a full disk; the last good
+            checkpoint is kept.
     """
-    prepared = prepare(recipe, resume=resume, overwrite=overwrite)
+    if resume and recipe.trainer.get("save_only_model"):
+        raise InputError("--resume: trainer.save_only_model is true, so no checkpoint has the optimizer's state")
+    with _held(recipe), disk_full_told(recipe.output_path, _kept):
+        goes_on = resume and has_progress(recipe.output_path)
+        prepared = prepare(recipe, resume=goes_on, overwrite=overwrite, untested=not test)
+        if resume and not goes_on and prepared.arguments.should_save:
+            announce("no checkpoint yet: from the start")
+        return _train(recipe, prepared, goes_on, overwrite, announce, test, base)
+
+
+def _held(recipe: Recipe) -> AbstractContextManager[None]:
+    """The output folder, which the main process holds for all."""
+    return hold_folder(recipe) if int(os.environ.get("RANK", "0")) == 0 else nullcontext()
+
+
+def _train(
+    recipe: Recipe,
+    prepared: PreparedRun,
+    resume: bool,
+    overwrite: bool,
+    announce: Callable[[str], object],
+    test: bool,
+    base: dict[str, Any] | None,
+) -> dict[str, Any]:
+    rehearse(recipe, prepared.arguments, _training_rows(recipe, prepared))
     set_seed(recipe.seed)
     model = adapted_backbone(recipe, prepared.backbone)
     if not prepared.arguments.should_save:
@@ -96,22 +132,30 @@ def train(
             if prepared.arguments.should_save:
                 processes = prepared.arguments.world_size
                 open_folder(recipe, prepared.rows, prepared.commit, processes, resume=resume, overwrite=overwrite)
+                for damaged, reason in damaged_checkpoints(recipe.output_path).items():
+                    announce(f"{damaged} is not whole ({reason}) and is removed")
                 remove_unfinished(recipe.output_path)
         checkpoint = shared_checkpoint(recipe.output_path, prepared.arguments.device)
-        if resume:
+        ended = ended_in(recipe) if resume else None
+        if ended is not None:
+            announce(f"the run has ended: {ended} is measured again")
+        elif resume:
             read = "" if recipe.data.streaming is None else ", once the streams are read up to it"
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}{read}")
         if test and base is None and not isinstance(model, PeftModel):  # training will change the backbone
             device: Any = prepared.arguments.device
             with training_precision(recipe, device):
                 base = _measure_test(recipe, prepared, model.to(device), "test, backbone")
-        state = _fit(recipe, trainer, checkpoint)
-    trainer.save_model(str(trained_folder(recipe)))
+        state = _fit(recipe, trainer, checkpoint, ended)
+    if trained_folder(recipe) != ended:
+        trainer.save_model(str(trained_folder(recipe)))
     if prepared.arguments.should_save and not isinstance(model, PeftModel):
         prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
     results = _describe_run(recipe, prepared, model)
     results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
-    if not test:
+    if prepared.untested is not None:
+        with training_precision(recipe, prepared.arguments.device):
+            results["untested"] = _measure(recipe, prepared, model, prepared.untested, "validation, untested rows")
         if prepared.arguments.should_save:
             _write_json(recipe.output_path / RESULTS_FILE, results)
         return results
@@ -125,11 +169,6 @@ def train(
         _write_json(recipe.output_path / RESULTS_FILE, results)
         _draw(recipe, prepared.tokenizer, row, modulation, results)
     return results
-
-
-def trained_folder(recipe: Recipe) -> Path:
-    """Where a run of the recipe leaves what it trained: the adapter, or the whole model."""
-    return recipe.output_path / (MODEL_FOLDER if recipe.method.name == "full" else ADAPTER_FOLDER)
 
 
 def _trainer(
@@ -164,22 +203,31 @@ def _training_rows(recipe: Recipe, prepared: PreparedRun) -> Dataset | StreamedR
 def _training_collator(recipe: Recipe, prepared: PreparedRun) -> Collate:
     if recipe.data.streaming is None:
         return Collator(prepared.tokenizer.pad_token_id, packing=recipe.data.packing)
-    return StreamCollator(prepared.tokenizer, recipe.data)
+    return StreamCollator(prepared.tokenizer, recipe.data, prepared.num_embeddings)
 
 
-def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> TrainerState:
-    """Train from `checkpoint` on; the model ends with the best weights where the recipe asks for them."""
+def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None, ended: Path | None) -> TrainerState:
+    """Train from `checkpoint` on; the model ends with the best weights where the recipe asks for them.
+
+    Args:
+        ended: where a run that has ended left its weights: they are taken as they are.
+    """
     folder = recipe.output_path
     state = None if checkpoint is None else checkpoint_state(checkpoint)
-    if state is not None and _is_finished(recipe, state):
-        final = checkpoint
+    if ended is not None:
+        results = read_results(folder)
+        assert results is not None
+        state = TrainerState(results["epochs"], results["steps"], best_global_step=results["best_step"])
+    elif state is not None and _is_finished(recipe, state):
+        ended = checkpoint
         if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            final = folder / Path(state.best_model_checkpoint).name
+            ended = folder / Path(state.best_model_checkpoint).name
+    if ended is not None:
+        assert state is not None
         if trainer.is_deepspeed_enabled:
             # without an engine, which training alone makes, the weights are in parts
-            raise InputError(f"--resume: the training is done; measure it with: hycam eval {folder} --adapter {final}")
-        assert final is not None
-        trainer.load_weights(final)
+            raise InputError(f"--resume: the training is done; measure it with: hycam eval {folder} --adapter {ended}")
+        trainer.load_weights(ended)
         if trainer.is_fsdp_enabled:  # training alone would place it, in parts
             trainer.adapted.to(trainer.args.device)
         return state
@@ -187,7 +235,7 @@ def _fit(recipe: Recipe, trainer: HyCAMTrainer, checkpoint: Path | None) -> Trai
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except RunStoppedError as error:
         if trainer.on_signal.received is None:
-            raise RunStoppedError(f"{error}; {_kept(folder)}") from error
+            raise type(error)(f"{error}; {_kept(folder)}", error.exit_status) from error
     except InputError as error:  # a stream's, where it was read to a flaw; of a loader's worker, below its traceback
         flaw = str(error).splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
         raise InputError(f"{flaw}; {_kept(folder)}") from error
@@ -228,11 +276,22 @@ def _measure_test(
     recipe: Recipe, prepared: PreparedRun, model: PeftModel | PreTrainedModel, description: str
 ) -> dict[str, Any]:
     """The model's metrics on the test split."""
+    return _measure(recipe, prepared, model, prepared.tokenized["test"], description, prepared.prompts)
+
+
+def _measure(
+    recipe: Recipe,
+    prepared: PreparedRun,
+    model: PeftModel | PreTrainedModel,
+    tokenized: dict[str, Dataset],
+    description: str,
+    prompts: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     return measure(
         model,
         prepared.tokenizer,
-        prepared.tokenized["test"],
-        prepared.prompts,
+        tokenized,
+        prompts,
         recipe.evaluation,
         seed=recipe.seed,
         description=description,

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -93,9 +94,13 @@ class Reader:
                 item = arguments[1] if arguments else Any
                 return {key: self.convert(entry, item, _join(path, key)) for key, entry in value.items()}
         elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+            if value is False and "no" in [member.value for member in hint]:
+                return "no"  # which YAML reads as false
             if value in [member.value for member in hint]:
                 return value
-        elif hint is float and type(value) is int:
+        elif hint is float and type(value) in (int, float):
+            if not math.isfinite(value):
+                self.fail(path, f"got {value}, wanted a finite number")
             return float(value)
         elif isinstance(hint, type) and type(value) is hint:
             return value
@@ -106,7 +111,7 @@ class Reader:
             return None
         # a field that takes an enumeration or its spelling takes no other string
         enums = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
-        if enums and isinstance(value, str):
+        if enums and (isinstance(value, str) or value is False):
             return self.convert(value, enums[0], path)
         sections = [option for option in options if dataclasses.is_dataclass(option)]
         if sections and isinstance(value, Mapping):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm.auto import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,6 +22,7 @@ from transformers import (
 from hycam.data.documents import read_documents
 from hycam.data.synthetic import general_text
 from hycam.errors import InputError
+from hycam.training.progress import progress_bar
 
 _PAD, _BOS, _EOS = _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 # Roles are plain text, as a play's speakers: tokens of their own would be untrained in the frozen backbone.
@@ -204,7 +204,7 @@ def _train(model: LlamaForCausalLM, sequences: torch.Tensor, config: ScratchConf
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(_WARMUP_SHARE * config.steps), config.steps)
     batches = _batches(sequences, config.batch_size, seed)
     losses: list[float] = []
-    with tqdm(total=config.steps, desc="training the backbone", unit="step") as bar:
+    with progress_bar(config.steps, "training the backbone", "step") as bar:
         for _ in range(config.steps):
             batch = next(batches).to(model.device)
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss

@@ -7,19 +7,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from hycam.data.cache import RowCache, rows_digest
 from hycam.data.config import DataConfig, TaskConfig
 from hycam.data.packing import pack_dataset
-from hycam.data.prompts import prompt_text
 from hycam.data.sampling import mix_tasks
 from hycam.data.sources import load_task
-from hycam.data.splits import split_dataset
+from hycam.data.special_tokens import SpecialTokens
+from hycam.data.splits import Instructions, never_tested, split_dataset
 from hycam.data.streaming import read_held_out
-from hycam.data.tokenization import encode_prompt, tokenize_dataset
+from hycam.data.tokenization import encode_row_prompt, tokenize_dataset
 from hycam.errors import InputError
+from hycam.training.backbone import check_ids, num_embeddings
 from hycam.training.recipe import EvaluationConfig
 
 logger = logging.getLogger(__name__)
@@ -27,14 +29,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Text rows of one task per split: columns `instruction`, `input`, `output`; `sha256` is that of all its rows.
+    """Text rows of one task per split: columns `instruction`, `input`, `output`.
 
-    Of a stream these are the rows held out from training alone.
+    Of a stream these are the rows held out from training alone. The split `untested` has the validation rows that no
+    fold tests; it may be empty.
+
+    Attributes:
+        sha256: of all its rows.
+        held_out: SHA-256 of the rows that are validated and tested on, which tells one way of splitting from another.
     """
 
     task_id: int
     splits: Mapping[str, Dataset]
     sha256: str
+    held_out: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run's record has of the rows, to tell them from any others."""
+        rows = {split: len(dataset) for split, dataset in self.splits.items()}
+        return {"rows": rows, "sha256": self.sha256, "held_out": self.held_out}
 
     def split(self, name: str) -> Dataset:
         """The rows of a split. Raises `InputError` for one that a stream doesn't keep."""
@@ -54,16 +67,30 @@ def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, Task
     rows: dict[str, TaskRows] = {}
     for task_id, task in enumerate(tasks):
         if config.streaming is not None:
-            held_out = read_held_out(task, config.fold, config.streaming.held_out_rows)
-            rows[task.name] = TaskRows(task_id, held_out, rows_digest(concatenate_datasets(list(held_out.values()))))
-            continue
-        dataset = load_task(task, cache)
-        try:
-            splits = split_dataset(dataset, config.fold)
-        except InputError as error:
-            raise InputError(f"tasks: {task.name}: {error}") from error
-        rows[task.name] = TaskRows(task_id, splits | {"all": dataset}, rows_digest(dataset))
+            splits = read_held_out(task, config.fold, config.streaming.held_out_rows)
+            sha256 = held_out = _held_out_digest(splits)
+        else:
+            dataset = load_task(task, cache)
+            splits = _split(dataset, task, config.fold) | {"all": dataset}
+            sha256, held_out = rows_digest(dataset), _held_out_digest(splits)
+        untested = {"untested": never_tested(splits["validation"], task.split_by)}
+        rows[task.name] = TaskRows(task_id, splits | untested, sha256, held_out)
     return rows
+
+
+def _split(dataset: Dataset, task: TaskConfig, fold: int) -> dict[str, Dataset]:
+    instructions = Instructions()
+    for instruction in dataset["instruction"]:
+        instructions.add(instruction)
+    instructions.warn(task)
+    try:
+        return split_dataset(dataset, fold, task.split_by)
+    except InputError as error:
+        raise InputError(f"tasks: {task.name}: {error}") from error
+
+
+def _held_out_digest(splits: Mapping[str, Dataset]) -> str:
+    return rows_digest(concatenate_datasets([splits["validation"], splits["test"]]))
 
 
 def responses_alone(config: DataConfig) -> DataConfig:
@@ -78,7 +105,7 @@ def tokenize_split(
     cache = row_cache(config)
     tokenized: dict[str, Dataset] = {}
     for name, task in rows.items():
-        content = f"{task.sha256} {split} {config.fold}"
+        content = f"{task.sha256} {split} {task.held_out}"
         try:
             result = tokenize_dataset(task.split(split), tokenizer, config, task.task_id, cache, content)
         except InputError as error:
@@ -97,6 +124,38 @@ def tokenize_split(
     return tokenized
 
 
+def check_tokens(
+    rows: Mapping[str, TaskRows],
+    tokenized: Iterable[Mapping[str, Dataset]],
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: PretrainedConfig,
+    name: str,
+) -> None:
+    """Raise `InputError` for a token of the rows, or the pad token, that the backbone has no embedding for.
+
+    Args:
+        tokenized: the token rows that are used, per task.
+        backbone, name: its configuration, and what it is called in the message.
+    """
+    assert tokenizer.pad_token_id is not None
+    check_ids({f"backbone.pad_token: {tokenizer.pad_token!r}": tokenizer.pad_token_id}, backbone, name)
+    for of_tasks in tokenized:
+        for task, dataset in of_tasks.items():
+            most = pc.max(pc.list_flatten(dataset.data.column("input_ids"))).as_py()
+            check_ids({f"tasks: {task}: the token {tokenizer.convert_ids_to_tokens(most)!r}": most}, backbone, name)
+    # a special token in a row is read as its text; one that was added for the rows is meant to have an embedding
+    special = SpecialTokens(tokenizer).ids
+    beyond = {token: number for token, number in special.items() if number >= num_embeddings(backbone)}
+    for task, of_task in rows.items() if beyond else ():
+        for split in of_task.splits.values():
+            for row in split:
+                assert isinstance(row, dict)
+                found = {token: number for token, number in beyond.items() if any(token in row[f] for f in row)}
+                check_ids(
+                    {f"tasks: {task}: the token {token!r}": number for token, number in found.items()}, backbone, name
+                )
+
+
 def training_set(tokenized: Mapping[str, Dataset], config: DataConfig, seed: int) -> Dataset:
     """All tasks' token rows, for the Trainer to shuffle; in bins of `max_length` tokens with packing."""
     rows = mix_tasks(list(tokenized.values()), config.temperature, seed)
@@ -111,7 +170,7 @@ def prompts_that_fit(
     data: DataConfig,
     evaluation: EvaluationConfig,
 ) -> dict[str, dict[str, Any]]:
-    """Per task the prompts to answer and the responses to compare with.
+    """Per task the prompts to answer, as token ids, and the responses to compare with.
 
     A prompt that with `evaluation.max_new_tokens` exceeds the backbone's positions is left out, and counted.
 
@@ -125,12 +184,12 @@ def prompts_that_fit(
     longest = math.inf if positions is None else positions - evaluation.max_new_tokens
     chosen: dict[str, dict[str, Any]] = {}
     for name, task in rows.items():
-        prompts: list[str] = []
+        prompts: list[list[int]] = []
         references: list[str] = []
         too_long = 0
         for row in task.splits[split]:
-            prompt = prompt_text(row, data.prompt, tokenizer)
-            if len(encode_prompt(prompt, tokenizer)) > longest:
+            prompt = encode_row_prompt(row, data.prompt, tokenizer)
+            if len(prompt) > longest:
                 too_long += 1
                 continue
             prompts.append(prompt)

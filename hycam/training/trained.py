@@ -8,8 +8,14 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hycam.errors import InputError
-from hycam.training.backbone import backbone_name, check_available, load_model, load_tokenizer
+from hycam.training.adapters import check_adapter
+from hycam.training.backbone import (
+    backbone_name,
+    check_available,
+    load_backbone_config,
+    load_model,
+    load_tokenizer,
+)
 from hycam.training.recipe import Recipe
 
 
@@ -39,19 +45,20 @@ def load_selected_tokenizer(selection: Selection) -> tuple[str, PreTrainedTokeni
 
 
 def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | PeftModel:
-    """The backbone with the adapter, or the model that was trained whole, on the device that a run would use."""
+    """The backbone with the adapter, or the model that was trained whole, on the device that a run would use.
+
+    Raises:
+        InputError: an adapter, or a backbone, that is damaged or doesn't fit the other.
+    """
     if selection.adapter is not None and holds_model(selection.adapter):
         trained = dataclasses.replace(selection.recipe.backbone, revision=None)
         return _placed(selection, load_model(trained, str(selection.adapter)))
+    config = load_backbone_config(selection.recipe.backbone, name)
+    if selection.adapter is not None:
+        check_adapter(selection.adapter, selection.recipe.backbone, config, name)
     model: Any = load_model(selection.recipe.backbone, name)
     if selection.adapter is not None:
-        try:
-            model = PeftModel.from_pretrained(model, str(selection.adapter))
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()
-            raise InputError(
-                f"--adapter: {selection.adapter} can't be loaded into {name}: {' '.join(reason[:2])}"
-            ) from error
+        model = PeftModel.from_pretrained(model, str(selection.adapter))
     return _placed(selection, model)
 
 

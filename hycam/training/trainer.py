@@ -13,13 +13,13 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hycam.data.sampling import EpochSampler
 from hycam.data.streaming import StreamedRows
-from hycam.errors import RunStoppedError
+from hycam.errors import NotFiniteError, RunStoppedError
 from hycam.evaluation.batches import Collate
 from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.training.callbacks import (
@@ -30,9 +30,10 @@ from hycam.training.callbacks import (
     Throughput,
     layer_statistics,
 )
-from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER
+from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER, list_files
 from hycam.training.engines import limit_deepspeed_waits
 from hycam.training.measure import own_draws
+from hycam.training.progress import ProgressLines, progress_bar
 
 _TRAINING_ARGUMENTS = "training_args.bin"
 _Kind = TypeVar("_Kind", bound=TrainerCallback)
@@ -66,6 +67,9 @@ class HyCAMTrainer(Trainer):
             callbacks=[LossWindow(), FiniteGradients(), self.throughput, on_signal, DueValidation(), *callbacks],
             **kwargs,
         )
+        for theirs in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(theirs)
+        self.add_callback(ProgressLines())
         assert self.model is not None
         self.adapted: nn.Module = self.model
         self.validation = dict(validation)
@@ -160,20 +164,20 @@ class HyCAMTrainer(Trainer):
         """One micro-batch.
 
         Raises:
-            RunStoppedError: before the optimizer's step, where the loss of one of its micro-batches is not finite.
+            NotFiniteError: before the optimizer's step, where the loss of one of its micro-batches is not finite.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         window = self._callback(LossWindow)
         window.total = total = window.total + loss
         # once a step, for reading it waits for the device: a loss that is not finite leaves no sum finite
         if self.accelerator.sync_gradients and not torch.isfinite(total):
-            raise RunStoppedError(f"the loss is {total.item()} at step {self.state.global_step + 1}")
+            raise NotFiniteError(f"the loss is {total.item()} at step {self.state.global_step + 1}")
         if self.is_deepspeed_enabled and not self.args.fp16:
             # its step is part of the backward pass, and hides the gradients from callbacks
             engine: Any = self.deepspeed
             norm = engine.get_global_grad_norm()
             if norm is not None and not math.isfinite(norm):
-                raise RunStoppedError(f"the gradient is not finite at step {self.state.global_step + 1}")
+                raise NotFiniteError(f"the gradient is not finite at step {self.state.global_step + 1}")
         return loss
 
     def _callback(self, kind: type[_Kind]) -> _Kind:
@@ -224,7 +228,7 @@ class HyCAMTrainer(Trainer):
         tasks: Mapping[str, Dataset] = self.validation if eval_dataset is None else eval_dataset
         rows = sum(len(dataset) for dataset in tasks.values())
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(total=rows, desc="validation", unit="row", leave=False, disable=quiet) as bar:
+        with progress_bar(rows, "validation", "row", quiet=quiet, leave=False) as bar:
 
             def progress(done: int) -> None:
                 bar.update(done)
@@ -247,7 +251,7 @@ class HyCAMTrainer(Trainer):
                 raise RunStoppedError("a signal came during validation") from None
         metrics = perplexity_metrics(report, metric_key_prefix)
         if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
-            raise RunStoppedError(f"the validation loss is not finite at step {self.state.global_step}")
+            raise NotFiniteError(f"the validation loss is not finite at step {self.state.global_step}")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -294,6 +298,7 @@ class HyCAMTrainer(Trainer):
         if self.args.should_save:
             staged = folder / UNFINISHED_FOLDER / name
             state.save_to_json(str(staged / TRAINER_STATE))
+            list_files(staged)
             staged.rename(folder / name)
             staged.parent.rmdir()
             rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint)

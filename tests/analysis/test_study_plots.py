@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from hycam.analysis.figures import draw_figure
+from hycam.analysis.plots import modulation_scale
 from hycam.errors import InputError
 
 CURVES = {
@@ -75,16 +76,39 @@ def test_png_and_svg_are_pictures_and_the_same_each_time(figure, tmp_path):
     assert "matplotlib.pyplot" not in set(sys.modules) - modules
 
 
-def test_loss_curves_have_a_mean_and_a_band_for_each_method(draw):
-    training, validation = draw("loss_curves").axes
+def test_loss_curves_have_a_mean_for_each_method_and_a_legend_beside_them(draw):
+    figure = draw("loss_curves")
+    training, validation, *_ = figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in training.lines}
     assert lines == {"hycam": [[1, 3.0], [2, 2.0], [3, 1.5]], "lora_$r$": [[1, 3.5], [2, 3.0]]}
-    band = training.collections[0].get_paths()[0].vertices
-    assert {tuple(point) for point in band.tolist()} >= {(1, 2.5), (1, 3.5), (2, 1.75), (2, 2.25), (3, 1.4), (3, 1.6)}
-    single = training.collections[1].get_paths()
-    assert not single or not len(single[0].vertices), "one run has no spread"
     assert [line.get_xydata().tolist() for line in validation.lines] == [[[2, 2.5]], []]
-    assert [text.get_text() for text in validation.get_legend().get_texts()] == list(CURVES)
+    (legend,) = figure.subfigs[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == list(CURVES)
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in (training, validation))
+
+
+def test_each_method_s_band_has_a_panel_of_its_own(draw):
+    curves = CURVES | {"full": CURVES["hycam"]}
+    _, _, hycam, full = draw("loss_curves", curves=curves).axes
+    assert [axes.get_title() for axes in (hycam, full)] == ["hycam", "full"], "one run has no spread"
+    for axes in (hycam, full):
+        training, _validation = axes.collections
+        band = {tuple(point) for point in training.get_paths()[0].vertices.tolist()}
+        assert band >= {(1, 2.5), (1, 3.5), (2, 1.75), (2, 2.25), (3, 1.4), (3, 1.6)}
+        assert [line.get_xydata().tolist() for line in axes.lines[-2:]] == [[[1, 3.0], [2, 2.0], [3, 1.5]], [[2, 2.5]]]
+        assert axes.lines[-1].get_linestyle() != axes.lines[-2].get_linestyle()
+        assert len(axes.lines) == len(curves) + 2, "the others' means are there to compare with"
+
+
+def test_single_runs_have_means_alone(draw):
+    curves = {"lora": CURVES["lora_$r$"]}
+    assert len(draw("loss_curves", curves=curves).axes) == 2
+
+
+def test_a_loss_that_was_not_finite_leaves_a_gap(draw):
+    kinds = {"step": [1, 2, 3], "mean": [3.0, None, 1.0], "std": [0.1, None, 0.1]}
+    for axes in draw("loss_curves", curves={"lora": {"training": kinds, "validation": kinds}}).axes:
+        assert all(np.isnan(line.get_ydata()).tolist() == [False, True, False] for line in axes.lines)
 
 
 def test_methods_beyond_the_colours_differ_by_their_lines(draw):
@@ -122,18 +146,30 @@ def test_modulation_has_a_row_for_each_task_and_a_column_for_each_layer(draw):
     assert titles == ["code, layer 0", "code, layer 1", "text, layer 0", "text, layer 1"]
     for axes, values in zip(panels, [*LAYERS.values()] * 2, strict=True):
         assert axes.images[0].get_array().tolist() == values
-        assert axes.images[0].get_clim() == (-9, 9), "one scale for all"
+        assert axes.images[0].norm is panels[0].images[0].norm, "one scale for all"
     labels = [[label.get_text() for label in axes.get_yticklabels()] for axes in (panels[0], panels[2])]
     assert labels == [["def", "␣$x$"], ["\\n", "it"]]
     assert [label.get_text() for label in panels[-2].get_xticklabels()] == ["0", "15", "31"]
 
 
-def test_an_outlier_does_not_set_the_scale_of_the_modulation(draw):
-    values = np.linspace(-1, 1, 300).reshape(10, 30)
+def test_the_modulation_uses_all_colours_and_no_outlier_sets_its_scale(draw):
+    """SiLU hardly goes below 0, and far above."""
+    values = np.linspace(-0.2, 3, 600).reshape(20, 30)
     values[0, 0] = 1000
-    task = {"tokens": ["t"] * 10, "layers": {"layers.0": values.tolist()}}
-    low, high = draw("modulation", tasks={"code": task}, features=list(range(30))).axes[0].images[0].get_clim()
-    assert low == -high and 0.9 < high <= 1
+    task = {"tokens": ["t"] * 20, "layers": {"layers.0": values.tolist()}}
+    panel, bar = draw("modulation", tasks={"code": task}, features=list(range(30))).axes
+    low, high = panel.images[0].get_clim()
+    assert -0.2 < low < -0.15 and 2.9 < high < 3
+    assert [panel.images[0].norm(value) for value in (low, 0, high)] == [0, 0.5, 1]
+    assert "1st and the 99th percentile" in bar.get_ylabel()
+    ticks = bar.get_yticks().tolist()
+    assert (min(ticks), max(ticks)) == (low, high), "the ends are named"
+
+
+@pytest.mark.parametrize(("values", "ends"), [([0.0, 0.0], (-1, 1)), ([2.0, 2.0], (-2, 2)), ([-3.0, -3.0], (-3, 3))])
+def test_a_modulation_of_one_sign_has_a_scale(values, ends):
+    scale = modulation_scale([np.array(values)])
+    assert (scale.vmin, scale.vmax) == ends
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from hycam import HyCAMConfig
-from hycam.analysis.value_states import embed_value_states, pooled_value_states
+from hycam.analysis.value_states import embed_value_states, token_value_states
 from hycam.data.collation import Collator
 from hycam.errors import InputError
 from tests.adapter.builders import randomise
 from tests.models import tiny_model
 
 COLLATOR = Collator(0)
+COUNT = 1000
 
 
 def token_rows(count, seed):
@@ -24,7 +25,7 @@ def token_rows(count, seed):
 
 @pytest.mark.parametrize("layer", [0, 1, -1])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt_neox"])
-def test_means_of_the_value_projection_over_a_rows_own_tokens(family, layer):
+def test_every_token_has_the_value_projection_of_its_own(family, layer):
     """Against a hook on the projection, one row at a time and so without padding."""
     model = tiny_model(family)
     name = {"phi3": "self_attn.qkv_proj", "gpt_neox": "attention.query_key_value"}.get(family, "self_attn.v_proj")
@@ -39,10 +40,13 @@ def test_means_of_the_value_projection_over_a_rows_own_tokens(family, layer):
         seen = [values[:, -16:] for values in seen]  # query, key and value in one
     if family == "gpt_neox":
         seen = [values.unflatten(-1, (4, 3, 8))[:, :, 2].flatten(1) for values in seen]  # by head
-    want = torch.stack([values.mean(0) for values in seen])
-    got = pooled_value_states(model, {"a": rows}, COLLATOR, layer=layer, batch_size=3)
-    assert got["a"].dtype == torch.float32
+    want = torch.cat(seen)
+    got = token_value_states(model, {"a": rows}, COLLATOR, count=1000, layer=layer, batch_size=3)
+    assert got["a"].dtype == torch.float32 and len(got["a"]) == sum(map(len, rows["input_ids"]))
     torch.testing.assert_close(got["a"].double(), want, rtol=1e-5, atol=1e-6)
+    some = token_value_states(model, {"a": rows}, COLLATOR, count=7, layer=layer, batch_size=2)["a"]
+    assert len(some) == 7
+    assert ((some[:, None].double() - want).norm(dim=-1).min(-1).values < 1e-4).all()
 
 
 def test_hycam_moves_them_from_the_layer_after_its_first():
@@ -50,37 +54,37 @@ def test_hycam_moves_them_from_the_layer_after_its_first():
     randomise(model)
     rows = {"a": token_rows(3, 0), "b": token_rows(2, 1)}
     for layer, moved in ((0, False), (1, True)):
-        adapted = pooled_value_states(model, rows, COLLATOR, layer=layer)
+        adapted = token_value_states(model, rows, COLLATOR, count=COUNT, layer=layer)
         with model.disable_adapter():
-            base = pooled_value_states(model, rows, COLLATOR, layer=layer)
-        assert [len(states) for states in adapted.values()] == [3, 2]
+            base = token_value_states(model, rows, COLLATOR, count=COUNT, layer=layer)
+        assert [len(states) for states in adapted.values()] == [9 + 8 + 7, 9 + 8]
         assert all(torch.equal(adapted[task], base[task]) != moved for task in rows)
 
 
 def test_an_adapter_of_the_projection_itself_counts():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
-    adapted = pooled_value_states(model, {"a": token_rows(2, 0)}, COLLATOR, layer=0)
+    adapted = token_value_states(model, {"a": token_rows(2, 0)}, COLLATOR, count=COUNT, layer=0)
     with model.disable_adapter():
-        base = pooled_value_states(model, {"a": token_rows(2, 0)}, COLLATOR, layer=0)
+        base = token_value_states(model, {"a": token_rows(2, 0)}, COLLATOR, count=COUNT, layer=0)
     assert not torch.allclose(adapted["a"], base["a"])
 
 
 @pytest.mark.parametrize("layer", [2, -3])
 def test_a_layer_that_is_not_there(layer):
     with pytest.raises(InputError, match=rf"layer: {layer} given, the model has 2"):
-        pooled_value_states(tiny_model(), {"a": token_rows(1, 0)}, COLLATOR, layer=layer)
+        token_value_states(tiny_model(), {"a": token_rows(1, 0)}, COLLATOR, count=COUNT, layer=layer)
 
 
 def test_a_cache_with_a_window_is_refused():
     model = tiny_model("mistral", sliding_window=4)
     with pytest.raises(InputError, match=r"layer: -1 given, whose cache keeps .* of 9 tokens"):
-        pooled_value_states(model, {"a": token_rows(1, 0)}, COLLATOR)
+        token_value_states(model, {"a": token_rows(1, 0)}, COLLATOR, count=COUNT)
 
 
 @pytest.mark.parametrize("tasks", [{}, {"a": token_rows(1, 0).select([])}])
 def test_no_rows(tasks):
     with pytest.raises(InputError, match=r"tasks: .* given, at least one is wanted"):
-        pooled_value_states(tiny_model(), tasks, COLLATOR)
+        token_value_states(tiny_model(), tasks, COLLATOR, count=COUNT)
 
 
 def clusters(distance):
@@ -112,9 +116,9 @@ def test_the_silhouette_by_hand():
     assert embed_value_states(states)["silhouette"] == pytest.approx(want)
 
 
-def test_one_task_has_no_silhouette_and_three_rows_no_embedding():
+def test_one_task_has_no_silhouette_and_three_tokens_no_embedding():
     assert embed_value_states({"a": torch.randn(5, 3)})["silhouette"] is None
-    with pytest.raises(InputError, match="states: 3 rows given, at least 4"):
+    with pytest.raises(InputError, match="states: 3 tokens given, at least 4"):
         embed_value_states({"a": torch.randn(3, 3)})
 
 

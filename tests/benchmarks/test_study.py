@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import study
 from benchmarks.harness.pages import fill
-from benchmarks.study import PAGE, STUDY, drawn, main, outdated
+from benchmarks.study import PAGES, STUDY, drawn, main, outdated
 
 pytest.importorskip("sklearn")
 
@@ -17,11 +17,12 @@ def copy(tmp_path):
 
 def test_the_page_and_the_report_are_what_the_records_give(monkeypatch, tmp_path, capsys):
     assert main(["--check"]) == 0
-    other = tmp_path / "study.md"
-    other.write_text(PAGE.read_text().replace("| hycam |", "| hicam |"))
-    monkeypatch.setattr(study, "PAGE", other)
+    others = [tmp_path / page.name for page in PAGES]
+    for page, other in zip(PAGES, others, strict=True):
+        other.write_text(re.sub(r"\| (hycam|HyCAM) \|", "| hicam |", page.read_text()))
+    monkeypatch.setattr(study, "PAGES", others)
     assert main(["--check"]) == 1
-    assert capsys.readouterr().err.startswith("study.md: not what the records give")
+    assert capsys.readouterr().err.startswith("study.md, index.md, README.md: not what the records give")
 
 
 def test_a_changed_record_is_noticed(copy):
@@ -37,3 +38,15 @@ def test_a_page_has_the_tables_without_their_titles(copy):
     assert not re.search(r"^(#|old$)", filled, flags=re.MULTILINE)
     with pytest.raises(KeyError):
         fill("<!-- table: nothing -->\n<!-- end -->", drawn(copy).__getitem__)
+
+
+def test_the_summary_s_numbers_are_the_tables(copy):
+    tables = drawn(copy)
+    for method, shown in (("hycam", "HyCAM"), ("lora", "LoRA")):
+        (row,) = [line.split(" | ") for line in tables["table2"].splitlines() if line.startswith(f"| {method} |")]
+        (after,) = [line.split(" | ") for line in tables["forgetting"].splitlines() if line.startswith(f"| {method} |")]
+        (summed,) = [line for line in tables["summary"].splitlines() if line.startswith(f"| {shown} |")]
+        cells = summed.strip("| ").split(" | ")
+        assert cells[1] == row[5]
+        for cell, whole in zip(cells[2:], (row[1], after[2]), strict=True):
+            assert float(cell.split(" ± ")[0]) == pytest.approx(float(whole.split(" ± ")[0]), abs=0.051)

@@ -1,5 +1,6 @@
 """The command as a user meets it: exit status, one line of error, what it prints and writes."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 import hycam_cli
 from hycam.commands.generate import read_rows
+from hycam.commands.tables import metrics_table, show
 from hycam_cli import main, split_overrides
 from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows
 
@@ -186,7 +188,7 @@ def test_eval_of_a_run_and_of_its_backbone(run: Path, capsys: pytest.CaptureFixt
     assert base["overall"] == results["base"]["overall"]
     assert main(["eval", "--adapter", str(run / "adapter"), "--no-generation", "--output", str(output_file)]) == 0
     assert json.loads(output_file.read_text())["overall"] == {
-        name: adapted["overall"][name] for name in ("nll", "tokens", "perplexity")
+        name: adapted["overall"][name] for name in ("nll", "tokens", "perplexity", "row_average")
     }
 
 
@@ -258,7 +260,7 @@ def test_a_file_of_prompts_has_a_row_for_each_line_alone(tmp_path: Path) -> None
     for end in ("\n", "\r\n"):
         for name, texts in (("p.jsonl", lines), ("p.txt", instructions)):
             (tmp_path / name).write_bytes((end.join(texts) + end).encode())
-            assert [row["instruction"] for row in read_rows(tmp_path / name)] == instructions
+            assert [row["instruction"] for row in read_rows(tmp_path / name).values()] == instructions
 
 
 def test_what_eval_and_generate_refuse(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,3 +346,89 @@ def test_sigterm_to_the_process(run: Path, tmp_path: Path) -> None:
     assert last.endswith(f"go on with: hycam train {tmp_path / 'run'} --resume")
     checkpoints = list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
     assert len(checkpoints) == 1
+
+
+def test_tables_are_never_cut(capsys, monkeypatch):
+    """In 40 columns, and in a file, every number is there; of two reports there is the gain."""
+    monkeypatch.setenv("COLUMNS", "40")
+    report = {"perplexity": 123456.789, "bleu4": 12.34, "rougeL": 56.78, "tokens": 1_234_567}
+    better = report | {"perplexity": 12345.6789, "bleu4": 23.45, "rougeL": 50.0}
+    reports = {name: {"tasks": {"a_task": values}, "overall": values} for name, values in
+               (("base", report), ("adapted", better))}  # fmt: skip
+    show(metrics_table("test split", reports))
+    shown = capsys.readouterr().out
+    for number in ("123456.789", "12345.679", "10.0 x", "12.34", "+11.11", "56.78", "-6.78", "1,234,567", "a_task"):
+        assert number in shown
+    assert "…" not in shown
+    show(metrics_table("test split", {"base": reports["base"]}))
+    assert "gain" not in capsys.readouterr().out
+
+
+def test_the_version_is_the_installed_package_s(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"hycam-kernels {importlib.metadata.version('hycam-kernels')}\n"
+
+
+def test_generate_samples_where_it_is_asked_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(*options: str) -> str:
+        assert main(["generate", str(run), "--prompt", "Say the colour of cat 1", *options]) == 0
+        return capsys.readouterr().out
+
+    short = answer("--max-new-tokens", "1")
+    greedy = answer("--max-new-tokens", "8")
+    assert greedy.startswith(short.strip()) and len(short) < len(greedy)
+    assert answer("--max-new-tokens", "8", "--top-k", "1") == greedy
+    drawn = [answer("--max-new-tokens", "8", "--temperature", "5", "--seed", str(seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--temperature", "0", "a number above 0"),
+        ("--temperature", "nan", "a number above 0"),
+        ("--top-p", "1.5", "at most 1"),
+        ("--top-k", "0", "an integer of 1 or more"),
+        ("--max-new-tokens", "none", "an integer of 1 or more"),
+    ],
+)
+def test_sampling_options_that_make_no_sense(option, value, wanted, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "nowhere", "--prompt", "x", option, value])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert option in error and repr(value) in error and wanted in error
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.txt", "Hello"),
+        ("a.jsonl", '{"instruction": "Hello"}'),
+        ("a.json", '[{"instruction": "Hello"}]'),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        (row,) = read_rows(tmp_path / name).values()
+        assert row["instruction"] == "Hello"
+
+
+def test_one_overlong_prompt_leaves_the_others_answered(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    file.write_text("first\n" + "long " * 200 + "\nthird\n")
+    options = ["--evaluation.max_new_tokens", "3", "--output", str(output)]
+    assert main(["generate", str(run), "--file", str(file), *options]) == 0
+    answered = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["instruction"] for row in answered] == ["first", "third"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert line.startswith(f"hycam: left out: {file}:2: the prompt has ") and line.endswith("128 positions")
+
+
+def test_an_unknown_task_lists_the_recipes_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run), "--task", "nosuch"]) == 2
+    assert (
+        "--task: 'nosuch' is none of the recipe's (colours, animals), nor a known set (auto_cot"
+        in capsys.readouterr().err
+    )

@@ -16,10 +16,10 @@ SMALL = {
     "max_position_embeddings: 256, num_documents: 2000, steps: 150, batch_size: 8, sequence_length: 64, "
     "learning_rate: 1e-2}",
     "method.r": "4",
-    "trainer.max_steps": "40",
-    "trainer.eval_steps": "20",
-    "trainer.save_steps": "20",
-    "trainer.logging_steps": "5",
+    "trainer.max_steps": "120",
+    "trainer.eval_steps": "60",
+    "trainer.save_steps": "60",
+    "trainer.logging_steps": "10",
     "trainer.learning_rate": "2e-2",
     "trainer.report_to": "[]",
 }

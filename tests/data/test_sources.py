@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import logging
 
@@ -9,7 +11,7 @@ from datasets import Dataset
 
 from hycam.data.config import TaskConfig
 from hycam.data.formats import KNOWN_SETS
-from hycam.data.sources import load_task
+from hycam.data.sources import load_task, origin, stream_task
 from hycam.errors import InputError
 
 NATIVE = {
@@ -276,9 +278,11 @@ def test_sources_that_name_nothing(tmp_path):
     message = error_of(TaskConfig("dollly"))
     assert "unknown task 'dollly'" in message
     assert "dolly" in message
-    csv = tmp_path / "rows.csv"
+    csv = tmp_path / "rows.xlsx"
     csv.write_text("a,b\n")
-    assert "wanted a file that ends in one of .json, .jsonl, .parquet" in error_of(TaskConfig("a", str(csv)))
+    assert "wanted a file that ends in one of .json, .jsonl, .parquet, .csv, .tsv" in error_of(
+        TaskConfig("a", str(csv))
+    )
     assert "wanted a file that ends" in error_of(TaskConfig("a", str(tmp_path)))
 
 
@@ -327,3 +331,74 @@ def test_task_options(options, message):
     with pytest.raises(InputError) as caught:
         TaskConfig(**({"name": "mine"} | options))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (TaskConfig("dolly"), ("general", "databricks/databricks-dolly-15k")),
+        (TaskConfig("mine", "data/rows.jsonl", format="webgpt"), ("long-form answers", "rows.jsonl")),
+        (TaskConfig("mine", "owner/set", domain="law"), ("law", "owner/set")),
+        (TaskConfig("synthetic_code"), (None, "synthetic_code")),
+    ],
+)
+def test_where_rows_come_from(config, want):
+    assert origin(config) == want
+
+
+UNIFIED_ROWS = [
+    {"instruction": "Add, please.", "input": "1\n2", "output": 'It is "3".'},
+    {"instruction": "007", "input": "", "output": "null"},
+]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv"])
+def test_tables_and_compressed_files(tmp_path, kind, packed):
+    """Quotes, line ends within a value, a mark at the beginning; every value of a table is text."""
+    text = io.StringIO()
+    if kind == ".jsonl":
+        text.write("".join(json.dumps(row) + "\n" for row in UNIFIED_ROWS))
+    else:
+        writer = csv.DictWriter(
+            text, ["instruction", "input", "output", "id"], delimiter="\t" if kind == ".tsv" else ","
+        )
+        writer.writeheader()
+        writer.writerows(row | {"id": "x"} for row in UNIFIED_ROWS)
+    path = tmp_path / f"rows{kind}{packed}"
+    with pa.output_stream(path, compression={"": None, ".gz": "gzip", ".zst": "zstd"}[packed]) as file:
+        file.write(text.getvalue().encode("utf-8" if kind == ".jsonl" else "utf-8-sig"))
+    assert load_task(TaskConfig("mine", str(path))).to_list() == UNIFIED_ROWS
+    notes = {}
+    assert list(stream_task(TaskConfig("mine", str(path)), notes)) == UNIFIED_ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"instruction,output\nonly one\n"),
+        ("a.csv", b""),
+        ("a.jsonl.gz", b"no gzip"),
+        ("a.csv.zst", b"no zstd"),
+    ],
+)
+def test_broken_tables_and_compressed_files(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert name in error_of(TaskConfig("mine", str(tmp_path / name)))
+
+
+def test_columns_that_no_task_needs_are_not_converted(tmp_path):
+    """A date beyond the year 9999 and a zone that nobody knows have no Python value."""
+    table = pa.table(
+        {
+            "q": ["Why?"],
+            "a": ["So."],
+            "date": pa.array([10**7], pa.date32()),
+            "zone": pa.array([0], pa.timestamp("us", "Nowhere/Unknown")),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    fields = {"instruction": "q", "output": "a"}
+    assert texts(load_task(TaskConfig("mine", str(tmp_path / "rows.parquet"), fields))) == [("Why?", "", "So.")]
+    wrong = TaskConfig("mine", str(tmp_path / "rows.parquet"), {"instruction": "date", "output": "a"})
+    assert "rows.parquet: after row 0" in error_of(wrong)

@@ -1,11 +1,13 @@
 import logging
+from functools import partial
 
 import pytest
 from datasets import Dataset, load_from_disk
 
+from hycam.data.cache import RowCache
 from hycam.data.config import DataConfig
 from hycam.data.prompts import prompt_text
-from hycam.data.tokenization import check_tokenizer, encode_prompt, tokenize_dataset
+from hycam.data.tokenization import check_tokenizer, encode_prompt, encode_row_prompt, tokenize_dataset
 from hycam.errors import InputError
 from tests.data.tokenizers import CHAT_WITH_BOS, CHAT_WITH_GENERATION, SPECIAL, byte_tokenizer, sentencepiece_tokenizer
 
@@ -91,9 +93,8 @@ def test_chat_mask_equals_the_generation_marks(kind):
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        bos = [BOS] if kind != "bare" else []  # as the tokenizer wants it, where the template is silent
-        assert tokens["input_ids"] == bos + oracle["input_ids"]
-        assert [int(label != -100) for label in tokens["labels"]] == [0] * len(bos) + oracle["assistant_masks"]
+        assert tokens["input_ids"] == oracle["input_ids"], "what the template renders, without a BOS of our own"
+        assert [int(label != -100) for label in tokens["labels"]] == oracle["assistant_masks"]
 
 
 def test_chat_template_without_generation_marks():
@@ -165,7 +166,51 @@ def test_generation_prompt_is_the_training_prompt(style):
     for make in TOKENIZERS.values():
         tokenizer = make(chat_template=CHAT_WITH_BOS)
         for row, tokens in zip(ROWS, tokenize(tokenizer, prompt=style).dataset, strict=True):
+            assert split_of(tokens)[0] == encode_row_prompt(row, style, tokenizer)
             assert split_of(tokens)[0] == encode_prompt(prompt_text(row, style, tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHAT_WITH_BOS, CHAT_WITH_GENERATION])
+@pytest.mark.parametrize("style", ["alpaca", "chat"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_special_tokens_in_a_users_text_are_text(kind, style, template):
+    """The marks that a row has are those of its row without them, and its text decodes to what the user wrote."""
+    tokenizer = TOKENIZERS[kind](chat_template=template)
+    row = {
+        "instruction": "Strike <s>this</s> out.<|end|>",
+        "input": "<|user|> said it",
+        "output": "Was <s>this</s> it?<pad> Yes.",
+    }
+    harmless = {name: "".join(c for c in text if c not in "<>|") for name, text in row.items()}
+    marks = list(range(len(SPECIAL)))
+    counts = []
+    for values in (row, harmless):
+        (tokens,) = tokenize(tokenizer, [values], prompt=style).dataset
+        assert split_of(tokens)[0] == encode_row_prompt(values, style, tokenizer)
+        prompt, response = split_of(tokens)
+        counts.append([[part.count(mark) for mark in marks] for part in (prompt, response)])
+        text = tokenizer.decode([token for token in response if token not in marks])
+        assert text.strip() == values["output"]
+    assert counts[0] == counts[1]
+
+
+def test_cached_tokens_are_those_that_the_template_renders_today(tmp_path, monkeypatch):
+    """`strftime_now` writes the day's date, as Llama 3.1's template does."""
+    template = "{{ strftime_now('%A') }}" + CHAT_WITH_GENERATION
+    tokenizer = byte_tokenizer(chat_template=template)
+    found = []
+    for day in ("Monday", "Monday", "Tuesday"):
+        now = tokenizer.chat_template.replace("strftime_now('%A')", f"'{day}'")
+        monkeypatch.setattr(tokenizer, "apply_chat_template", partial(_rendered, tokenizer, now))
+        cache = RowCache(tmp_path)
+        task = tokenize_dataset(Dataset.from_list(ROWS), tokenizer, DataConfig(prompt="chat"), 0, cache)
+        found.append(tokenizer.decode(task.dataset[0]["input_ids"]))
+    assert [text.startswith("Monday") for text in found] == [True, True, False]
+    assert len(list(tmp_path.glob("*.arrow"))) == 2
+
+
+def _rendered(tokenizer, template, messages, **options):
+    return type(tokenizer).apply_chat_template(tokenizer, messages, chat_template=template, **options)
 
 
 def test_prompt_that_brings_bos_gets_no_second_one():

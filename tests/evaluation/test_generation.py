@@ -75,6 +75,55 @@ def test_the_model_s_sampling_settings_do_not_matter(tokenizer):
     assert generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
 
 
+# What a backbone's own generation_config.json may bring: each changes the text, or ends in an exception.
+FOREIGN = {
+    "suppress_tokens": list(range(3, 60)),
+    "begin_suppress_tokens": list(range(3, 60)),
+    "bad_words_ids": [[token] for token in range(3, 60)],
+    "sequence_bias": [[[token], 10.0] for token in range(3, 30)],
+    "encoder_repetition_penalty": 5.0,
+    "exponential_decay_length_penalty": [1, 5.0],
+    "forced_eos_token_id": 5,
+    "forced_bos_token_id": 5,
+    "guidance_scale": 3.0,
+    "max_time": 1e-9,
+    "max_length": 3,
+    "min_new_tokens": 11,
+    "watermarking_config": {"greenlist_ratio": 0.1, "bias": 50.0},
+    "stop_strings": ["a"],
+    "num_return_sequences": 2,
+    "prompt_lookup_num_tokens": 3,
+    "penalty_alpha": 0.6,
+    "dola_layers": "low",
+    "return_dict_in_generate": True,
+    "cache_implementation": "offloaded_static",
+    "assistant_early_exit": 1,
+    "low_memory": True,
+    "typical_p": 0.1,
+    "no_repeat_ngram_size": 1,
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_no_setting_of_the_backbone_reaches_greedy_generation(tokenizer, name, adapted):
+    model = tiny_model()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    expected = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12)
+    inner = model.get_base_model() if adapted else model
+    setattr(inner.generation_config, name, FOREIGN[name])
+    before = inner.generation_config
+    assert generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12) == expected
+    assert inner.generation_config is before and model.generation_config is before
+
+
+def test_prompts_may_be_encoded_already(tokenizer):
+    expected = generate_responses(tiny_model(), tokenizer, PROMPTS, max_new_tokens=5)
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert generate_responses(tiny_model(), tokenizer, encoded, max_new_tokens=5) == expected
+
+
 def test_leaves_tokenizer_and_model_as_they_were(tokenizer):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
     model.train()
@@ -176,3 +225,19 @@ def test_scores_refuse_unpaired_text():
         evaluate_generation([], [])
     with pytest.raises(InputError, match="references: tasks"):
         evaluate_generation_tasks({"a": ["x"]}, {"b": ["x"]})
+
+
+def test_sampling_draws_by_the_distribution_that_is_asked_for(tokenizer):
+    """By the seed; of one likeliest token it is greedy; at a temperature near 0 too; at 1 no token is left out."""
+    model = tiny_model()
+    draw = partial(generate_responses, model, tokenizer, PROMPTS, max_new_tokens=12)
+    greedy = draw()
+    assert draw(sampling={"top_k": 1}) == draw(sampling={"temperature": 1e-4}) == greedy
+    torch.manual_seed(0)
+    first = draw(sampling={"temperature": 1.0})
+    torch.manual_seed(0)
+    assert draw(sampling={"temperature": 1.0}) == first != greedy
+    # the likeliest half of this model's probability is more than 50 tokens, transformers' own limit
+    torch.manual_seed(0)
+    seen = {c for _ in range(6) for text in draw(sampling={"temperature": 3.0}) for c in text}
+    assert len(seen) > 50

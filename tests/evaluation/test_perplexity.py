@@ -49,6 +49,10 @@ def test_equals_the_naive_sum_in_float64(tasks, collator, batch_size):
         total, count = total + nll, count + tokens
     assert result["overall"]["tokens"] == count
     assert result["overall"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-12)
+    weighted = sum(len(tasks[name]) * result["tasks"][name]["perplexity"] for name in tasks)
+    average = weighted / sum(map(len, tasks.values()))
+    assert result["overall"]["row_average"] == pytest.approx(average, rel=1e-12)
+    assert average != pytest.approx(result["overall"]["perplexity"], rel=1e-3)
 
 
 def test_float32_and_bfloat16_models_stay_close(tasks):

@@ -52,6 +52,41 @@ def test_bit_equal_to_triton(tmp_path):
         assert np.array_equal(philox_uniform(torch.tensor(signed(seed)), counter).numpy(), want), seed
 
 
+def word(seed: int, counter: int) -> int:
+    """The first word of Philox 4x32-10 as Salmon et al. write it, one counter at a time."""
+    c0, c1, c2, c3 = counter, 0, 0, 0
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & 0xFFFFFFFF, p0 >> 32 ^ c3 ^ k1, p0 & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0
+
+
+def uniform(seed: int, counter: int) -> np.float32:
+    signed_word = word(seed, counter)
+    folded = 0xFFFFFFFF - signed_word if signed_word >= 1 << 31 else signed_word
+    return np.float32(folded) * np.float32(4.6566127342e-10)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bit_equal_to_the_algorithm_one_draw_at_a_time(seed):
+    counters = [*range(40), 799, 800, 801, 2**31 - 1, 2**31, 2**32 - 1]
+    want = np.array([uniform(seed, counter) for counter in counters])
+    assert np.array_equal(philox_uniform(torch.tensor(signed(seed)), torch.tensor(counters)).numpy(), want)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("count", [1, 2, 5, 400, 799, 800, 801, 1500])
+def test_few_draws_are_the_same_bits(seed, count):
+    """However many are drawn, and by whichever of the two ways."""
+    want = philox_uniform(torch.tensor(signed(seed)), torch.arange(count))
+    assert torch.equal(philox._few_uniforms(signed(seed), count), want)
+    assert want[-1].item() == uniform(seed, count - 1)
+    noise = -torch.log(-torch.log(want.clamp_min(4.6566127342e-10)))
+    assert torch.equal(gumbel_noise(seed, count, 1).flatten(), noise)
+
+
 def test_distribution():
     noise = gumbel_noise(3, 20_000, 5).double()
     assert noise.isfinite().all()
@@ -64,7 +99,9 @@ def test_distribution():
 
 def test_zero_draw_stays_finite(monkeypatch):
     monkeypatch.setattr(philox, "philox_uniform", lambda seed, counter: torch.zeros(counter.shape))
+    monkeypatch.setattr(philox, "_few_uniforms", lambda seed, count: torch.zeros(count))
     assert gumbel_noise(0, 2, 3).isfinite().all()
+    assert gumbel_noise(0, 2000, 3).isfinite().all()
 
 
 def test_row_belongs_to_token():

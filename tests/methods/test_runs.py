@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hycam.errors import InputError
-from hycam.methods import MoeLoraLinear, RiemannianPreconditioner
+from hycam.methods import MoeLoraConfig, MoeLoraLinear, RiemannianPreconditioner
 from hycam.training.callbacks import read_metrics
+from hycam.training.method import MethodConfig
 from hycam.training.recipe import load_recipe
 from hycam.training.run import train
 from hycam_cli import main
+from tests.models import tiny_model
 from tests.training.runs import logged_numbers, recipe_values, save_backbone, save_recipe
 
 METHODS = {
@@ -218,3 +220,17 @@ def test_methods_that_need_whole_weights_refuse_parts(
     monkeypatch.setattr(module, "load_model", load)
     with pytest.raises(InputError, match=message):
         train(recipe)
+
+
+@pytest.mark.parametrize("name", ["moelora", "riemoe"])
+def test_the_published_ratios_are_the_defaults(name: str) -> None:
+    """Of RieMoE-LoRA's training script: alpha / r = 4, gates at 0.003 of the experts' rate, with SGD at 0.001."""
+    config = MethodConfig(name, options={"r": 8}).adapter_config()
+    assert isinstance(config, MoeLoraConfig) and config.scaling == 4.0
+    assert MethodConfig(name, options={"r": 8, "lora_alpha": 8}).adapter_config().scaling == 1.0
+    for kind, ratio in ((torch.optim.AdamW, 0.003), (torch.optim.SGD, 0.001)):
+        model = get_peft_model(tiny_model(), config)
+        optimizer = kind((p for p in model.parameters() if p.requires_grad), lr=1.0)
+        MethodConfig(name).prepare_optimizer(optimizer, model)
+        rates = {group["lr"] for group in optimizer.param_groups}
+        assert rates == {1.0, ratio}

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hycam.reporting.runs as runs
+from hycam.data.tokenization import tokenize_dataset
 from hycam.errors import InputError
 from hycam.reporting.report import Report, write_report
 from hycam.study.recipe import Study
@@ -179,7 +180,17 @@ def test_table_1_and_routing(first: tuple[Path, Report, list[str]]) -> None:
     data = table(folder, "table1")
     assert [row["cells"][0] for row in data["rows"]] == ["colours", "animals"]
     assert [row["cells"][1]["value"] for row in data["rows"]] == [40, 30]
-    assert all(0 < row["cells"][2]["value"] <= row["cells"][5]["value"] for row in data["rows"])
+    columns = {name: [row["cells"][index] for row in data["rows"]] for index, name in enumerate(data["columns"])}
+    assert all(
+        0 < mean["value"] <= most["value"]
+        for mean, most in zip(columns["prompt, mean"], columns["prompt, max"], strict=True)
+    )
+    run = runs.RunFolder(folder / "cells/tiny/hycam/fold0-seed0", folder / "none")
+    for task, total, of_row in zip(columns["task"], columns["tokens"], columns["tokens per row"], strict=True):
+        tokens = tokenize_dataset(run.rows[task].split("all"), run.tokenizer, run.recipe.data, 0).dataset["input_ids"]
+        assert total["value"] == pytest.approx(sum(map(len, tokens)))
+        assert of_row["value"] == pytest.approx(sum(map(len, tokens)) / len(tokens))
+    assert columns["source"] == ["colours.jsonl", "animals.jsonl"] and columns["domain"] == [None, None]
     routing = table(folder, "routing")
     assert [row["cells"][0] for row in routing["rows"]] == ["hycam", "three"]
     maxima = [row["cells"][3]["value"] for row in routing["rows"]]

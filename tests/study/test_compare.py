@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from hycam.data.splits import part_of
 from hycam.errors import InputError
+from hycam.locks import claim, is_claimed
 from hycam.study.recipe import Study, load_study
 from hycam.study.run import compare
-from hycam.study.units import Unit, cells, claim, is_claimed, is_done, lock_file, run_folder, tuning, units
+from hycam.study.units import Unit, cells, is_done, lock_file, run_folder, tuning, units
 from hycam.training.callbacks import read_metrics
 from hycam.training.run import train
 from hycam.training.trainer import HyCAMTrainer
@@ -138,9 +140,35 @@ def test_the_rate_with_the_lowest_validation_loss_is_taken(study: Study) -> None
     for unit in tuning(study)[:2]:
         results = json.loads((run_folder(study, unit) / "results.json").read_text())
         assert "test" not in results
-        assert tried[unit.tried_rate]["validation_loss"] == min(
-            line["eval_loss"] for line in read_metrics(run_folder(study, unit) / "metrics.jsonl") if "eval_loss" in line
-        )
+        overall = results["untested"]["overall"]
+        assert tried[unit.tried_rate]["validation_loss"] == overall["nll"] / overall["tokens"]
+
+
+def test_a_rate_is_chosen_on_rows_that_no_fold_tests(tmp_path: Path, backbone: Path) -> None:
+    """Fold 4 tests bin 0, on which fold 0 validates too: the answers there change the choice by nothing."""
+    results = []
+    for name in ("before", "after"):
+        study = _study(tmp_path / name, backbone)
+        if name == "after":
+            _change_answers(Path(study.tasks[0]["source"]), fold=4)
+        # validated once, so that the answers don't choose the step either
+        trainer = {"eval_steps": 4, "save_steps": 4}
+        recipe = study.recipe("tiny", "lora", fold=0, seed=0, learning_rate=1e-2, folder=name)
+        recipe.trainer |= trainer
+        recipe.output_dir = str(tmp_path / name / "run")
+        results.append(train(recipe, test=False)["untested"])
+        assert results[-1]["overall"]["tokens"] > 0
+    assert results[0] == results[1]
+
+
+def _change_answers(path: Path, fold: int) -> None:
+    """Give the rows that a fold tests other answers."""
+    values = [json.loads(line) for line in path.read_text().splitlines()]
+    tested = [row for row in values if part_of(row["instruction"], row["input"], fold) == "test"]
+    assert tested and all(part_of(row["instruction"], row["input"], 0) == "validation" for row in tested)
+    for row in tested:
+        row["output"] = "something else"
+    save_rows(path, values)
 
 
 def test_the_tuned_run_becomes_the_first_cell(study: Study, tmp_path: Path) -> None:

@@ -48,6 +48,17 @@ def test_no_test_without_two_pairs_or_a_difference() -> None:
     assert paired_t_test([1.0, 2.0], [1.0, 2.0]) is None
 
 
+@pytest.mark.parametrize("shift", [0.1, 1.0, 1e-9])
+def test_differences_that_do_not_vary_are_no_test(shift: float) -> None:
+    """Equal but for their rounding, they would give a p of 0 and a star."""
+    values = [2.1, 3.7, 5.3, 11.9]
+    assert paired_t_test(values, [value + shift for value in values]) is None
+    shifted = {pair: value - shift for pair, value in _LORA.items()}
+    compared = against_best_baseline(_record(hycam=shifted, lora=_LORA), "b", "perplexity", ["lora"])
+    assert compared is not None and compared.better
+    assert not compared.significant and compared.verdict == "no test: equal differences"
+
+
 def test_scores_are_those_of_finished_cells() -> None:
     record = _record(lora=_LORA)
     assert scores(record, "b", "lora", "perplexity") == _LORA

@@ -206,7 +206,7 @@ _SMALL = Table("t", "A & B", ["method", "p_1"], _ROWS, ["p < 1"])
 def test_markdown() -> None:
     assert markdown(_SMALL) == (
         "## A & B\n\n### 100%\n\n| method | p\\_1 |\n| --- | ---: |\n"
-        "| lo\\_ra | 1.5 ± 0.5† |\n| x\\|y | - |\n\np \\< 1\n"
+        "| lo\\_ra | 1.5 ± 0.5† |\n| x\\|y | - |\n\np &lt; 1\n"
     )
 
 

@@ -20,11 +20,11 @@ from hycam.training.recipe import (
     RESERVED_TRAINER_FIELDS,
     TRAINER_DEFAULTS,
     Recipe,
-    differing_fields,
     load_recipe,
     packaged_recipes,
     parse_recipe,
 )
+from hycam.training.recipe_files import differing_fields
 from hycam_cli import RECIPE_FIELDS
 
 _MINIMAL = {"backbone": {"name_or_path": "somewhere"}, "tasks": [{"name": "dolly"}]}

@@ -1,18 +1,23 @@
 """What a run refuses, before any work is lost."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5Config, ViTConfig
 
 from hycam.errors import InputError
 from hycam.training.backbone import load_model, load_tokenizer
 from hycam.training.method import MethodConfig
+from hycam.training.rehearsal import rehearse
 from hycam.training.run import train
+from hycam_cli import main
 from tests.training.runs import rows, run_recipe, save_rows, save_tokenizer
 
 
@@ -82,6 +87,35 @@ def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
             {"data": {"streaming": {}}, "trainer": {"ignore_data_skip": True}},
             "trainer.ignore_data_skip: got true, wanted false",
         ),
+        ({"trainer": {"max_steps": -5}}, "trainer.max_steps: got -5, wanted at least 0"),
+        ({"trainer": {"weight_decay": -1.0}}, "trainer.weight_decay: got -1.0, wanted at least 0"),
+        ({"trainer": {"label_smoothing_factor": 2.0}}, "trainer.label_smoothing_factor: got 2.0, wanted below 1"),
+        ({"trainer": {"max_grad_norm": math.nan}}, "trainer.max_grad_norm: got nan, wanted a finite number"),
+        ({"trainer": {"learning_rate": math.inf}}, "trainer.learning_rate: got inf, wanted a finite number"),
+        ({"early_stopping": {"threshold": math.nan}}, "early_stopping.threshold: got nan, wanted a finite number"),
+        ({"trainer": {"adam_beta1": 1.5}}, "trainer.adam_beta1: got 1.5: Invalid beta"),
+        ({"trainer": {"adam_beta2": 1.0}}, "trainer.adam_beta2: got 1.0: Invalid beta"),
+        ({"trainer": {"adam_epsilon": -1.0}}, "trainer.adam_epsilon: got -1.0, wanted at least 0"),
+        ({"trainer": {"dataloader_num_workers": -1}}, "trainer.dataloader_num_workers: got -1, wanted at least 0"),
+        ({"trainer": {"dataloader_persistent_workers": True}}, "trainer.dataloader_persistent_workers: got True: "),
+        (
+            {"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}},
+            "trainer.lr_scheduler_type: got 'cosine_with_min_lr'",
+        ),
+        ({"trainer": {"lr_scheduler_kwargs": {"nothing": 1}}}, "trainer.lr_scheduler_kwargs: got {'nothing': 1}"),
+        ({"trainer": {"optim": "galore_adamw"}}, "trainer.optim: got 'galore_adamw'"),
+        (
+            {"trainer": {"torch_compile": True, "torch_compile_backend": "nothing"}},
+            "trainer.torch_compile_backend: got",
+        ),
+        ({"trainer": {"accelerator_config": {"nothing": 1}}}, "trainer: "),
+        (
+            {"trainer": {"per_device_train_batch_size": 100, "dataloader_drop_last": True}},
+            "trainer.dataloader_drop_last: got True: dataloader_drop_last leaves none of 47 rows",
+        ),
+        ({"tasks": [{"name": "overall", "source": "synthetic_code"}]}, "tasks: got the name 'overall', wanted another"),
+        ({"method": {"r": 100_000_000}}, "method: "),
+        ({"method": {"r": 10**12}}, "method: "),
         ({"trainer": {"fsdp": True}}, "trainer.fsdp: needs a launcher, for one process too: torchrun --standalone"),
     ],
 )
@@ -96,6 +130,75 @@ def test_wrong_input_is_found_before_the_model_is_loaded(
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_yamls_no_is_the_word(tmp_path: Path, backbone: Path) -> None:
+    """`eval_strategy: no` is false in YAML 1.1."""
+    trainer = {"eval_strategy": False, "save_strategy": False, "load_best_model_at_end": False, "max_steps": 1}
+    recipe = run_recipe(tmp_path, backbone, trainer=trainer)
+    assert (recipe.trainer["eval_strategy"], recipe.trainer["save_strategy"]) == ("no", "no")
+    assert train(recipe, test=False)["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"neftune_noise_alpha": 5.0},
+        {"train_sampling_strategy": "group_by_length"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"optim": "adafactor"},
+        {"bf16": True},
+    ],
+)
+def test_what_training_takes_is_not_refused(tmp_path: Path, backbone: Path, settings: dict[str, Any]) -> None:
+    recipe = run_recipe(tmp_path, backbone, trainer=settings)
+    rehearse(recipe, recipe.training_arguments(), Dataset.from_list([{"input_ids": [1], "labels": [1]}] * 20))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [(T5Config(), "t5"), (ViTConfig(), "vit")], ids=["encoder-decoder", "images"]
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_backbone_of_another_kind(
+    tmp_path: Path, backbone: Path, config: Any, kind: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(backbone, copy)
+    config.save_pretrained(copy)
+    run_recipe(tmp_path, copy)
+    assert main([command, str(tmp_path / "recipe.yaml")]) == 2
+    assert f"copy: a model of type {kind}, wanted a causal language model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", "", "[]", "no json"])
+def test_a_damaged_tokenizer(tmp_path: Path, backbone: Path, content: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(backbone, copy)
+    (copy / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"copy: can't be loaded: |tokenizer: "):
+        train(run_recipe(tmp_path, copy))
+
+
+def test_a_chat_template_that_fails_in_its_own_way(tmp_path: Path, backbone: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(backbone, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(InputError, match="tokenizer: chat template: "):
+        train(run_recipe(tmp_path, copy))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1.0}', "null", "\x00"])
+def test_a_damaged_log_is_named_before_going_on(tmp_path: Path, backbone: Path, line: str) -> None:
+    recipe = run_recipe(tmp_path, backbone, trainer={"max_steps": 4})
+    train(recipe, test=False)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl:\d+: damaged"):
+        train(recipe, resume=True)
 
 
 @pytest.mark.parametrize(

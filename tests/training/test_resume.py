@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from hycam.data.streaming import StreamCollator
 from hycam.errors import InputError, RunStoppedError
 from hycam.training.checkpoints import last_checkpoint, remove_unfinished
-from hycam.training.folder import open_folder
+from hycam.training.folder import check_record, open_folder
 from hycam.training.recipe import Recipe
 from hycam.training.run import train
+from hycam_cli import main
 from tests.training.runs import SignalAt, also_call, assert_same_run, rows, run_recipe, save_rows
 
 _KILL_AT_STEP = """
@@ -136,8 +138,8 @@ def test_a_stream_goes_on_where_it_was(
     if not workers:
         assert passed_over[:16] == 12 * [True] + 4 * [False]
     assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
-    # held_out_rows is a bound, and these files have 3 rows to test on
-    assert results["rows"] == {"validation": {"colours": 5, "animals": 5}, "test": {"colours": 3, "animals": 3}}
+    # held_out_rows is a bound, and these files have few rows to test on
+    assert results["rows"] == {"validation": {"colours": 5, "animals": 5}, "test": {"colours": 5, "animals": 2}}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -187,6 +189,30 @@ def test_resume_refuses_another_recipe_or_other_rows(tmp_path: Path, backbone: P
         train(recipe, resume=True)
 
 
+def test_rows_that_are_split_otherwise_are_told(
+    tmp_path: Path, backbone: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of a version that split rows by instruction and input neither goes on nor is measured on its own rows."""
+    shutil.copytree(straight, tmp_path / "run")
+    recipe = run_recipe(tmp_path, backbone)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    del record["data"]["colours"]["held_out"]
+    path.write_text(json.dumps(record))
+    before = tmp_path / "run" / "recipe.yaml"
+    values = yaml.safe_load(before.read_text())
+    for task in values["tasks"]:
+        del task["split_by"]
+    before.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=r"^--resume: the rows of colours fall to other parts .*a version before"):
+        train(recipe, resume=True)
+    command = ["eval", str(tmp_path / "run"), "--no-generation"]
+    assert main(command) == 2
+    assert "it was trained on some of them" in capsys.readouterr().err
+    assert main([*command, "--split", "all"]) == 0
+    assert main([*command, "--base"]) == 0
+
+
 def test_resume_refuses_another_commit_of_the_backbone(
     tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,10 +244,10 @@ def test_resume_refuses_other_settings_in_an_engines_file(tmp_path: Path, backbo
     file.write_text("{}")
     recipe = run_recipe(tmp_path, backbone, trainer={"deepspeed": str(file)})
     open_folder(recipe, {}, None, 1, resume=False, overwrite=False)
-    open_folder(recipe, {}, None, 1, resume=True, overwrite=False)
+    check_record(recipe, {}, None, 1)
     file.write_text('{"zero_optimization": {"stage": 2}}')
     with pytest.raises(InputError, match=r"^--resume: the file of trainer.deepspeed is no longer the one"):
-        open_folder(recipe, {}, None, 1, resume=True, overwrite=False)
+        check_record(recipe, {}, None, 1)
 
 
 def test_fields_that_touch_no_weight_may_change_on_resuming(tmp_path: Path, backbone: Path, straight: Path) -> None:

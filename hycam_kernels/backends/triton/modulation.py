@@ -37,7 +37,7 @@ def refusal(x: ModulationInputs) -> str | None:
 def environment_refusal(tensor: Tensor, backend: str, name: str) -> str | None:
     """Why no kernel can run where the tensor of this name is; None where one can."""
     on_cuda = tensor.device.type == "cuda"
-    if not on_cuda and not (_interpreting() and backend == "triton"):
+    if not on_cuda and not (backend == "triton" and _interpreting()):
         return f"{name} is on {tensor.device}: it needs a CUDA device, or TRITON_INTERPRET=1 before triton's import"
     reason = _installation_refusal()
     if reason is None and on_cuda and not _interpreting():

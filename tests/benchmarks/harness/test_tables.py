@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pytest
 
 from benchmarks import tables as command
@@ -159,6 +160,26 @@ def test_a_plotted_share_is_the_floor_over_the_median(results):
     )
     points = [point for point in plots.figures(record)["both"] if (point.series, point.tokens) == ("torch", 20)]
     assert [(point.d, point.share) for point in points] == [(32, pytest.approx(floor / 2.0))]  # samples 1, 2, 3 us
+
+
+def test_a_plot_s_legend_is_beside_the_curves_and_its_axes_say_what_they_are(results, tmp_path, monkeypatch):
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plots.plt, "close", drawn.append)
+        plots.redraw([results / "cpu" / "2026-01-01.json"], tmp_path / "plots")
+    assert len(drawn) == 3
+    for figure in drawn:
+        (legend,) = figure.legends
+        assert len(legend.get_texts()) > 2
+        assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+        left, right = figure.axes
+        assert left.get_ylabel() == "floor's time / measured time\n(1: as fast as the floor)"
+        assert (left.get_xlabel()[:8], right.get_xlabel()[:10]) == ("tokens T", "features d")
+        top = left.get_ylim()[1]
+        assert all(max(line.get_ydata()) < 0.95 * top for axes in figure.axes for line in axes.lines), (
+            "markers are whole"
+        )
+        plt.close(figure)
 
 
 def test_the_newest_record_is_shown(results):

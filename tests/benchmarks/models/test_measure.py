@@ -9,6 +9,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from benchmarks import end_to_end
+from benchmarks.cpu import measure_inference
 from benchmarks.harness.record import Budget, Record
 from benchmarks.models import measure as models
 from benchmarks.models import methods
@@ -18,6 +19,7 @@ from benchmarks.models.measure import measure_attention, measure_generation, mea
 from benchmarks.models.methods import METHODS, EagerHyCAMAttention
 from benchmarks.models.training import Setting, TrainingStep, adapted, check_attention, check_step
 from benchmarks.op.checks import WrongResultError
+from benchmarks.op.shapes import Shape
 from hycam import HyCAMAttention
 from hycam.live_bytes import LiveBytes
 from hycam_kernels import hycam_modulation
@@ -277,6 +279,23 @@ def test_what_does_not_fit_the_budget_is_named(tmp_path):
     measure_generation(session, SHAPE, torch.float32, ("frozen",), 4)
     assert [entry["group"] for entry in session.record.entries] == ["attention", "generation"]
     assert all("needed" in entry["skipped"] for entry in session.record.entries)
+
+
+def test_inference_on_a_cpu_times_every_method_in_both_dtypes(tmp_path):
+    session = make_session(tmp_path / "r.json")
+    measure_inference(session, [Shape(1, 32, 3, 8)], [SHAPE])
+    entries = session.record.entries
+    assert all("samples_us" in entry for entry in entries), entries
+    timed = {(entry["group"], entry["dtype"], entry["peer"]) for entry in entries}
+    dtypes, calls, methods = (
+        ("float32", "bfloat16"),
+        ("eager", "torch"),
+        ("frozen", "hycam-eager", "hycam-torch", "lora"),
+    )
+    assert timed == {
+        *(("decode", dtype, peer) for dtype in dtypes for peer in calls),
+        *(("generation", dtype, peer) for dtype in dtypes for peer in methods),
+    }
 
 
 def test_generation_makes_the_tokens_it_counts():

@@ -97,9 +97,9 @@ def test_a_bad_configuration_is_found(tmp_path):
     script = """
 import sys, torch
 from hycam_kernels import aot
+from hycam_kernels.backends.triton import config_tables as tables, offline_builds
 from hycam_kernels.backends.triton.offline_calls import training_call
-from hycam_kernels.backends.triton.kernels import tables
-aot.calls = lambda: iter([training_call(2400, 64, torch.bfloat16)])
+offline_builds.calls = lambda: iter([training_call(2400, 64, torch.bfloat16)])
 table = tables.load_table("sm_90")
 warps = {"num_warps": 4, "num_stages": 2}
 table["row_grad"] = []

@@ -1,0 +1,70 @@
+"""Each example runs as its page says, here on a tiny model, and what it leaves is used."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.distributed.ranks import REPOSITORY
+from tests.training.runs import save_backbone
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    return str(save_backbone(tmp_path_factory.mktemp("backbone")))
+
+
+@pytest.mark.parametrize("script", ["trainer.py", "sft.py"])
+def test_a_trainer_leaves_an_adapter_that_answers(script, backbone, tmp_path):
+    if script == "sft.py":
+        pytest.importorskip("trl")
+    adapter = str(tmp_path / "adapter")
+    run(str(EXAMPLES / script), "--model", backbone, "--output", adapter, "--steps", "2")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("hycam_lora_b" in name and tensor.any() for name, tensor in weights.items())
+    run(str(EXAMPLES / "generate.py"), "--model", backbone, "--adapter", adapter, "--max-new-tokens", "3")
+
+
+def test_by_hand(backbone, tmp_path):
+    file = tmp_path / "hycam.safetensors"
+    said = run(str(EXAMPLES / "by_hand.py"), "--model", backbone, "--output", str(file), "--steps", "10")
+    assert "step 10: loss" in said
+    weights = load_file(file)
+    assert any("hycam_lora_b" in name and tensor.any() for name, tensor in weights.items())
+    assert not any("q_proj" in name for name in weights)
+
+
+def test_a_recipe_of_csv_files(backbone, tmp_path):
+    recipe = str(EXAMPLES / "own_data.yaml")
+    tasks = [task["name"] for task in yaml.safe_load(Path(recipe).read_text())["tasks"]]
+    said = run(
+        "-m", "hycam", "train", recipe, "--backbone.name_or_path", backbone, "--output_dir", str(tmp_path / "run"),
+        "--method.r", "4", "--trainer.max_steps", "2", "--trainer.eval_steps", "2", "--trainer.save_steps", "2",
+        "--trainer.use_cpu", "true",
+    )  # fmt: skip
+    assert all(task in said for task in tasks)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_names_every_example():
+    page = (EXAMPLES / "README.md").read_text()
+    runnable = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yaml")} - {"rows.py"}
+    assert all(f"`{name}`" in page for name in runnable)
