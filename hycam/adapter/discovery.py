@@ -104,7 +104,9 @@ def _obstacle(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str
         return "has the residual stream added to its output before it reaches the layer"
     hidden_size = hidden_size_of(modules[name]) or hidden_size_of(model)
     taken = next((inner.in_features for inner in modules[name].modules() if hasattr(inner, "in_features")), hidden_size)
-    return f"takes {taken} features where the model has {hidden_size}" if taken != hidden_size else None
+    if hidden_size is not None and taken != hidden_size:
+        return f"takes {taken} features where the model has {hidden_size}"
+    return None
 
 
 def _decoder_type(model: nn.Module) -> str | None:

@@ -127,6 +127,12 @@ def test_the_same_names_for_an_adapted_model_and_a_choice_of_layers():
     assert [list(layer.adapter_configs) for layer in layers_of(model).values()] == [["default"], ["other"]]
 
 
+def test_a_model_without_a_configuration():
+    model = Decoder(Layer(attn=Attention()))
+    del model.config
+    assert self_attention_names(model) == {"attn"}
+
+
 def test_names_that_are_whole_paths():
     model = Decoder(*(Layer(attn=Attention()) for _ in range(3)))
     model.tower = named(Layer(layers=nn.ModuleList(Layer(attn=Attention()) for _ in range(3))), GPT2Config())
