@@ -49,8 +49,8 @@ def prepare(
         keep=needs_grad and not recompute,
         needs_grad=needs_grad,
         backend=backend,
-        # With grad mode on, frozen weights give the bits of trained ones. With it off, an input still carries a gradient
-        # where a checkpoint's first forward begins.
+        # With grad mode on, frozen weights give the bits of trained ones. With it off, an input still carries a
+        # gradient where a checkpoint's first forward begins.
         inference=not (torch.is_grad_enabled() or carries_grad or training),
     )
 
