@@ -93,7 +93,7 @@ def _read(tensor: Tensor | None) -> _Read:
 
 
 # an error isn't kept: the call that raised it raises it again
-@functools.lru_cache(maxsize=1024, typed=True)
+@functools.lru_cache(maxsize=1024)
 def _check_described(tensors: tuple[_Read, ...], token_mask: _Read, *options) -> None:
     *described, mask = (None if read is None else _Described(*read) for read in (*tensors, token_mask))
     _check(dict(zip(_NAMES, described, strict=True)), mask, *options)
