@@ -22,8 +22,8 @@ class TaskConfig:
     Attributes:
         name: the task's name in every table and plot.
         source: a known set (`auto_cot`, `icliniq`, `dolly`, `code_alpaca`, `webgpt`), a synthetic task
-            (`synthetic_*`), a local `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file (lines and tables also as `.gz` or
-            `.zst`), or any other set's hub id (`owner/name`). Defaults to `name`.
+            (`synthetic_*`), a local `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file (lines and tables also as
+            `.gz` or `.zst`), or any other set's hub id (`owner/name`). Defaults to `name`.
         fields: unified field -> native field, dotted for a nested one (`question.full_text`, `turns.0.value`).
             `instruction` and `output` are needed; without `input` the rows have none.
         split: the split of a hub set, with any slice that `datasets` reads, as in `train[:1000]`; a stream takes none.
