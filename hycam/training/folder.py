@@ -55,8 +55,7 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     folder doesn't occupy it.
     """
     folder = recipe.output_path
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file, wanted a folder")
+    _check_is_folder(folder)
     record = folder / RECIPE_FILE
     if record.is_file():
         if overwrite or not has_progress(folder):
@@ -69,6 +68,11 @@ def check_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
             raise InputError(f"output_dir: {folder} holds a run: --resume goes on with it, --overwrite deletes it")
     elif any(not (_is_backbone(entry) or _is_written_first(entry)) for entry in list_entries(folder)):
         raise InputError(f"output_dir: {folder} has files but no run in it, wanted a new or empty folder")
+
+
+def _check_is_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file, wanted a folder")
 
 
 def has_progress(folder: Path) -> bool:
@@ -106,6 +110,7 @@ def hold_folder(recipe: Recipe) -> Iterator[None]:
         InputError: it can't be made, or another process holds it.
     """
     folder = recipe.output_path
+    _check_is_folder(folder)
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         with claim(folder / LOCK_FILE) as held:

@@ -15,8 +15,9 @@ import yaml
 from hycam.data.streaming import StreamCollator
 from hycam.errors import InputError, RunStoppedError
 from hycam.training.checkpoints import last_checkpoint, remove_unfinished
-from hycam.training.folder import check_record, open_folder
+from hycam.training.folder import open_folder
 from hycam.training.recipe import Recipe
+from hycam.training.resume import check_record
 from hycam.training.run import train
 from hycam_cli import main
 from tests.training.runs import SignalAt, also_call, assert_same_run, rows, run_recipe, save_rows

@@ -174,6 +174,7 @@ def test_checkpoints_hold_the_adapter_alone(done: tuple[Recipe, dict[str, Any]])
             "optimizer.pt",
             "scheduler.pt",
             "rng_state.pth",
+            "files.json",
             "trainer_state.json",
         }
         weights = load_file(recipe.output_path / name / "adapter_model.safetensors")
