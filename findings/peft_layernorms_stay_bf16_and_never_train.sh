@@ -3,8 +3,8 @@
 #
 # Packages: torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 (all from PyPI); Python 3.11, CPU only.
 #
-# One would guess: get_peft_model(..., autocast_adapter_dtype=True), the default, "casts adapter weights from float16
-# and bfloat16 to float32", so whatever is trained has float32 weights.
+# One would guess: get_peft_model(..., autocast_adapter_dtype=True), the default, keeps what is trained beside a
+# 16-bit model in float32.
 #
 # Really: it does so for LoRA matrices, but the copies that LN_TUNING and modules_to_save train keep the base's
 # bfloat16. A norm's weight starts at 1.0, whose bf16 neighbours are 0.0039 and 0.0078 away: 100 steps of AdamW at lr
@@ -22,10 +22,10 @@ set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 python3 -m venv "$tmp/venv"
-"$tmp/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 transformers==5.23.0 peft==0.21.2 \
-    accelerate==1.15.0
+"$tmp/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0 \
+    peft==0.21.2 accelerate==1.15.0
 cd "$tmp"
-export CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
+export CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 HF_HOME="$tmp/hf" TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
 venv/bin/python - <<'EOF'
 import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model

@@ -3,9 +3,8 @@
 #
 # Packages: torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 (all from PyPI); Python 3.11, CPU only.
 #
-# One would guess: Lily routes each token to a mixture of its B experts (the code comments the router's output as "[B,
-# N, num_of_experts]"), so a row of a batch doesn't see the other rows, and a token of a causal model doesn't see
-# later ones.
+# One would guess: Lily routes each token to a mixture of its B experts (its router's output has an entry for each of
+# them), so a row of a batch doesn't see the other rows, and a token of a causal model doesn't see later ones.
 #
 # Really: the router's probabilities are averaged over every token of the batch, padding included, and the one mean
 # mixes the experts for all. A row's logits move with the other rows; the logits at position 3 move when only the
@@ -23,10 +22,10 @@ set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 python3 -m venv "$tmp/venv"
-"$tmp/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 transformers==5.23.0 peft==0.21.2 \
-    accelerate==1.15.0
+"$tmp/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0 \
+    peft==0.21.2 accelerate==1.15.0
 cd "$tmp"
-export CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
+export CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 HF_HOME="$tmp/hf" TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
 venv/bin/python - <<'EOF'
 import torch
 from peft import LilyConfig, LoraConfig, get_peft_model
