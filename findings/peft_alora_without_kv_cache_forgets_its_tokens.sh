@@ -27,7 +27,7 @@ python3 -m venv "$tmp/venv"
 "$tmp/venv/bin/pip" install -q --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0 \
     peft==0.21.2 accelerate==1.15.0
 cd "$tmp"
-export CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
+export CUDA_VISIBLE_DEVICES='' HF_HUB_OFFLINE=1 HF_HOME="$tmp/hf" TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
 venv/bin/python - <<'EOF'
 import torch
 from peft import LoraConfig, get_peft_model
