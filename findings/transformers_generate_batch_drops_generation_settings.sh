@@ -6,9 +6,9 @@
 # One would guess: model.generate_batch(prompts, generation_config=...) gives what generate gives for each prompt, or
 # raises an error that names what it doesn't support.
 #
-# Really: greedy decoding agrees. But min_new_tokens, num_beams and max_time are ignored without a word;
-# repetition_penalty is dropped (a line of the log says so); and with no_repeat_ngram_size the worker thread dies with
-# an IndexError in the log while the call returns normally, with an empty list of tokens for each request.
+# Really: greedy decoding agrees. But min_new_tokens and num_beams are ignored without a word; repetition_penalty is
+# dropped (a line of the log says so); and with no_repeat_ngram_size the worker thread dies with an IndexError in the
+# log while the call returns normally, with an empty list of tokens for each request.
 #
 # Why it matters: moving an evaluation to the faster call, with a generation_config that a model ships, changes the
 # text; and empty answers score 0 on BLEU or exact match instead of stopping the run. Check each output's error and
