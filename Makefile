@@ -11,7 +11,7 @@ QUANTIZATION := $(VENV)/quantization
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2
 QUANTIZATION_PYTEST := PYTHONPATH=$(QUANTIZATION) $(PYTEST) tests/training/test_quantization.py
 
-.PHONY: setup demo test test-all lint docs build gpu bench
+.PHONY: setup demo test test-all lint docs build gpu bench findings
 
 setup: $(VENV)/.installed
 
@@ -60,3 +60,7 @@ gpu:
 
 bench: setup
 	$(BIN)/pytest benchmarks --benchmark-only
+
+# each installs the packages that it is about, in a folder of its own
+findings:
+	for script in findings/*.sh; do echo "$$script" && "$$script" || exit 1; done

@@ -3,6 +3,7 @@
 It follows from seed and epoch alone; grouped by length, from the number of rows a step too.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,7 +19,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         num_rows: how many rows there are.
-        seed: of the first epoch's order.
+        seed: of all epochs' orders.
         epoch: tells the epoch when one begins.
         lengths: tokens per row, to put rows of similar length into a group; None for plain shuffling.
         group_size: rows in a group: all that the processes take in one step.
@@ -42,7 +43,9 @@ class EpochSampler(Sampler[int]):
         return self.num_rows
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        # of seed + epoch, one seed's second epoch would be the next seed's first
+        digest = hashlib.sha256(f"{self.seed} {self.epoch()}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
         if self.lengths is None:
             return iter(torch.randperm(self.num_rows, generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))

@@ -118,7 +118,16 @@ class MethodConfig:
 
     def rounding(self, dtype: object) -> str | None:
         """A warning where steps of the usual size are lost in weights of `dtype`, None where they aren't."""
-        if self.name != "full" or str(dtype).removeprefix("torch.") not in ("bfloat16", "float16"):
+        if str(dtype).removeprefix("torch.") not in ("bfloat16", "float16"):
+            return None
+        config = self.adapter_config()
+        if config is not None and any(getattr(config, name, None) for name in ("train_norms", "modules_to_save")):
+            return (
+                "trained norms and modules_to_save in 16 bits: unlike the adapter they keep the backbone's dtype, in "
+                "which most updates round to nothing; backbone.dtype: float32 with trainer.bf16: true keeps float32 "
+                "weights and computes in bfloat16"
+            )
+        if self.name != "full":
             return None
         return (
             "full fine-tuning in 16 bits: training at 2e-5 leaves 78% of bfloat16 weights where they were (float32: "

@@ -70,3 +70,12 @@ def test_temperature_sets_the_tasks_shares() -> None:
     assert mix_tasks(tasks, 2.0, 1).to_dict() != mixed.to_dict()
     even = mix_tasks(tasks, 1e6, 0)["task"][:]
     assert even.count("b") / len(even) == pytest.approx(0.5, abs=0.03)
+
+
+def test_no_seed_repeats_the_orders_of_the_one_before():
+    orders = {
+        (seed, epoch): tuple(EpochSampler(50, seed, lambda epoch=epoch: epoch))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(set(orders.values())) == len(orders)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import hycam.training.folder as output_folder
+import hycam.training.resume as resuming
 from hycam.data.collation import Collator
 from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.training.callbacks import SaveOnSignal
@@ -175,7 +175,7 @@ def hycam(folder: Path, *, arguments: list[str], fault: dict[str, Any] | None = 
 
 def apart(folder: Path, *, arguments: list[str]) -> int:
     """A command of `hycam` that is to be refused; each rank's own number stands for `{rank}` in its arguments."""
-    output_folder._SEEN_WITHIN = 1.0
+    resuming._SEEN_WITHIN = 1.0
     return 0 if main([argument.format(rank=os.environ["RANK"]) for argument in arguments]) == 2 else 97
 
 

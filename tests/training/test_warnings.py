@@ -28,3 +28,12 @@ def test_full_fine_tuning_in_16_bits_is_warned_of(
     caplog.clear()
     prepare(recipe, resume=False, overwrite=False)
     assert "16 bits" not in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), (torch.float16, True), ("float32", False)])
+def test_trained_norms_in_16_bits_are_warned_of(dtype: object, warned: bool) -> None:
+    """PEFT's float32 is for the adapter's own weights: a norm that is trained beside it stays as the backbone is."""
+    for options in ({"train_norms": True}, {"modules_to_save": ["lm_head"]}):
+        warning = MethodConfig("hycam", preset="paper", options=options).rounding(dtype)
+        assert (warning is not None and "trained norms and modules_to_save" in warning) == warned
+    assert MethodConfig("hycam", preset="paper").rounding(dtype) is None
