@@ -1,8 +1,8 @@
-"""The study of `docs/study.md`, drawn from its committed records: ``python -m benchmarks.study [--check]``.
+"""The studies of the docs, drawn from their committed records: ``python -m benchmarks.study [--check]``.
 
-`docs/study` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and the pages'
-tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of ``docs/study/tables``. The home
-page and README have a summary of them.
+A folder of `STUDIES` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and
+the pages' tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of its ``tables``. The home page and
+README have a summary of `docs/study`.
 """
 
 import argparse
@@ -20,8 +20,12 @@ from benchmarks.harness.record import ROOT
 from hycam.reporting.report import write_report
 from hycam.study.render import Number
 
-PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "index.md", ROOT / "README.md")
 STUDY = ROOT / "docs" / "study"
+# folder -> the pages that show its tables
+STUDIES = {
+    STUDY: (ROOT / "docs" / "study.md", ROOT / "docs" / "index.md", ROOT / "README.md"),
+    ROOT / "docs" / "settings": (ROOT / "docs" / "choosing.md",),
+}
 
 # the summary's methods, by their names in the tables
 _SUMMARY = {
@@ -35,7 +39,8 @@ _SUMMARY = {
 
 def drawn(study: Path) -> dict[str, str]:
     """Name -> Markdown of the tables that a report wrote, their titles left to the page; and of the `summary`."""
-    return _tables(study) | {"summary": _summary(study)}
+    tables = _tables(study)
+    return tables | ({"summary": _summary(study)} if "forgetting" in tables else {})
 
 
 def _tables(study: Path) -> dict[str, str]:
@@ -73,7 +78,8 @@ def outdated(study: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder)
         shutil.copy2(study / "study.json", again)
-        shutil.copytree(study / "data", again / "data")
+        if (study / "data").is_dir():
+            shutil.copytree(study / "data", again / "data")
         write_report(again, again, announce=lambda line: None)
         made = {path.relative_to(again): path.read_bytes() for path in _texts(again)}
     found = {path.relative_to(study): path.read_bytes() for path in _texts(study)}
@@ -88,16 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something isn't up to date")
     options = parser.parse_args(arguments)
-    if not options.check:
-        write_report(STUDY, STUDY)
-    tables = drawn(STUDY)
-    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    after = {page: fill(text, tables.__getitem__) for page, text in before.items()}
-    if not options.check:
-        for page, text in after.items():
-            page.write_text(text, encoding="utf-8")
-        return 0
-    stale = outdated(STUDY) + [page.name for page in PAGES if after[page] != before[page]]
+    stale = []
+    for study, pages in STUDIES.items():
+        if not options.check:
+            write_report(study, study)
+        tables = drawn(study)
+        stale += outdated(study) if options.check else []
+        for page in pages:
+            before = page.read_text(encoding="utf-8")
+            after = fill(before, tables.__getitem__)
+            if not options.check:
+                page.write_text(after, encoding="utf-8")
+            elif after != before:
+                stale.append(page.name)
     if stale:
         print(f"{', '.join(stale)}: not what the records give, run `python -m benchmarks.study`", file=sys.stderr)
     return 1 if stale else 0

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import study
 from benchmarks.harness.pages import fill
-from benchmarks.study import PAGES, STUDY, drawn, main, outdated
+from benchmarks.study import STUDIES, STUDY, drawn, main, outdated
 
 pytest.importorskip("sklearn")
 
@@ -17,12 +17,15 @@ def copy(tmp_path):
 
 def test_the_page_and_the_report_are_what_the_records_give(monkeypatch, tmp_path, capsys):
     assert main(["--check"]) == 0
-    others = [tmp_path / page.name for page in PAGES]
-    for page, other in zip(PAGES, others, strict=True):
-        other.write_text(re.sub(r"\| (hycam|HyCAM) \|", "| hicam |", page.read_text()))
-    monkeypatch.setattr(study, "PAGES", others)
+    others = {}
+    for study_folder, pages in STUDIES.items():
+        others[study_folder] = [tmp_path / page.name for page in pages]
+        for page, other in zip(pages, others[study_folder], strict=True):
+            other.write_text(re.sub(r"\| (hycam|HyCAM) \|", "| hicam |", page.read_text()))
+    monkeypatch.setattr(study, "STUDIES", others)
     assert main(["--check"]) == 1
-    assert capsys.readouterr().err.startswith("study.md, index.md, README.md: not what the records give")
+    wanted = "study.md, index.md, README.md, choosing.md: not what the records give"
+    assert capsys.readouterr().err.startswith(wanted)
 
 
 def test_a_changed_record_is_noticed(copy):
