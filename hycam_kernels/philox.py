@@ -1,4 +1,4 @@
-"""Gumbel noise by Philox 4x32-10, in pure torch: the same stream as `tl.rand` in the fused kernels.
+"""Gumbel noise by Philox 4x32-10, the same stream as `tl.rand` in the fused kernels: in torch, or natively on a CPU.
 
 Philox is counter-based (Salmon et al., SC 2011): the draw for token t and expert k is a function of the seed and the
 counter ``t * E + k`` alone, so noise is never stored and any backend can replay it.
@@ -6,6 +6,8 @@ counter ``t * E + k`` alone, so noise is never stored and any backend can replay
 
 import torch
 from torch import Tensor
+
+from hycam_kernels.backends.cpu import library, passes
 
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
@@ -70,10 +72,23 @@ def gumbel_noise(
     seed = as_seed_tensor(seed, torch.device(device) if device is not None else None)
     if device is not None:
         seed = seed.to(device)
+    if _is_plain(seed) and library.refusal() is None:
+        return passes.gumbel_noise(int(seed), num_tokens, num_experts)
     counter = torch.arange(num_tokens * num_experts, dtype=torch.int64, device=seed.device)
     uniform = philox_uniform(seed, counter).view(num_tokens, num_experts)
     # 0 is a possible draw; the smallest other draw stands in for it so that the logarithm is finite
     return -torch.log(-torch.log(uniform.clamp_min(_UINT31_TO_UNIT)))
+
+
+def _is_plain(seed: Tensor) -> bool:
+    """Whether it is a tensor on a CPU whose value can be read, and nobody traces what is made of it."""
+    return (
+        type(seed) is Tensor
+        and seed.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def check_seed(seed: object, caller: str) -> None:
