@@ -25,8 +25,8 @@ from hycam_kernels.folding import fold, has_bias, unfold_grads
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
 from hycam_kernels.philox import gumbel_noise
 
-# of the experts' outputs in a block of rows
-_BLOCK_BYTES = 8 << 20
+# of one column of a block of rows: in fewer rows the products are slow, more leave the cache
+_BLOCK_COLUMN_BYTES = 2048
 
 
 def refusal(x: ModulationInputs) -> str | None:
@@ -179,10 +179,9 @@ def _expert_products(x: ModulationInputs, hidden: Tensor, v: Tensor | None) -> I
         yield slice(0, tokens), hidden.new_empty(0, tokens, d)
         return
     inputs, weight = _batched_operands(x, hidden, v)
-    size = max(_BLOCK_BYTES // (x.num_experts * d * hidden.element_size()), 1)
     # of equal size: a short last block would cost as many calls as a whole one
-    count = max(-(-tokens // size), 1)
-    size = -(-tokens // count)
+    blocks = max(-(-tokens * hidden.element_size() // _BLOCK_COLUMN_BYTES), 1)
+    size = -(-tokens // blocks)
     memory = hidden.new_empty(x.num_experts, size, d)
     for start in range(0, tokens, max(size, 1)):
         rows = slice(start, min(start + size, tokens))

@@ -213,43 +213,35 @@ EXPORT(route_backward)(
 }
 
 // out[e, j] = sum_t w[t, e] x[t, j] (w = 1 for every token where it is null), added to what is there if ``adds``; of the
-// tokens of ``mask``, or of all.
+// tokens of ``mask``, or of all. Each thread has columns of its own.
 EXPORT(sum_tokens)(
     int64_t tokens, int64_t d, int64_t count, const float* weight, Rows values, const uint8_t* mask, float* out,
     int64_t adds, int64_t threads) {
-  constexpr int64_t kVectors = 2, kStrip = kVectors * kLanes, kExperts = 4, kBlock = 128;
-  parallel_blocks((d + kStrip - 1) / kStrip, threads, [&](int64_t strip) {
-    const int64_t column = strip * kStrip, n = d - column < kStrip ? d - column : kStrip;
-    for (int64_t first = 0; first < count; first += kExperts) {
-      const int64_t experts = count - first < kExperts ? count - first : kExperts;
-      if (!adds)
-        for (int64_t e = 0; e < experts; e++) std::memset(out + (first + e) * d + column, 0, n * sizeof(float));
-      for (int64_t start = 0; start < tokens; start += kBlock) {
-        Vector sums[kExperts][kVectors];
-        for (auto& of_expert : sums)
-          for (Vector& one : of_expert) one = fill(0.f);
-        const int64_t end = start + kBlock < tokens ? start + kBlock : tokens;
-        for (int64_t t = start; t < end; t++) {
-          if (mask && !mask[t]) continue;
-          const Row row = values[t].from(column);
-          Vector x[kVectors];
-          for (int64_t i = 0; i < kVectors; i++) {
-            const int64_t rest = n - i * kLanes;
-            x[i] = rest >= kLanes ? row.get(i * kLanes, Whole{})
-                   : rest > 0     ? row.get(i * kLanes, Part{static_cast<int>(rest)})
-                                  : fill(0.f);
-          }
-          for (int64_t e = 0; e < kExperts; e++) {
-            const Vector w = fill(e >= experts ? 0.f : weight ? weight[t * count + first + e] : 1.f);
-            for (int64_t i = 0; i < kVectors; i++) sums[e][i] = fma(w, x[i], sums[e][i]);
-          }
-        }
-        for (int64_t e = 0; e < experts; e++) {
-          float* of_expert = out + (first + e) * d + column;
-          each_vector(n, [&](int64_t j, auto lanes) {
-            store(of_expert + j, add(load(of_expert + j, lanes), sums[e][j / kLanes]), lanes);
-          });
-        }
+  constexpr int64_t kColumns = 128, kGroup = 4;
+  parallel_blocks((d + kColumns - 1) / kColumns, threads, [&](int64_t strip) {
+    const int64_t column = strip * kColumns, n = d - column < kColumns ? d - column : kColumns;
+    if (!adds)
+      for (int64_t e = 0; e < count; e++) std::memset(out + e * d + column, 0, n * sizeof(float));
+    alignas(64) float group[kGroup][kColumns];
+    for (int64_t t = 0; t < tokens;) {
+      int64_t of_row[kGroup], rows = 0;
+      for (; t < tokens && rows < kGroup; t++) {
+        if (mask && !mask[t]) continue;
+        const Row row = values[t].from(column);
+        each_vector(n, [&](int64_t j, auto lanes) { store(group[rows] + j, row.get(j, lanes), Whole{}); });
+        of_row[rows++] = t;
+      }
+      for (int64_t row = rows; row < kGroup; row++) std::memset(group[row], 0, sizeof group[row]);
+      for (int64_t e = 0; e < count; e++) {
+        Vector w[kGroup];
+        for (int64_t row = 0; row < kGroup; row++)
+          w[row] = fill(row >= rows ? 0.f : weight ? weight[of_row[row] * count + e] : 1.f);
+        float* sums = out + e * d + column;
+        each_vector(n, [&](int64_t j, auto lanes) {
+          Vector of_group = mul(w[0], load(group[0] + j, Whole{}));
+          for (int64_t row = 1; row < kGroup; row++) of_group = fma(w[row], load(group[row] + j, Whole{}), of_group);
+          store(sums + j, add(load(sums + j, lanes), of_group), lanes);
+        });
       }
     }
   });
