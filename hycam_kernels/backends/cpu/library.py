@@ -10,6 +10,7 @@ import functools
 import os
 import platform
 import sys
+import zlib
 from collections.abc import Callable
 from ctypes import CDLL, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch  # noqa: F401 - its OpenMP runtime must be in the process
 VARIABLE = "HYCAM_KERNELS_NATIVE"
 VECTOR_SETS = ("avx512", "avx2")  # the better first
 _PATH = Path(__file__).parent / "libhycam_cpu.so"
+_SOURCES = Path(__file__).parent / "src"  # in a checkout
 
 
 class Rows(Structure):
@@ -106,6 +108,9 @@ def _open(wanted: str) -> tuple[str, dict[str, Callable[..., None]]]:
         library = CDLL(str(_PATH))
     except OSError as error:
         raise RefusedError(f"the native passes can't be loaded: {error}") from error
+    library.hycam_sources.restype = ctypes.c_uint32
+    if _SOURCES.exists() and library.hycam_sources() != checksum(_SOURCES):
+        raise RefusedError("the native passes were built from other sources than those here: install the package again")
     able = [name for name in VECTOR_SETS if getattr(library, f"hycam_has_{name}")()]
     if not able or (wanted in VECTOR_SETS and wanted not in able):
         raise RefusedError(f"the native passes need a processor with {wanted or 'AVX2'}")
@@ -117,6 +122,11 @@ def _open(wanted: str) -> tuple[str, dict[str, Callable[..., None]]]:
         passes[name] = getattr(library, f"hycam_{name}_{chosen}")
         passes[name].argtypes, passes[name].restype = argtypes, None
     return chosen, passes
+
+
+def checksum(sources: Path) -> int:
+    """Of the C++ files of a folder, as setup.py built it in."""
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(sources.iterdir())))
 
 
 def _openmp_parallel() -> int:

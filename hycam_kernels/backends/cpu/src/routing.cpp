@@ -213,34 +213,38 @@ EXPORT(route_backward)(
 }
 
 // out[e, j] = sum_t w[t, e] x[t, j] (w = 1 for every token where it is null), added to what is there if ``adds``; of the
-// tokens of ``mask``, or of all. Each thread has columns of its own.
+// tokens of ``mask``, or of all. Each thread has columns of its own; 8 tokens are added up, 4 of these sums, and so on.
 EXPORT(sum_tokens)(
     int64_t tokens, int64_t d, int64_t count, const float* weight, Rows values, const uint8_t* mask, float* out,
     int64_t adds, int64_t threads) {
-  constexpr int64_t kColumns = 128, kGroup = 4;
+  constexpr int64_t kColumns = 128, kParts = 4, kRows = 8 * kParts;
   parallel_blocks((d + kColumns - 1) / kColumns, threads, [&](int64_t strip) {
     const int64_t column = strip * kColumns, n = d - column < kColumns ? d - column : kColumns;
     if (!adds)
       for (int64_t e = 0; e < count; e++) std::memset(out + e * d + column, 0, n * sizeof(float));
-    alignas(64) float group[kGroup][kColumns];
+    alignas(64) float x[kRows][kColumns];
+    float w[kRows];
+    int64_t of_row[kRows];
     for (int64_t t = 0; t < tokens;) {
-      int64_t of_row[kGroup], rows = 0;
-      for (; t < tokens && rows < kGroup; t++) {
+      int64_t rows = 0;
+      for (; t < tokens && rows < kRows; t++) {
         if (mask && !mask[t]) continue;
         const Row row = values[t].from(column);
-        each_vector(n, [&](int64_t j, auto lanes) { store(group[rows] + j, row.get(j, lanes), Whole{}); });
+        each_vector(n, [&](int64_t j, auto lanes) { store(x[rows] + j, row.get(j, lanes), Whole{}); });
         of_row[rows++] = t;
       }
-      for (int64_t row = rows; row < kGroup; row++) std::memset(group[row], 0, sizeof group[row]);
+      for (int64_t row = rows; row < kRows; row++) std::memset(x[row], 0, sizeof x[row]);
       for (int64_t e = 0; e < count; e++) {
-        Vector w[kGroup];
-        for (int64_t row = 0; row < kGroup; row++)
-          w[row] = fill(row >= rows ? 0.f : weight ? weight[of_row[row] * count + e] : 1.f);
+        for (int64_t row = 0; row < kRows; row++)
+          w[row] = row >= rows ? 0.f : weight ? weight[of_row[row] * count + e] : 1.f;
         float* sums = out + e * d + column;
         each_vector(n, [&](int64_t j, auto lanes) {
-          Vector of_group = mul(w[0], load(group[0] + j, Whole{}));
-          for (int64_t row = 1; row < kGroup; row++) of_group = fma(w[row], load(group[row] + j, Whole{}), of_group);
-          store(sums + j, add(load(sums + j, lanes), of_group), lanes);
+          Vector parts[kParts];
+          for (Vector& part : parts) part = fill(0.f);
+          for (int64_t row = 0; row < kRows; row += kParts)
+            for (int64_t i = 0; i < kParts; i++) parts[i] = fma(fill(w[row + i]), load(x[row + i] + j, Whole{}), parts[i]);
+          const Vector total = add(add(parts[0], parts[1]), add(parts[2], parts[3]));
+          store(sums + j, add(load(sums + j, lanes), total), lanes);
         });
       }
     }

@@ -44,8 +44,11 @@ inline Vector greatest(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 inline Vector nearest(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2^n
 inline Vector scale_by_power(Vector x, Vector n) { return _mm512_scalef_ps(x, n); }
-// 1 / x of a normal x, to 14 bits
-inline Vector rough_reciprocal(Vector x) { return _mm512_rcp14_ps(x); }
+// 1 / x of a normal x, to a unit in the last place: 14 bits, and a step of Newton's to double them
+inline Vector reciprocal(Vector x) {
+  const Vector rough = _mm512_rcp14_ps(x);
+  return fma(rough, fnma(x, rough, fill(1.f)), rough);
+}
 // x, but 0 where a > b
 inline Vector zero_where_greater(Vector x, Vector a, Vector b) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NGT_UQ), x);
@@ -97,8 +100,8 @@ inline Vector scale_by_power(Vector x, Vector n) {
   return _mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
-// to 11 bits
-inline Vector rough_reciprocal(Vector x) { return _mm256_rcp_ps(x); }
+// its 12 bits of an estimate would not do: 1 - sigmoid(x) loses some
+inline Vector reciprocal(Vector x) { return _mm256_div_ps(fill(1.f), x); }
 inline Vector zero_where_greater(Vector x, Vector a, Vector b) {
   return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NGT_UQ), x);
 }
@@ -173,10 +176,7 @@ inline Vector sigmoid(Vector x) {
   power = fma(power, f, fill(2.402211972e-01f));
   power = fma(power, f, fill(6.931469671e-01f));
   power = fma(power, f, fill(1.f));
-  const Vector divisor = add(scale_by_power(power, n), fill(1.f));
-  const Vector rough = rough_reciprocal(divisor);
-  const Vector reciprocal = fma(rough, fnma(divisor, rough, fill(1.f)), rough);
-  return zero_where_greater(reciprocal, t, fill(126.f));
+  return zero_where_greater(reciprocal(add(scale_by_power(power, n), fill(1.f))), t, fill(126.f));
 }
 
 }  // namespace VECTOR_SET
