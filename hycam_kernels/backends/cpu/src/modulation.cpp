@@ -6,7 +6,7 @@ namespace VECTOR_SET {
 namespace {
 
 // columns that are worked on at a time: what the experts share of them stays in the first-level cache
-constexpr int64_t kColumns = 1024;
+constexpr int64_t kColumns = 512;
 struct alignas(64) Columns { float at[kColumns]; };
 
 // z = scale * product + shift, with a shift or without; the product as it is where both say nothing

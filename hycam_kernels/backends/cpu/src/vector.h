@@ -36,22 +36,19 @@ inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vector fnma(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }
 
-// the second argument where either is NaN
-inline Vector least(Vector a, Vector b) { return _mm512_min_ps(a, b); }
-inline Vector greatest(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+// 2^f for an f in [-1/2, 1/2]: minimax in the relative error, 7.5e-8
+inline Vector power_of_fraction(Vector f);
 
-// to the nearest integer, of a number that fits one
-inline Vector nearest(Vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// x * 2^n
-inline Vector scale_by_power(Vector x, Vector n) { return _mm512_scalef_ps(x, n); }
-// 1 / x of a normal x, to a unit in the last place: 14 bits, and a step of Newton's to double them
-inline Vector reciprocal(Vector x) {
-  const Vector rough = _mm512_rcp14_ps(x);
-  return fma(rough, fnma(x, rough, fill(1.f)), rough);
+// 2^t; beyond float32's range infinite, or 0
+inline Vector power(Vector t) {
+  const Vector f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(power_of_fraction(f), sub(t, f));
 }
-// x, but 0 where a > b
-inline Vector zero_where_greater(Vector x, Vector a, Vector b) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NGT_UQ), x);
+// 1 / x, 0 where t > bound: 14 bits of an estimate, and a step of Newton's to double them
+inline Vector reciprocal_up_to(Vector x, Vector t, Vector bound) {
+  const Vector rough = _mm512_rcp14_ps(x);
+  const __mmask16 within = _mm512_cmp_ps_mask(t, bound, _CMP_NGT_UQ);
+  return _mm512_maskz_fmadd_ps(within, rough, fnma(x, rough, fill(1.f)), rough);
 }
 inline float sum(Vector x) { return _mm512_reduce_add_ps(x); }
 
@@ -92,18 +89,18 @@ inline Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vector fnma(Vector a, Vector b, Vector c) { return _mm256_fnmadd_ps(a, b, c); }
-inline Vector least(Vector a, Vector b) { return _mm256_min_ps(a, b); }
-inline Vector greatest(Vector a, Vector b) { return _mm256_max_ps(a, b); }
-inline Vector nearest(Vector x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// of an x in [0.5, 2) and an n that leaves the result normal
-inline Vector scale_by_power(Vector x, Vector n) {
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+inline Vector power_of_fraction(Vector f);
+
+// 2^t; beyond float32's range its largest or smallest power. Of two operands the second is taken where one is NaN.
+inline Vector power(Vector t) {
+  const Vector bounded = _mm256_max_ps(fill(-126.f), _mm256_min_ps(fill(126.f), t));
+  const Vector n = _mm256_round_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power_of_fraction(sub(bounded, n))), exponent));
 }
-// its 12 bits of an estimate would not do: 1 - sigmoid(x) loses some
-inline Vector reciprocal(Vector x) { return _mm256_div_ps(fill(1.f), x); }
-inline Vector zero_where_greater(Vector x, Vector a, Vector b) {
-  return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NGT_UQ), x);
+// an estimate of 12 bits would not do here: 1 - sigmoid(x) loses some
+inline Vector reciprocal_up_to(Vector x, Vector t, Vector bound) {
+  return _mm256_and_ps(_mm256_cmp_ps(t, bound, _CMP_NGT_UQ), _mm256_div_ps(fill(1.f), x));
 }
 inline float sum(Vector x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -164,19 +161,18 @@ inline void each_vector(int64_t n, F f) {
   if (j < n) f(j, Part{static_cast<int>(n - j)});
 }
 
-// sigmoid(x) = 1 / (1 + 2^t), t = -x log2(e), to some 3 units in float32's last place; 0 below -87.3, NaN of NaN.
-// 2^t is a power of two times a polynomial on [-1/2, 1/2], minimax in the relative error: 7.5e-8.
-inline Vector sigmoid(Vector x) {
-  const Vector t = mul(x, fill(-1.442695041f));
-  const Vector bounded = greatest(fill(-126.f), least(fill(126.f), t));
-  const Vector n = nearest(bounded);
-  const Vector f = sub(bounded, n);
+inline Vector power_of_fraction(Vector f) {
   Vector power = fma(fill(1.327647198e-03f), f, fill(9.675541334e-03f));
   power = fma(power, f, fill(5.550713274e-02f));
   power = fma(power, f, fill(2.402211972e-01f));
   power = fma(power, f, fill(6.931469671e-01f));
-  power = fma(power, f, fill(1.f));
-  return zero_where_greater(reciprocal(add(scale_by_power(power, n), fill(1.f))), t, fill(126.f));
+  return fma(power, f, fill(1.f));
+}
+
+// 1 / (1 + 2^t), t = -x log2(e), to some 3 units in float32's last place; 0 below -87.3, NaN of NaN
+inline Vector sigmoid(Vector x) {
+  const Vector t = mul(x, fill(-1.442695041f));
+  return reciprocal_up_to(add(power(t), fill(1.f)), t, fill(126.f));
 }
 
 }  // namespace VECTOR_SET

@@ -29,12 +29,12 @@ def test_the_chosen_passes_run(passes, monkeypatch):
     assert len(called) == (0 if passes == "0" else 2)
 
 
-@pytest.mark.parametrize("d", [7, 16, 31, 1024, 1029, 2100])
+@pytest.mark.parametrize("d", [7, 16, 31, 512, 1029])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_widths(d, dtype):
     """A vector's rest, and more than the columns that a pass works on at a time."""
     case = Case((37,), d, biases=True, residual=True, masked=True, options={"seed": 5, "scale": 0.7})
-    assert_as_good_as_eager(lambda arguments: run(hycam_modulation, arguments), case, dtype, draws=1 if d > 100 else 4)
+    assert_as_good_as_eager(lambda arguments: run(hycam_modulation, arguments), case, dtype, draws=2 if d > 100 else 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
