@@ -65,8 +65,9 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
         shift = _shift(x)
         for rows, products in _expert_products(x, hidden, v):
             passes.modulate(
-                _of(s, rows), products, p[rows], shift, x.scale, attn_output[rows], _of(residual, rows), out[rows]
-            )
+                _of(s, rows), products, _of(p, rows), shift, x.scale, _of(attn_output, rows), _of(residual, rows),
+                _of(out, rows),
+            )  # fmt: skip
     return out.to(x.attn_output.dtype), load, router_prob, kept(x, s, v, probs, logits)
 
 
@@ -139,8 +140,9 @@ def _terms_backward(
         d_hidden.value = _empty_like(hidden)
     for rows, products in _expert_products(x, hidden, v):
         passes.modulate_backward(
-            _of(s, rows), products, p[rows], shift, x.scale, grad_out[rows], attn_output[rows], _of(residual, rows),
-            _of(d_s, rows), d_probs[rows], _of(grads.get("attn_output"), rows), _of(grads.get("residual"), rows),
+            _of(s, rows), products, _of(p, rows), shift, x.scale, _of(grad_out, rows), _of(attn_output, rows),
+            _of(residual, rows), _of(d_s, rows), _of(d_probs, rows), _of(grads.get("attn_output"), rows),
+            _of(grads.get("residual"), rows),
         )  # fmt: skip
         if not x.num_experts:
             continue
@@ -149,13 +151,14 @@ def _terms_backward(
                 passes.sum_tokens(products[k], into=of_bias[k : k + 1])
         inputs, weight = _batched_operands(x, hidden, v)
         if of_weight is not None:
-            of_weight.add(products, inputs[:, rows])
+            of_weight.add(products, _of(inputs, rows, 1))
         if d_v is not None:
-            torch.bmm(products, weight, out=_by_expert(x, d_v)[:, rows])
+            torch.bmm(products, weight, out=_of(_by_expert(x, d_v), rows, 1))
         elif d_hidden.value is not None:
-            torch.mm(products[0], weight[0], out=d_hidden.value[rows])
+            of_rows = _of(d_hidden.value, rows)
+            torch.mm(products[0], weight[0], out=of_rows)
             for k in range(1, x.num_experts):
-                d_hidden.value[rows].addmm_(products[k], weight[k])
+                of_rows.addmm_(products[k], weight[k])
     if of_weight is not None and of_weight.value is not None:
         grads["expert_weight" if v is None else "lora_b"] = of_weight.value
 
@@ -171,22 +174,26 @@ class _WeightGradient:
         self.value = product if self.value is None else self.value.to(torch.float32).add_(product)
 
 
-def _expert_products(x: ModulationInputs, hidden: Tensor, v: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+# rows from one to another; None for all of them
+_Range = tuple[int, int] | None
+
+
+def _expert_products(x: ModulationInputs, hidden: Tensor, v: Tensor | None) -> Iterator[tuple[_Range, Tensor]]:
     """Rows and, in the compute dtype, V_k B_k^T or h W_k^T of each expert k for them: [E, rows, d], made block by block
     in the same memory. Without experts: all rows and an empty tensor."""
     tokens, d = x.shape
     if not x.num_experts:
-        yield slice(0, tokens), hidden.new_empty(0, tokens, d)
+        yield None, hidden.new_empty(0, tokens, d)
         return
     inputs, weight = _batched_operands(x, hidden, v)
     # of equal size: a short last block would cost as many calls as a whole one
     blocks = max(-(-tokens * hidden.element_size() // _BLOCK_COLUMN_BYTES), 1)
-    size = -(-tokens // blocks)
+    size = max(-(-tokens // blocks), 1)
     memory = hidden.new_empty(x.num_experts, size, d)
-    for start in range(0, tokens, max(size, 1)):
-        rows = slice(start, min(start + size, tokens))
-        products = memory[:, : rows.stop - start]
-        torch.bmm(inputs[:, rows], weight.mT, out=products)
+    for start in range(0, tokens, size):
+        rows = None if size == tokens else (start, min(start + size, tokens))
+        products = memory if rows is None else memory[:, : rows[1] - start]
+        torch.bmm(_of(inputs, rows, 1), weight.mT, out=products)
         yield rows, products
 
 
@@ -304,5 +311,6 @@ def _empty_like(rows: Tensor) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
-def _of(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+def _of(tensor, rows: _Range, dim: int = 0):
+    """The rows of a tensor; None of None."""
+    return tensor if tensor is None or rows is None else tensor.narrow(dim, rows[0], rows[1] - rows[0])
