@@ -9,7 +9,7 @@ processes are busy, ``--cpu-time`` counts this process's own processor time, on 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from benchmarks.models.longest import measure_longest
 from benchmarks.models.measure import measure_attention, measure_generation, measure_steps
 from benchmarks.models.shapes import CPU_DECODING, CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
 from benchmarks.models.training import PLAIN, Setting
+from benchmarks.op.floor import PRODUCTS, measure_products
 from benchmarks.op.measure import measure_op, measure_overhead, measure_rates
-from benchmarks.op.shapes import CPU, CPU_INFERENCE, CPU_SWEEP, LAUNCH, Shape
+from benchmarks.op.shapes import CPU, CPU_INFERENCE, CPU_LENGTHS, CPU_PRODUCTS, CPU_SWEEP, LAUNCH, Shape
 
 PAPER_PEERS = ("eager", "torch", "torch-recompute", "compile", "compile-max-autotune")
 RELEASED_PEERS = ("released", "torch-released")
@@ -61,6 +62,23 @@ def measure_inference(
             measure_generation(session, shape, dtype, DECODING_METHODS, NEW_TOKENS["cpu"], seconds=40)
 
 
+def measure_floors(
+    session: Session,
+    shapes: Sequence[Shape] = CPU_PRODUCTS,
+    lengths: Sequence[Shape] = CPU_LENGTHS,
+    threads: Sequence[int] = (1, 2),
+) -> None:
+    """The op and its peers as multiples of the products alone, on one thread and on two; and a token by the length."""
+    # what a training process has freed long since: until then the allocator returns each call's memory to the system
+    torch.empty(31 << 20, dtype=torch.uint8).fill_(0)
+    for shape in lengths:
+        measure_products(session, shape, torch.float32, 1, (PRODUCTS, "torch"), seconds=30)
+    for count in threads:
+        for shape in shapes:
+            for dtype in DTYPES:
+                measure_products(session, shape, dtype, count)
+
+
 def measure_sweep(session: Session, shapes: Sequence[Shape] = CPU_SWEEP, copy_bytes: int = 1 << 26) -> None:
     """The share of the floor against T and d, in float32."""
     measure_rates(session, torch.float32, shapes, copy_bytes)
@@ -85,11 +103,21 @@ def measure_models(
     measure_longest(session, longest, torch.bfloat16, longest_methods, (PLAIN, Setting(checkpointing=True)))
 
 
+PARTS: dict[str, Callable[[Session], None]] = {
+    "op": measure,
+    "inference": measure_inference,
+    "models": measure_models,
+    "floors": measure_floors,
+    "sweep": measure_sweep,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the record's file")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each time (default: 15)")
-    parser.add_argument("--seconds", type=float, default=420, help="for everything (default: 420)")
+    parser.add_argument("--seconds", type=float, default=1500, help="for everything (default: 1500)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="by default all")
     parser.add_argument("--cpu-time", action="store_true", help="processor time on one thread, for a busy machine")
     options = parser.parse_args(arguments)
     if options.cpu_time:
@@ -98,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.write()
     timers = [HostTimer(cpu_time=options.cpu_time)]
     session = Session(record, Budget(options.seconds), torch.device("cpu"), timers, options.rounds)
-    for part in (measure, measure_inference, measure_models, measure_sweep):
+    for part in (PARTS[name] for name in options.parts):
         part(session)
     return 0
 

@@ -25,11 +25,20 @@ def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
     return _product(lora_n, lora_a.to(torch.promote_types(lora_a.dtype, dtype))).flatten(0, 1).to(dtype)
 
 
-def unfold_grads(x: ModulationInputs, d_folded: Tensor, d_bias: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
-    """Gradients of A, N, a and n from those of M [E * r, d] and, in the sum dtype, of its bias [E * r]."""
+def has_bias(x: ModulationInputs) -> bool:
+    """Whether the folded product has a bias, N_k a_k + n_k."""
+    return x.lora_a_bias is not None or x.lora_n_bias is not None
+
+
+def unfold_grads(
+    x: ModulationInputs, d_folded: Tensor, d_bias: Tensor | None, need: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Gradients of A, N, a and n from those of M [E * r, d] and of its bias, if any, in the sum dtype [E * r]."""
     assert x.lora_a is not None and x.lora_n is not None
-    d_bias = d_bias.view(x.num_experts, x.rank)
     grads = _unfold(x.lora_a, x.lora_n, d_folded, need)
+    if d_bias is None:
+        return grads
+    d_bias = d_bias.view(x.num_experts, x.rank)
     if need["lora_n"] and x.lora_a_bias is not None:
         grads["lora_n"] = grads["lora_n"] + d_bias[:, :, None] * x.lora_a_bias[:, None, :]
     if need["lora_a_bias"]:

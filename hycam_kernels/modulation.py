@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from hycam_kernels.backends.cpu import modulation as cpu_backend
 from hycam_kernels.backends.torch import inference as torch_inference
 from hycam_kernels.backends.torch import modulation as torch_backend
 from hycam_kernels.backends.triton import modulation as triton_backend
@@ -134,9 +135,10 @@ def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str
 
     Takes the arguments of `hycam_modulation`, and raises what it would raise.
     """
-    refusal = _triton_refusal(prepare(hidden, attn_output, *args, **kwargs))
+    call = prepare(hidden, attn_output, *args, **kwargs)
+    refusal = _triton_refusal(call)
     if refusal:
-        return f"torch: the triton backend can't run this call: {refusal}"
+        return f"torch: the triton backend can't run this call: {refusal}{cpu_backend.explain(call)}"
     return "triton: the fused kernels can run this call; the torch backend is their fallback"
 
 
@@ -208,7 +210,9 @@ _library.define(f"modulation_backward({_GRAD_SCHEMA}, {_INPUT_SCHEMA}, {_SAVED_S
 
 
 def _backend(inputs: ModulationInputs):
-    return triton_backend if inputs.backend == "triton" else torch_backend
+    if inputs.backend == "triton":
+        return triton_backend
+    return torch_backend if cpu_backend.refusal(inputs) else cpu_backend
 
 
 def _modulation(*args) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ BREACHES = {
     "hycam/adapter/attention.py": ("from hycam.adapter.binding import Binding", "No circles"),
     "hycam_kernels/backends/torch/modulation.py": (
         "from hycam_kernels.backends.triton.modulation import refusal",
-        "The backends don't know each other",
+        "The backends don't know each other, but the CPU's stands on torch's",
     ),
     "hycam_kernels/folding.py": ("import numpy", "The op needs torch and triton alone"),
 }

@@ -83,6 +83,26 @@ def overhead(record: Entry) -> str:
     return markdown(["pass", "peer", "us a call"], rows)
 
 
+def products(record: Entry) -> str:
+    """Forward and backward as multiples of the products alone, round by round, and the time for a token."""
+    rows = []
+    for entry in timed(record, group="products"):
+        same = {name: entry[name] for name in ("shape", "dtype", "threads", "beside")}
+        beside = {other["peer"]: other["samples_us"] for other in timed(record, group="products", **same)}
+        shape, count = entry["shape"], len(entry["samples_us"])
+        cells = [
+            quartiles([a / b for a, b in zip(entry["samples_us"], beside[name], strict=False)])
+            if name in beside and len(beside[name]) == count and name != entry["peer"] else ""
+            for name in ("products", "compile", "compile-max-autotune")
+        ]  # fmt: skip
+        rows.append(
+            [size(entry), f"{shape['rank']}", entry["dtype"], f"{entry['threads']}, {entry['method']}", entry["peer"],
+             time_ms(entry), f"{statistics.median(entry['samples_us']) / shape['tokens']:.1f}", *cells]
+        )  # fmt: skip
+    header = ["T, d", "r", "dtype", "threads, clock", "peer", "ms", "us a token"]
+    return markdown([*header, "x products", "x compile", "x max-autotune"], rows)
+
+
 def shares_of_floor(record: Entry) -> str:
     """Device time by peer, and how many times the floor it is."""
     floors = floors_of(record)
@@ -199,6 +219,7 @@ TABLES: dict[str, tuple[Folders, tuple[str, ...], Callable[[Entry], str]]] = {
     "cpu-op": (cpu_folders, ("op",), op_ratios),
     "cpu-memory": (cpu_folders, ("op",), memory),
     "cpu-overhead": (cpu_folders, ("overhead",), overhead),
+    "cpu-products": (cpu_folders, ("products",), products),
     "cpu-plots": (cpu_folders, ("sweep",), plots),
     "cpu-attention": (cpu_folders, ("attention",), attention),
     "cpu-steps": (cpu_folders, ("step",), steps),

@@ -30,6 +30,9 @@ CPU_INFERENCE = (Shape(1, 576), Shape(80, 128, rank=16))
 # one number changed at a time, for plots against it
 SWEEP = (*(Shape(tokens, 4096) for tokens in (512, 1200, 4800)), *(Shape(8192, d) for d in (2048, 3072)))
 CPU_SWEEP = (Shape(128, 512), Shape(512, 512), Shape(1024, 512), Shape(300, 256), Shape(300, 1024))
+# from a tiny model's width to a 1B model's, and one width by the row's length
+CPU_PRODUCTS = (Shape(300, 512, rank=16), Shape(1024, 1024), Shape(2400, 576), Shape(512, 2048))
+CPU_LENGTHS = tuple(Shape(tokens, 576) for tokens in (1024, 4096, 16384))
 # so small that the device always waits for the host
 LAUNCH = Shape(80, 128, rank=16)
 

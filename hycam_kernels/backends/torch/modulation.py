@@ -18,6 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hycam_kernels.backends.torch.products import (
+    Sum,
+    chosen_product,
+    expert_operands,
+    folded_product,
+    kept,
+    shared_backward,
+    shared_product,
+    used_probs,
+)
 from hycam_kernels.folding import fold, unfold_grads
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
 from hycam_kernels.philox import gumbel_noise
@@ -29,10 +39,10 @@ _BLOCK_ELEMENTS = 1 << 17
 def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """h_out [T, d], load [E], router_prob [E] and what the backward needs."""
     hidden = x.hidden.to(x.compute_dtype)
-    s = _shared_product(x, hidden)
-    v = _folded_product(x, hidden)
+    s = shared_product(x, hidden)
+    v = folded_product(x, hidden)
     logits, probs = _route(x, hidden)
-    p = _used_probs(x, probs)
+    p = used_probs(x, probs)
 
     fusion = hidden.new_zeros(hidden.shape, dtype=x.sum_dtype) if s is None else F.silu(s.to(x.sum_dtype))
     for product, shift, weight in _forward_terms(x, hidden, v, p):
@@ -43,15 +53,9 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
         stream = _stream(x, attn_rows, residual_rows)
         out_rows.copy_(fusion_rows.mul_(stream).add_(attn_rows))
 
-    saved = Saved(
-        s if x.keep and s is not None else hidden.new_empty(0),
-        v if x.keep and v is not None and x.given_v is None else hidden.new_empty(0),
-        probs,
-        logits if x.given_logits is None else probs.new_empty(0),
-    )
     load = _token_mean(x, p)
     router_prob = _token_mean(x, torch.softmax(logits, dim=-1))
-    return out, load, router_prob, saved
+    return out, load, router_prob, kept(x, s, v, probs, logits)
 
 
 def backward(
@@ -67,13 +71,13 @@ def backward(
     grads: dict[str, Tensor] = {}
     hidden = x.hidden.to(x.compute_dtype)
     d_logits = None
-    d_hidden = _Sum()
+    d_hidden = Sum()
     d_probs = torch.zeros_like(saved.probs)
 
     if grad_out is not None:
-        s = saved.s if saved.s.numel() else _shared_product(x, hidden)
-        v = saved.v if saved.v.numel() else _folded_product(x, hidden)
-        p = _used_probs(x, saved.probs)
+        s = saved.s if saved.s.numel() else shared_product(x, hidden)
+        v = saved.v if saved.v.numel() else folded_product(x, hidden)
+        p = used_probs(x, saved.probs)
         # h_out = h_att + stream * A_fusion
         d_fusion, fusion = (hidden.new_empty(hidden.shape, dtype=x.sum_dtype) for _ in range(2))
         d_s = None if s is None else torch.empty_like(s)
@@ -88,7 +92,9 @@ def backward(
                 torch.ops.aten.silu.out(s_rows, out=fusion_rows)
                 d_s_rows.copy_(torch.ops.aten.silu_backward(d_rows, s_rows))
         if d_s is not None:
-            _shared_backward(x, hidden, d_s, need, grads, d_hidden)
+            if need["shared_bias"]:
+                grads["shared_bias"] = d_s.sum(0)
+            shared_backward(x, hidden, d_s, need, grads, d_hidden)
         del s, d_s
 
         d_v = None if v is None else torch.empty_like(v)
@@ -145,16 +151,6 @@ def backward(
     return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
 
 
-class _Sum:
-    """A running sum of matrix products."""
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-
-    def add_product(self, a: Tensor, b: Tensor) -> None:
-        self.value = a @ b if self.value is None else self.value.addmm_(a, b)
-
-
 def _row_blocks(x: ModulationInputs, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Views of some rows of each tensor of T rows, None for None, block by block: all rows at once but on a CPU."""
     tokens, d = x.shape
@@ -208,45 +204,13 @@ def _activation_backward(
     return product
 
 
-def _shared_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
-    """S = h W_shared^T + bias."""
-    if x.shared_weight is None:
-        return None
-    bias = None if x.shared_bias is None else x.shared_bias.to(x.compute_dtype)
-    return F.linear(hidden, x.shared_weight.to(x.compute_dtype), bias)
-
-
-def _shared_backward(
-    x: ModulationInputs,
-    hidden: Tensor,
-    d_s: Tensor,
-    need: dict[str, bool],
-    grads: dict[str, Tensor],
-    d_hidden: _Sum,
-) -> None:
-    assert x.shared_weight is not None
-    if need["shared_bias"]:
-        grads["shared_bias"] = d_s.sum(0)
-    if need["shared_weight"]:
-        grads["shared_weight"] = d_s.T @ hidden
-    if need["hidden"]:
-        d_hidden.add_product(d_s, x.shared_weight.to(x.compute_dtype))
-
-
-def _folded_product(x: ModulationInputs, hidden: Tensor) -> Tensor | None:
-    """V = h M^T + bias, [T, E * r], unless it was given; None without low-rank experts."""
-    if x.given_v is not None:
-        return x.given_v
-    return None if x.lora_a is None else F.linear(hidden, *fold(x))
-
-
 def _folded_backward(
     x: ModulationInputs,
     hidden: Tensor,
     d_v: Tensor,
     need: dict[str, bool],
     grads: dict[str, Tensor],
-    d_hidden: _Sum,
+    d_hidden: Sum,
 ) -> None:
     if need["hidden"]:
         d_hidden.add_product(d_v, fold(x)[0])
@@ -261,21 +225,10 @@ def _forward_terms(
     """(product [T, d], shift as `_expert_products` gives them, weight [T, 1]) of each term of sum_k p_k SiLU(z_k)."""
     # a GPU would wait for the host to learn how many tokens each expert gets
     if x.hard and x.num_experts and hidden.device.type == "cpu":
-        yield _chosen_product(x, hidden, v, p), None, p.sum(-1, keepdim=True)
+        yield chosen_product(x, hidden, v, p), None, p.sum(-1, keepdim=True)
         return
     for k, product, shift in _expert_products(x, hidden, v):
         yield product, shift, p[:, k : k + 1]
-
-
-def _chosen_product(x: ModulationInputs, hidden: Tensor, v: Tensor | None, p: Tensor) -> Tensor:
-    """Of each token, V_k B_k^T + b_k or h W_k^T of the expert k with p_k other than 0: [T, d] in the compute dtype."""
-    product = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    for k in range(x.num_experts):
-        tokens = p[:, k].nonzero().squeeze(1)
-        inputs, weight = _expert_operands(x, hidden, v, k)
-        bias = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.compute_dtype)
-        product.index_copy_(0, tokens, F.linear(inputs.index_select(0, tokens), weight, bias))
-    return product
 
 
 def _expert_products(
@@ -284,15 +237,7 @@ def _expert_products(
     """(k, V_k B_k^T or h W_k^T [T, d] in the compute dtype, scale * b_k [d] in the sum dtype or None)."""
     for k in range(x.num_experts):
         shift = None if x.lora_b_bias is None else x.lora_b_bias[k].to(x.sum_dtype) * x.scale
-        yield k, F.linear(*_expert_operands(x, hidden, v, k)), shift
-
-
-def _expert_operands(x: ModulationInputs, hidden: Tensor, v: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """(V_k [T, r], B_k [d, r]) or (h [T, d], W_k [d, d]), in the compute dtype."""
-    if v is not None and x.lora_b is not None:
-        return v[:, k * x.rank : (k + 1) * x.rank], x.lora_b[k].to(x.compute_dtype)
-    assert x.expert_weight is not None
-    return hidden, x.expert_weight[k].to(x.compute_dtype)
+        yield k, F.linear(*expert_operands(x, hidden, v, k)), shift
 
 
 def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,13 +256,6 @@ def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor]:
         noise = gumbel_noise(x.seed, logits.shape[0], x.num_experts, logits.device)
     noisy = logits if noise is None else logits + noise.to(x.sum_dtype)
     return logits, torch.softmax(noisy / x.tau, dim=-1)
-
-
-def _used_probs(x: ModulationInputs, probs: Tensor) -> Tensor:
-    """p as the output and the load use it: one-hot under hard routing, but NaN where p is."""
-    if not (x.hard and x.num_experts):
-        return probs
-    return F.one_hot(probs.argmax(dim=-1), x.num_experts) + (probs - probs)
 
 
 def _token_mean(x: ModulationInputs, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 from benchmarks import tables as command
 from benchmarks.cpu import measure, measure_models, measure_sweep
@@ -15,6 +16,7 @@ from benchmarks.harness.pages import NOT_MEASURED, fill
 from benchmarks.harness.record import environment
 from benchmarks.harness.tables import TABLES, render
 from benchmarks.models.backbones import ModelShape
+from benchmarks.op.floor import PRODUCTS, measure_products
 from benchmarks.op.shapes import Shape
 from benchmarks.tables import PAGE, RESULTS, main
 from tests.benchmarks.fakes import make_session
@@ -71,6 +73,7 @@ def cpu_record(tmp_path_factory):
     shape = Shape(40, 32, num_experts=3, rank=8)
     measure(session, [shape], copy_bytes=1 << 10, paper_peers=("eager", "torch", "torch-recompute"))
     measure_sweep(session, [Shape(20, 32, 3, 8), Shape(40, 16, 3, 8)], copy_bytes=1 << 10)
+    measure_products(session, shape, torch.float32, 1, (PRODUCTS, "torch"), seconds=1)
     models = [ModelShape("tiny-llama", 1, 16, num_experts=2, rank=4)]
     measure_models(session, models, models, replace(models[0], layers=4), longest_methods=("hycam-torch",))
     return session.record.path
