@@ -58,7 +58,9 @@ def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
 
 
 def show(*tables: Table) -> None:
-    """Print tables as wide as they need: a narrow terminal breaks their lines, where rich would cut their numbers."""
+    """Print tables: words are wrapped, numbers (the columns to the right) stay whole, however narrow the terminal is."""
     for table in tables:
-        needed = Console(width=sys.maxsize).measure(table).maximum
+        for column in table.columns:
+            column.no_wrap = column.justify == "right"
+        needed = Console(width=sys.maxsize).measure(table).minimum
         Console(width=max(Console().width, needed)).print(table)
