@@ -41,7 +41,8 @@ def test_widths(d, dtype):
 @pytest.mark.parametrize("experts", ["slora", "full"])
 def test_several_blocks_of_rows(dtype, experts):
     case = Case((1700,), 24, biases=True, experts=experts, options={"seed": 5})
-    assert_as_good_as_eager(lambda arguments: run(hycam_modulation, arguments), case, dtype, draws=1)
+    # of one draw the five numbers of the router bias tell nothing: eager itself varies threefold
+    assert_as_good_as_eager(lambda arguments: run(hycam_modulation, arguments), case, dtype, draws=6)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
