@@ -78,7 +78,7 @@ def _failure(arguments: TrainingArguments, dataset: Any) -> Exception | None:
     own = copy.copy(arguments)
     own.eval_strategy = own.logging_strategy = IntervalStrategy.NO
     own.save_strategy = SaveStrategy.NO
-    own.load_best_model_at_end = own.auto_find_batch_size = False
+    own.load_best_model_at_end = own.auto_find_batch_size = own.eval_on_start = False
     own.use_liger_kernel = False
     own.report_to, own.disable_tqdm, own.max_steps = [], True, 1
     rows: Any = _Rows() if isinstance(dataset, IterableDataset) else dataset

@@ -181,8 +181,8 @@ def test_the_commands_options_are_the_studys_fields() -> None:
 
 
 def test_the_shipped_studies() -> None:
-    assert set(packaged_studies()) == {"study_small", "study_7b"}
-    for name in packaged_studies():
+    assert set(packaged_studies()) == {"study_small", "study_7b", "study_settings"}
+    for name in ("study_small", "study_7b"):
         study = load_study(name)
         methods = {(method.section["name"], method.section.get("preset", "paper")) for method in study.methods.values()}
         assert methods >= {
@@ -192,6 +192,9 @@ def test_the_shipped_studies() -> None:
         }  # fmt: skip
         assert study.methods["hycam"].section["name"] == "hycam"
         assert all(1 < len(study.rates(method)) <= 4 for method in study.methods)
+    settings = load_study("study_settings")
+    assert {method.section["name"] for method in settings.methods.values()} == {"lora", "hycam"}
+    assert all(len(settings.rates(method)) == 1 for method in settings.methods)
     small, large = load_study("study_small"), load_study("study_7b")
     assert (small.seeds, small.folds) == ([0, 1, 2], [0])
     assert {task["name"] for task in small.tasks} == {"auto_cot", "icliniq", "dolly", "code_alpaca", "webgpt_standin"}

@@ -18,7 +18,7 @@ from tests.training.runs import SignalAt, also_call, assert_same_run, logged_num
 
 _EPOCHS = {
     # four steps an epoch
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 12,
     "max_steps": -1,
     "num_train_epochs": 2,
     **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "epoch"),
