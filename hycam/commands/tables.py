@@ -58,7 +58,7 @@ def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
 
 
 def show(*tables: Table) -> None:
-    """Print tables: words are wrapped, numbers (the columns to the right) stay whole, however narrow the terminal is."""
+    """Print tables: words are wrapped, numbers (columns set to the right) stay whole in the narrowest terminal."""
     for table in tables:
         for column in table.columns:
             column.no_wrap = column.justify == "right"
