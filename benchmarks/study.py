@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stale += outdated(study) if options.check else []
         for page in pages:
             before = page.read_text(encoding="utf-8")
-            after = fill(before, tables.__getitem__)
+            after = fill(before, tables.get)
             if not options.check:
                 page.write_text(after, encoding="utf-8")
             elif after != before:

@@ -1,4 +1,4 @@
-"""Tables and plots of `docs/performance.md` from the committed records: ``python -m benchmarks.tables [--check]``.
+"""Tables and plots of `docs/performance.md` and README from the records: ``python -m benchmarks.tables [--check]``.
 
 A table, or the plots of a record, stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Each names the record
 that it is drawn from: the newest file, by name, of each folder of ``benchmarks/results`` (``cpu``, or a GPU's name)
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from benchmarks.harness.pages import fill
 from benchmarks.harness.plots import outdated, redraw
 from benchmarks.harness.record import ROOT
-from benchmarks.harness.tables import render, sources
+from benchmarks.harness.tables import TABLES, render, sources
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PLOTS = ROOT / "docs" / "plots"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -22,17 +23,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split(":")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page isn't up to date")
     options = parser.parse_args(arguments)
-    before = PAGE.read_text()
-    after = fill(before, lambda name: render(name, RESULTS))
     drawn = [path for name in ("cpu-plots", "gpu-plots") for path in sources(name, RESULTS)]
-    folder = PAGE.parent / "plots"
+    before = {page: page.read_text() for page in PAGES}
+    after = {page: fill(text, _draw) for page, text in before.items()}
     if not options.check:
-        PAGE.write_text(after)
-        redraw(drawn, folder)
-    elif after != before or outdated(drawn, folder):
-        print(f"{PAGE} isn't what the records say: run `python -m benchmarks.tables`", file=sys.stderr)
-        return 1
-    return 0
+        for page, text in after.items():
+            page.write_text(text)
+        redraw(drawn, PLOTS)
+        return 0
+    stale = [page.name for page in PAGES if after[page] != before[page]]
+    stale += [PLOTS.name] if outdated(drawn, PLOTS) else []
+    if stale:
+        print(f"{', '.join(stale)}: not what the records say, run `python -m benchmarks.tables`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def _draw(name: str) -> str | None:
+    return render(name, RESULTS) if name in TABLES else None
 
 
 if __name__ == "__main__":

@@ -7,9 +7,14 @@ NOT_MEASURED = "Not measured yet."
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def fill(page: str, draw: Callable[[str], str]) -> str:
-    """The page with every table drawn anew, by its name."""
-    return BLOCK.sub(lambda block: f"{block[1]}{draw(block['name'])}\n{block[3]}", page)
+def fill(page: str, draw: Callable[[str], str | None]) -> str:
+    """The page with its tables drawn anew, by their names; one that `draw` knows nothing of stays."""
+
+    def drawn(block: re.Match[str]) -> str:
+        table = draw(block["name"])
+        return block[0] if table is None else f"{block[1]}{table}\n{block[3]}"
+
+    return BLOCK.sub(drawn, page)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -103,6 +103,22 @@ def products(record: Entry) -> str:
     return markdown([*header, "x products", "x compile", "x max-autotune"], rows)
 
 
+def in_short(record: Entry) -> str:
+    """Forward and backward on one thread against plain PyTorch's time, round by round."""
+    peers = {"torch": "this package", "torch-passes": "without its native code", "compile": "torch.compile"}
+    rows = []
+    for eager in timed(record, group="products", threads=1, peer="eager"):
+        cells = []
+        for peer in peers:
+            same = {name: eager[name] for name in ("shape", "dtype", "threads", "beside")}
+            found = timed(record, group="products", peer=peer, **same)
+            pairs = zip(found[0]["samples_us"], eager["samples_us"], strict=False) if found else ()
+            ratios = [own / other for own, other in pairs]
+            cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+        rows.append([size(eager), eager["dtype"], *cells])
+    return markdown(["tokens, width", "dtype", *peers.values()], rows)
+
+
 def shares_of_floor(record: Entry) -> str:
     """Device time by peer, and how many times the floor it is."""
     floors = floors_of(record)
@@ -220,6 +236,7 @@ TABLES: dict[str, tuple[Folders, tuple[str, ...], Callable[[Entry], str]]] = {
     "cpu-memory": (cpu_folders, ("op",), memory),
     "cpu-overhead": (cpu_folders, ("overhead",), overhead),
     "cpu-products": (cpu_folders, ("products",), products),
+    "cpu-in-short": (cpu_folders, ("products",), in_short),
     "cpu-plots": (cpu_folders, ("sweep",), plots),
     "cpu-attention": (cpu_folders, ("attention",), attention),
     "cpu-steps": (cpu_folders, ("step",), steps),
