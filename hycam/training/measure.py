@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hycam.data.collation import Collator
 from hycam.evaluation.batches import device_of
 from hycam.evaluation.generation import evaluate_generation_tasks, generate_responses
 from hycam.evaluation.perplexity import evaluate_perplexity
+from hycam.training.progress import progress_bar
 from hycam.training.recipe import EvaluationConfig, Recipe
 
 
@@ -77,7 +77,7 @@ def _perplexity(
     assert tokenizer.pad_token_id is not None
     collator = Collator(pad_token_id=tokenizer.pad_token_id)
     total = sum(len(rows) for rows in tokenized.values())
-    with tqdm(total=total, desc=description, unit="row", leave=False) as bar:
+    with progress_bar(total, description, "row", leave=False) as bar:
         return evaluate_perplexity(
             model,
             tokenized,
@@ -97,14 +97,16 @@ def _add_generation(
     description: str,
 ) -> None:
     responses = {}
-    for name, chosen in tqdm(prompts.items(), desc=f"{description}: responses", unit="task", leave=False):
-        responses[name] = generate_responses(
-            model,
-            tokenizer,
-            chosen["prompts"],
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-        )
+    with progress_bar(len(prompts), f"{description}: responses", "task", leave=False) as bar:
+        for name, chosen in prompts.items():
+            responses[name] = generate_responses(
+                model,
+                tokenizer,
+                chosen["prompts"],
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.batch_size,
+            )
+            bar.update()
     references = {name: chosen["references"] for name, chosen in prompts.items()}
     scores = evaluate_generation_tasks(responses, references)
     for name, chosen in prompts.items():

@@ -432,3 +432,11 @@ def test_an_unknown_task_lists_the_recipes_own(run: Path, capsys: pytest.Capture
         "--task: 'nosuch' is none of the recipe's (colours, animals), nor a known set (auto_cot"
         in capsys.readouterr().err
     )
+
+
+def test_no_bar_is_drawn_into_a_file(run: Path) -> None:
+    done = subprocess.run(
+        _python(_MAIN, "eval", str(run), "--evaluation.max_new_tokens", "2"), env=_ENVIRONMENT, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\r" not in done.stdout + done.stderr
