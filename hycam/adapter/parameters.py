@@ -146,6 +146,8 @@ def kaiming_uniform(parameter: Tensor) -> None:
     The fan-in that `torch.nn.init` reads off a stacked tensor would be too large by the stack's size, hence matrix by
     matrix.
     """
+    if parameter.is_meta:  # there are no values to draw, and a plan may have very many matrices
+        return
     for matrix in parameter.flatten(0, -3) if parameter.ndim > 2 else (parameter,):
         nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 

@@ -1,6 +1,5 @@
 """What a study's figures show of its record."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,9 @@ from hycam.study.record import STUDY_RECORD
 from hycam.study.render import Number, Table
 from hycam.study.statistics import finished, summarise
 from hycam.study.units import Unit
+from hycam.training.folder import read_object
+
+RECORD_KEYS = ("study", "planned", "cells", "tuning", "data", "backbones", "versions", "devices")
 
 Cell = Mapping[str, Any]
 Record = Mapping[str, Any]
@@ -24,13 +26,11 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / STUDY_RECORD
     try:
-        record: Record = json.loads(path.read_text(encoding="utf-8"))
+        record: Record = read_object(path, RECORD_KEYS, "`hycam compare` writes it anew")
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: no {STUDY_RECORD}, wanted the folder of a study that `hycam compare` ran"
         ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read: {error}") from error
     if not any(cell["status"] == "done" for cell in record["cells"]):
         raise InputError(f"{path}: no finished cell, wanted at least one")
     return record

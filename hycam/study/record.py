@@ -6,10 +6,9 @@ from typing import Any
 from hycam.errors import InputError
 from hycam.locks import claim
 from hycam.study.recipe import Study
-from hycam.study.units import Unit, cells, failure, is_done, lock_file, results, run_folder, tuning, weights
-from hycam.study.worker import DIVERGED
+from hycam.study.units import DIVERGED, Unit, cells, failure, is_done, lock_file, results, run_folder, tuning, weights
 from hycam.training.callbacks import finite, read_metrics, write_whole
-from hycam.training.folder import METRICS_FILE, RECORD_FILE
+from hycam.training.folder import METRICS_FILE, RECORD_FILE, read_record
 
 STUDY_RECORD = "study.json"
 
@@ -86,7 +85,13 @@ def _cell(study: Study, unit: Unit) -> dict[str, Any] | None:
     if measured is None:
         error = failure(study, unit)
         return None if error is None else name | {"status": "failed", "error": error}
-    lines = read_metrics(run_folder(study, unit) / METRICS_FILE)
+    metrics = run_folder(study, unit) / METRICS_FILE
+    lines = read_metrics(metrics)
+    if not lines or lines[-1]["step"] != measured["steps"]:
+        raise InputError(
+            f"{metrics}: damaged: it ends before step {measured['steps']}, the run's last; delete {metrics.parent} to "
+            "have the run made again"
+        )
     entry = name | {
         "status": "done",
         "learning_rate": measured["recipe"]["trainer"]["learning_rate"],
@@ -137,10 +142,10 @@ def _data(study: Study) -> dict[str, Any]:
     data: dict[str, Any] = {}
     first: dict[str, Unit] = {}
     for unit in cells(study):
-        path = run_folder(study, unit) / RECORD_FILE
-        if not path.is_file():
+        folder = run_folder(study, unit)
+        if not (folder / RECORD_FILE).is_file():
             continue
-        seen = json.loads(path.read_text(encoding="utf-8"))["data"]
+        seen = read_record(folder)["data"]
         fold = str(unit.fold)
         if seen != data.setdefault(fold, seen):
             task = next(name for name in seen if seen[name] != data[fold].get(name))

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hycam.errors import InputError
 from hycam.study.recipe import Study
 from hycam.training.callbacks import write_whole
-from hycam.training.folder import ADAPTER_FOLDER, MODEL_FOLDER, RESULTS_FILE
+from hycam.training.folder import ADAPTER_FOLDER, MODEL_FOLDER, RESULTS_FILE, check_keys, read_object
 
 # A study's backbone is no method's: all runs share it, whatever their own seeds are.
 BACKBONE_SEED = 0
 
+# the one result of a run whose loss or gradient did not stay finite
+DIVERGED = "diverged"
+
 _WORK_FOLDER = "work"
+# what every other run's results have
+_RESULTS = ("recipe", "parameters", "versions", "devices", "steps", "best_step")
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,13 @@ def run_folder(study: Study, unit: Unit) -> Path:
 def results(study: Study, unit: Unit) -> dict[str, Any] | None:
     """What a finished run measured, None while it isn't finished."""
     path = run_folder(study, unit) / RESULTS_FILE
+    advice = "delete it to have the run measured again"
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path, (), advice)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read: {error}; delete it to have the run measured again") from error
+    if DIVERGED not in values:
+        check_keys(path, values, ("test" if unit.tried_rate is None else "untested", *_RESULTS), advice)
     return values
 
 
@@ -97,7 +102,7 @@ def weights(study: Study, backbone: str) -> str | None:
     settings = dataclasses.asdict(study.scratch(backbone))
     for record in sorted(folder.expanduser().glob("backbone-*/training.json")):
         if ".unfinished" not in record.parent.name:
-            training = json.loads(record.read_text(encoding="utf-8"))
+            training = read_object(record, ("settings", "seed"), f"delete {record.parent} to have it trained again")
             if (training["settings"], training["seed"]) == (settings, BACKBONE_SEED):
                 return str(folder / record.parent.name)
     return None
@@ -147,7 +152,7 @@ def failure(study: Study, unit: Unit, since: float = 0.0) -> str | None:
     """The error of the unit's last attempt, None where there was none after the time `since` (seconds of the epoch)."""
     path = _failure_file(study, unit)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path, ("error", "time"), "delete it to have the run tried again")
     except FileNotFoundError:
         return None
     return str(record["error"]) if record["time"] >= since else None

@@ -21,6 +21,7 @@ from hycam.locks import claim
 from hycam.study.recipe import Study
 from hycam.study.units import (
     BACKBONE_SEED,
+    DIVERGED,
     Unit,
     forget_failure,
     is_done,
@@ -35,8 +36,6 @@ from hycam.training.progress import keep_others_quiet
 from hycam.training.recipe import Recipe
 from hycam.training.run import train
 from hycam.training.scratch import train_scratch_backbone
-
-DIVERGED = "diverged"
 
 Outcome = Literal["done", "taken", "failed", "stopped"]
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -98,6 +98,36 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return results if isinstance(results, dict) and "steps" in results else None
+
+
+def read_object(path: Path, wanted: Collection[str], advice: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        path: of the file.
+        wanted: the keys that it must have.
+        advice: what to do with a file that is damaged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: the file can't be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read: {error}; {advice}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: damaged: got a {type(values).__name__}, wanted an object; {advice}")
+    check_keys(path, values, wanted, advice)
+    return values
+
+
+def check_keys(path: Path, values: Mapping[str, Any], wanted: Collection[str], advice: str) -> None:
+    """Raise `InputError` where the object that a file held lacks a key."""
+    if missing := [key for key in wanted if key not in values]:
+        raise InputError(f"{path}: damaged: {', '.join(missing)} missing; {advice}")
 
 
 @contextmanager

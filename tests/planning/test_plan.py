@@ -39,6 +39,18 @@ def test_counts_are_the_modules_own():
     assert found.to_dict()["sum"] == found.sum == found.parameters + 3 * found.gradients + 40 + found.activations
 
 
+@pytest.mark.timeout(60)
+def test_a_plan_takes_as_long_for_a_million_experts():
+    experts, r, d, layers = 10**6, 4, 128, 2
+    found = plan(recipe(method={"r": r, "num_experts": experts}), shape=config())
+    assert found.trained == layers * (d * d + experts * (2 * r * d + r * r + d))
+
+
+def test_sizes_beyond_any_memory_are_refused():
+    with pytest.raises(InputError, match=r"^method: "):
+        plan(recipe(method={"r": 10**12}))
+
+
 def test_replicas_share_nothing_and_shards_everything():
     one, two, eight = plan(engine="ddp", world_sizes=(1, 2, 8))
     assert (two.parameters, two.optimizer) == (eight.parameters, eight.optimizer) == (one.parameters, one.optimizer)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hycam.reporting.runs as runs
 from hycam.data.tokenization import tokenize_dataset
 from hycam.errors import InputError
+from hycam.reporting import records
 from hycam.reporting.report import Report, write_report
 from hycam.study.recipe import Study
 from tests.reporting.studies import CELLS, FIGURES, TEXTS
@@ -315,9 +316,13 @@ def test_a_study_that_was_moved_finds_the_backbone_that_it_trained(study: Path) 
         (lambda study: (study / "study.json").unlink(), r"study: no study\.json, wanted the folder of a study"),
         (lambda study: (study / "study.json").write_text("{"), r"study\.json: can't be read"),
         (
-            lambda study: (study / "study.json").write_text('{"cells": [{"status": "failed"}]}'),
+            lambda study: (study / "study.json").write_text(
+                json.dumps(dict.fromkeys(records.RECORD_KEYS) | {"cells": [{"status": "failed"}]})
+            ),
             r"study\.json: no finished cell",
         ),
+        (lambda study: (study / "study.json").write_text("[]"), r"study\.json: damaged: got a list, wanted an object"),
+        (lambda study: (study / "study.json").write_text('{"cells": []}'), r"study\.json: damaged: study, .* missing"),
         (lambda study: shutil.rmtree(study / "cells"), r"--text: .*study has no run to measure"),
         (lambda study: (study / "text.jsonl").write_text('{"txt": 1}'), r"text\.jsonl:1: text: None given"),
         (lambda study: keep(study, "{"), r"tokens\.json: no kept measurements"),

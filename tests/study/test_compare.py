@@ -18,6 +18,7 @@ from hycam.data.splits import part_of
 from hycam.errors import InputError
 from hycam.locks import claim, is_claimed
 from hycam.study.recipe import Study, load_study
+from hycam.study.record import collect
 from hycam.study.run import compare
 from hycam.study.units import Unit, cells, is_done, lock_file, run_folder, tuning, units
 from hycam.training.callbacks import read_metrics
@@ -128,6 +129,54 @@ def test_a_test_metric_that_is_not_finite_stops_no_study(study: Study, tmp_path:
     numbers = _record(study)["cells"][2]["test"]["overall"]
     assert (numbers["nll"], numbers["perplexity"], numbers["loss"]) == (None, None, None) and numbers["tokens"] > 0
     assert "lora on tiny, fold 0, seed 1: PPL is not finite" in (copied / "tables/tables.md").read_text()
+
+
+_DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "a list": lambda content: b"[]",
+    "an object": lambda content: b"{}",
+    "cut": lambda content: content[: len(content) // 2],
+}
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "cells/tiny/lora/fold0-seed0/results.json",
+        "cells/tiny/lora/fold0-seed0/metrics.jsonl",
+        "cells/tiny/lora/fold0-seed0/run.json",
+        "tuning/tiny/lora/lr-0.001/results.json",
+        "work/cells/tiny/lora/fold0-seed0.failed",
+    ],
+)
+def test_a_damaged_file_of_a_study_is_named(
+    study: Study, tmp_path: Path, file: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "study"
+    shutil.copytree(study.output_path, copied)
+    path = copied / file
+    if path.suffix == ".failed":
+        (copied / "cells/tiny/lora/fold0-seed0/results.json").unlink()
+        path.write_text('{"error": "a fault", "time": 1.0}')
+    path.write_bytes(_DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(InputError) as refusal:
+        collect(load_study(str(copied)))
+    assert str(refusal.value).startswith(str(path))
+    assert main(["compare", str(copied)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"hycam: error: {refusal.value}"
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_damaged_weights_of_a_study_are_named(tmp_path: Path, backbone: Path, damage: str) -> None:
+    sections = scratch_backbone(tmp_path)
+    study = _study(tmp_path, backbone, backbones={"tiny": sections}, methods=_ONE_METHOD, seeds=[0], reference="lora")
+    path = study.output_path / "backbones/tiny/backbone-of-another-recipe/training.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(_DAMAGES[damage](b'{"settings": {}, "seed": 0}'))
+    with pytest.raises(InputError, match=f"{path}: .*; delete {path.parent} to have it trained again"):
+        is_done(study, Unit("tiny"))
 
 
 def test_the_rate_with_the_lowest_validation_loss_is_taken(study: Study) -> None:
