@@ -18,6 +18,8 @@ def test_the_recipe_is_read(tmp_path):
     (tmp_path / "tasks.yaml").write_text(recipe)
     read = load_recipe(str(tmp_path / "tasks.yaml"), [])
     assert [task.source for task in read.tasks] == ["units.csv", "tickets.jsonl"]
+    arguments = read.training_arguments()
+    assert arguments.save_steps == arguments.eval_steps == 50
 
 
 def test_the_python_compiles():

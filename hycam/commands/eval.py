@@ -33,7 +33,7 @@ def run(options: Namespace) -> None:
     measured = _measured(selection, base=options.base)
     output = Path(options.output or (selection.run or Path()) / f"eval-{measured}{options.split}.json")
     check_output(output)
-    rows = load_rows(recipe.tasks, recipe.data)
+    rows = load_rows(recipe.tasks, recipe.data, whole=options.split == "all")
     if selection.adapter is not None and options.split in ("validation", "test"):
         check_held_out(selection.adapter.parent, rows)
     name, tokenizer = load_selected_tokenizer(selection)

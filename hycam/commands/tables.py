@@ -7,7 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_METRICS = (("perplexity", "perplexity", "{:.3f}"), ("bleu4", "BLEU-4", "{:.2f}"), ("rougeL", "ROUGE-L", "{:.2f}"))
+_LARGE = 1e5  # from here on digits are no information
+
+_METRICS = (("perplexity", "perplexity"), ("bleu4", "BLEU-4"), ("rougeL", "ROUGE-L"))
 
 
 def metrics_table(title: str, reports: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -20,7 +22,7 @@ def metrics_table(title: str, reports: Mapping[str, Mapping[str, Any]]) -> Table
     metrics = [metric for metric in _METRICS if metric[0] in first["overall"]]
     table = Table(title=title)
     table.add_column("task")
-    for _, label, _ in metrics:
+    for _, label in metrics:
         for name in [*reports, *(["gain"] if len(reports) == 2 else [])]:
             table.add_column(f"{label}\n{name}" if len(reports) > 1 else label, justify="right")
     table.add_column("tokens", justify="right")
@@ -31,17 +33,21 @@ def metrics_table(title: str, reports: Mapping[str, Mapping[str, Any]]) -> Table
     return table
 
 
-def _add_row(table: Table, name: str, metrics: list[tuple[str, str, str]], results: list[Mapping[str, Any]]) -> None:
+def _add_row(table: Table, name: str, metrics: list[tuple[str, str]], results: list[Mapping[str, Any]]) -> None:
     numbers = []
-    for key, _, form in metrics:
-        numbers += [form.format(result[key]) for result in results]
+    for key, _ in metrics:
+        numbers += [_number(result[key], 3 if key == "perplexity" else 2) for result in results]
         if len(results) == 2:
             numbers.append(_gain(key, *(result[key] for result in results)))
     table.add_row(name, *numbers, f"{results[0]['tokens']:,}")
 
 
 def _gain(metric: str, before: float, after: float) -> str:
-    return f"{before / after:.1f} x" if metric == "perplexity" else f"{after - before:+.2f}"
+    return f"{_number(before / after, 1)} x" if metric == "perplexity" else f"{after - before:+.2f}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.2e}" if value >= _LARGE else f"{value:.{digits}f}"
 
 
 def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:

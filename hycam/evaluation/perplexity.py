@@ -5,37 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
 from hycam.errors import InputError
 from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, place_in_group, unwrap
-
-# Logits are raised to float32 this many tokens at a time, which bounds the memory beside the model's output.
-_TOKENS_AT_ONCE = 1024
-
-
-def token_nll(logits: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """Negative log-likelihood of every labelled token given those before it.
-
-    Args:
-        logits: [batch, length, vocabulary], any float dtype.
-        labels: [batch, length] int64 in the inputs' order, -100 where a token is no target.
-        position_ids: [batch, length] of packed rows, or None. A position 0 begins a sequence: its token has
-            nothing before it, so it is no target.
-
-    Returns:
-        [targets] in the logits' dtype, float32 at least.
-    """
-    targets = labels[:, 1:]
-    if position_ids is not None:
-        targets = targets.masked_fill(position_ids[:, 1:] == 0, -100)
-    counted = targets != -100
-    predicted, targets = logits[:, :-1][counted], targets[counted]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    parts = zip(predicted.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
-    return torch.cat([F.cross_entropy(part.to(dtype), target, reduction="none") for part, target in parts])
+from hycam.evaluation.targets import TargetLogits, find_targets, target_nll
 
 
 def evaluate_perplexity(
@@ -74,14 +49,17 @@ def evaluate_perplexity(
     device = device_of(bare)
     rank, processes = place_in_group() if distributed else (0, 1)
     sums: dict[str, tuple[float, int]] = {}
-    with evaluation_mode(bare):
+    with evaluation_mode(bare), TargetLogits(bare) as target_logits:
         for name, dataset in tasks.items():
             total = torch.zeros(2, dtype=torch.float64, device=device)
             for rows, batch in iterate_batches(dataset, collator, batch_size, device, rank=rank, processes=processes):
-                labels = batch.pop("labels")
-                # With a cache, transformers would not read the packed sequences off position_ids.
-                logits = bare(**batch, use_cache=False).logits
-                nll = token_nll(logits, labels.to(logits.device), batch.get("position_ids"))
+                targets = find_targets(batch.pop("labels"), batch.get("position_ids"))
+                with target_logits.at(targets.positions):
+                    # With a cache, transformers would not read the packed sequences off position_ids.
+                    logits = bare(**batch, use_cache=False).logits.flatten(0, -2)
+                if not target_logits.is_possible:
+                    logits = logits[targets.positions.to(logits.device)]
+                nll = target_nll(logits, targets.ids.to(logits.device))
                 total[0] += nll.sum(dtype=torch.float64).to(device)
                 total[1] += nll.numel()
                 if progress is not None:

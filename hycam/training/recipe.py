@@ -157,7 +157,7 @@ class Recipe:
 
     def training_arguments(self) -> TrainingArguments:
         """The HF Trainer's arguments. Raises `InputError` where they contradict each other or this machine."""
-        values = TRAINER_DEFAULTS | {"use_cpu": not _has_gpu()} | self.trainer
+        values = TRAINER_DEFAULTS | {"use_cpu": not _has_gpu()} | _saves_at_validations(self.trainer) | self.trainer
         values["deepspeed"] = deepspeed_settings(values.get("deepspeed"))
         values.setdefault("ddp_backend", fsdp_backend(values))
         join_processes(values)
@@ -188,6 +188,17 @@ class Recipe:
                     f"{', '.join(installed) or 'none is'}"
                 )
         return arguments
+
+
+def _saves_at_validations(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows for checkpoints from a recipe's validations: each gets one, from which the best is chosen."""
+    strategy = trainer.get("eval_strategy", TRAINER_DEFAULTS["eval_strategy"])
+    if strategy == "no":
+        return {"load_best_model_at_end": False}
+    if strategy != "steps":
+        return {}
+    steps = trainer.get("eval_steps") or trainer.get("logging_steps", TRAINER_DEFAULTS["logging_steps"])
+    return {"save_strategy": "steps", "save_steps": steps}
 
 
 def _has_gpu() -> bool:

@@ -27,6 +27,9 @@ def find_yaml(name_or_path: str, inside: str, packaged: Mapping[str, Path]) -> P
         return path
     if name_or_path in packaged:
         return packaged[name_or_path]
+    if path.is_dir():
+        hint = "; --adapter takes the folder of an adapter" if (path / "adapter_config.json").is_file() else ""
+        raise InputError(f"{name_or_path}: the folder has no {inside}{hint}")
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"{name_or_path}: no such recipe file")
     raise InputError(f"{name_or_path}: neither a recipe file nor one that ships{suggest(name_or_path, packaged)}")

@@ -61,8 +61,12 @@ def row_cache(config: DataConfig) -> RowCache | None:
     return None if config.cache_dir is None else RowCache(config.cache_dir)
 
 
-def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, TaskRows]:
-    """Every task's rows, read and split before any model is; of streams those held out from training."""
+def load_rows(tasks: Iterable[TaskConfig], config: DataConfig, *, whole: bool = False) -> dict[str, TaskRows]:
+    """Every task's rows, read and split before any model is; of streams those held out from training.
+
+    Args:
+        whole: don't split them: `all` is the one split, which needs no row in each part.
+    """
     cache = row_cache(config)
     rows: dict[str, TaskRows] = {}
     for task_id, task in enumerate(tasks):
@@ -71,6 +75,10 @@ def load_rows(tasks: Iterable[TaskConfig], config: DataConfig) -> dict[str, Task
             sha256 = held_out = _held_out_digest(splits)
         else:
             dataset = load_task(task, cache)
+            if whole:
+                digest = rows_digest(dataset)
+                rows[task.name] = TaskRows(task_id, {"all": dataset}, digest, digest)
+                continue
             splits = _split(dataset, task, config.fold) | {"all": dataset}
             sha256, held_out = rows_digest(dataset), _held_out_digest(splits)
         untested = {"untested": never_tested(splits["validation"], task.split_by)}

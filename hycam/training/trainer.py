@@ -22,6 +22,7 @@ from hycam.data.streaming import StreamedRows
 from hycam.errors import NotFiniteError, RunStoppedError
 from hycam.evaluation.batches import Collate
 from hycam.evaluation.perplexity import evaluate_perplexity
+from hycam.evaluation.targets import TargetLogits, find_targets, target_nll, uniform_gaps
 from hycam.training.callbacks import (
     DueValidation,
     FiniteGradients,
@@ -32,6 +33,7 @@ from hycam.training.callbacks import (
 )
 from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER, list_files
 from hycam.training.engines import limit_deepspeed_waits
+from hycam.training.loss import check_loss
 from hycam.training.measure import own_draws
 from hycam.training.progress import ProgressLines, progress_bar
 
@@ -78,6 +80,8 @@ class HyCAMTrainer(Trainer):
         self.prepare_optimizer = prepare_optimizer
         self._run_folder = Path(self.args.output_dir or "")
         self._saved_step: int | None = None  # the step of the newest checkpoint
+        self._target_logits = TargetLogits(self.adapted)
+        self._is_loss_known = False
         # the Trainer's way keeps the labels from the model, which then couldn't weigh its balance loss
         self.label_smoother = None
 
@@ -95,6 +99,10 @@ class HyCAMTrainer(Trainer):
             set_peft_model_state_dict(self.adapted, load_peft_weights(str(checkpoint), device="cpu"))
         else:
             self._load_from_checkpoint(str(checkpoint))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self._target_logits:
+            return super().train(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -147,18 +155,41 @@ class HyCAMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss, smoothed by `label_smoothing_factor`: (1 - factor) nll + factor uniform nll."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        """The model's own loss, smoothed by `label_smoothing_factor`: (1 - factor) nll + factor uniform nll.
+
+        The logits are those of the targets alone, except under liger, whose loss makes none.
+
+        Raises:
+            InputError: the model's own loss is not the cross-entropy of the next token.
+        """
+        if self.args.use_liger_kernel:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        targets = find_targets(inputs["labels"], inputs.get("position_ids"))
+        is_narrow = self._target_logits.is_possible
+        if is_narrow:
+            inputs = {**inputs, "labels": targets.ids[None], "shift_labels": targets.ids[None]}
+        with self._target_logits.at(targets.positions):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        logits = outputs["logits"].flatten(0, -2)
+        if not is_narrow:
+            logits = logits[targets.positions.to(logits.device)]
+        ids = targets.ids.to(logits.device)
+        if not self._is_loss_known and len(ids):
+            check_loss(
+                self.adapted, outputs, loss, self._averaged(target_nll(logits.detach(), ids), num_items_in_batch)
+            )
+            self._is_loss_known = True
         if self.args.label_smoothing_factor:
-            gaps = smoothing_gaps(outputs["logits"], inputs["labels"])
-            if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-                # as the loss itself
-                processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-                gap = gaps.sum() * processes / num_items_in_batch
-            else:
-                gap = gaps.mean()
+            gap = self._averaged(uniform_gaps(logits, ids), num_items_in_batch)
             loss = loss + self.args.label_smoothing_factor * gap
         return (loss, outputs) if return_outputs else loss
+
+    def _averaged(self, losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """What the Trainer makes of the losses [targets] of a micro-batch's targets."""
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            return losses.mean()
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return losses.sum() * processes / num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch.
@@ -346,23 +377,6 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter on the CPU, gathered where it is in parts."""
     value = parameter.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
-
-
-def smoothing_gaps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Uniform minus own negative log-likelihood of every target: z_target - mean(z), for its logits z.
-
-    Args:
-        logits: [batch, length, vocabulary], any float dtype.
-        labels: [batch, length] int64 in the inputs' order, -100 where a token is no target.
-
-    Returns:
-        [targets] in the logits' dtype, float32 at least.
-    """
-    targets = labels[:, 1:]
-    counted = targets != -100
-    predicted = logits[:, :-1][counted]
-    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-    return predicted.gather(-1, targets[counted][:, None])[:, 0] - predicted.mean(-1)
 
 
 class _EvaluationInterruptedError(Exception):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import signal
@@ -272,6 +273,43 @@ def test_what_eval_and_generate_refuse(run: Path, tmp_path: Path, capsys: pytest
     adapter, short = ["--adapter", str(run / "adapter")], ["--evaluation.max_new_tokens", "4"]
     message = _error(capsys, "generate", *adapter, "--backbone.name_or_path", str(other), "--prompt", "x", *short)
     assert "can't be loaded into" in message
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped, ignore=shutil.ignore_patterns("adapter"))
+    newest = max(stopped.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    message = _error(capsys, "generate", str(stopped), "--prompt", "x")
+    assert message.endswith(f"--resume goes on with it, --adapter {newest} takes what it had saved")
+    assert main(["generate", "--adapter", str(newest), "--prompt", "x", "--evaluation.max_new_tokens", "4"]) == 0
+    message = _error(capsys, "generate", str(newest), "--prompt", "x")
+    assert message.endswith(f"{newest}: the folder has no recipe.yaml; --adapter takes the folder of an adapter")
+    for folder in stopped.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert _error(capsys, "eval", str(stopped)).endswith("--resume goes on with it")
+
+
+def test_rows_that_no_fold_parts_are_measured_whole(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_rows(tmp_path / "own.jsonl", rows(2))
+    options = ["--task", f"own={source}", "--no-generation", "--output", str(tmp_path / "own.json")]
+    assert "fold 0: no row of 2 falls to the" in _error(capsys, "eval", str(run), *options)
+    assert main(["eval", str(run), *options, "--split", "all"]) == 0
+    assert json.loads((tmp_path / "own.json").read_text())["tasks"]["own"]["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(84.4123, "84.412"), (99999.4, "99999.400"), (9655604.503, "9.66e+06"), (math.inf, "inf")]
+)
+def test_a_perplexity_is_shown_in_the_digits_that_say_something(
+    value: float, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"perplexity": value, "tokens": 3}
+    show(metrics_table("test split", {"base": {"tasks": {"a": entry}, "overall": entry}}))
+    assert capsys.readouterr().out.count(f" {shown} ") == 2
 
 
 def test_a_prompt_that_is_too_long_is_found_before_the_model_is_loaded(

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hycam.errors import InputError
 from hycam.evaluation.batches import device_of
-from hycam.evaluation.perplexity import evaluate_perplexity, token_nll
+from hycam.evaluation.perplexity import evaluate_perplexity
 from tests.evaluation.rows import make_rows, pack, pad_right
 from tests.models import tiny_model
 
@@ -71,21 +71,6 @@ def test_packed_equals_padded(tasks, family):
     packed = evaluate_perplexity(model, tasks, pack)["overall"]
     assert packed["tokens"] == padded["tokens"]
     assert packed["nll"] == pytest.approx(padded["nll"], rel=1e-5)
-
-
-def test_the_first_token_of_a_packed_sequence_is_no_target():
-    logits = torch.randn(1, 5, 7, dtype=torch.float64)
-    labels = torch.tensor([[1, 2, 3, 4, 5]])
-    positions = torch.tensor([[0, 1, 0, 1, 2]])
-    expected = torch.stack([-torch.log_softmax(logits[0, t - 1], 0)[labels[0, t]] for t in (1, 3, 4)])
-    torch.testing.assert_close(token_nll(logits, labels, positions), expected)
-
-
-def test_rows_of_many_tokens_are_scored_in_parts():
-    logits = torch.randn(2, 1500, 5, dtype=torch.float64)
-    labels = torch.randint(0, 5, (2, 1500))
-    scores = torch.log_softmax(logits, -1)[:, :-1].gather(-1, labels[:, 1:, None]).flatten()
-    torch.testing.assert_close(token_nll(logits, labels, None), -scores)
 
 
 def test_uniform_logits_give_the_vocabulary_as_perplexity(tasks):

@@ -187,9 +187,29 @@ def test_a_missing_backbone_is_named() -> None:
 
 
 def test_contradicting_trainer_fields() -> None:
-    recipe = _parse(trainer={"eval_strategy": "no"})
+    recipe = _parse(trainer={"eval_strategy": "steps", "save_strategy": "epoch"})
     with pytest.raises(InputError, match=r"^my.yaml: trainer: .*load_best_model_at_end"):
         recipe.training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "strategy", "steps", "best"),
+    [
+        ({}, "epoch", None, True),
+        ({"eval_strategy": "steps", "eval_steps": 50}, "steps", 50, True),
+        ({"eval_strategy": "steps", "logging_steps": 7}, "steps", 7, True),
+        ({"eval_strategy": "steps", "eval_steps": 50, "save_steps": 100}, "steps", 100, True),
+        ({"eval_strategy": "no"}, "epoch", None, False),
+        ({"eval_strategy": "no", "save_strategy": "no"}, "no", None, False),
+        ({"eval_strategy": "steps", "load_best_model_at_end": False, "save_strategy": "epoch"}, "epoch", None, False),
+    ],
+)
+def test_checkpoints_are_made_where_validations_are(
+    trainer: dict[str, Any], strategy: str, steps: int | None, best: bool
+) -> None:
+    arguments = _parse(trainer=trainer).training_arguments()
+    assert (arguments.save_strategy, arguments.load_best_model_at_end) == (strategy, best)
+    assert steps is None or arguments.save_steps == steps
 
 
 def test_a_settings_file_that_is_not_there() -> None:

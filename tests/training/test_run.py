@@ -21,7 +21,7 @@ from hycam.training.callbacks import Throughput, read_metrics
 from hycam.training.recipe import Recipe
 from hycam.training.run import train
 from hycam.training.tasks import load_rows, tokenize_split
-from hycam.training.trainer import HyCAMTrainer, smoothing_gaps
+from hycam.training.trainer import HyCAMTrainer
 from hycam_cli import main
 from tests.training.runs import rows, run_recipe, save_rows
 
@@ -371,14 +371,6 @@ def test_everything_is_measured_in_the_precision_of_training(tmp_path: Path, bac
     output = tmp_path / "plain.json"
     assert main(["eval", str(recipe.output_path), "--trainer.bf16", "false", "--output", str(output)]) == 0
     assert json.loads(output.read_text())["overall"]["nll"] != measured["adapted"]["overall"]["nll"]
-
-
-def test_smoothed_labels_are_those_of_cross_entropy() -> None:
-    logits = torch.randn(3, 5, 7, dtype=torch.float64)
-    labels = torch.randint(0, 7, (3, 5)).masked_fill(torch.rand(3, 5) < 0.3, -100)
-    predicted, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    plain, smooth = (torch.nn.functional.cross_entropy(predicted, targets, label_smoothing=s) for s in (0.0, 0.2))
-    torch.testing.assert_close(plain + 0.2 * smoothing_gaps(logits, labels).mean(), smooth)
 
 
 def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path, backbone: Path) -> None:

@@ -1,0 +1,116 @@
+"""Scores of the tokens that are targets, and of no others.
+
+A vocabulary is so wide that in a small model the logits of one token cost as much as several layers, and those of
+prompts and padding are read by nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Logits are raised to float32 this many tokens at a time, which bounds the memory beside the model's output.
+_TOKENS_AT_ONCE = 1024
+
+
+class Targets(NamedTuple):
+    """The target tokens of a batch.
+
+    Attributes:
+        positions: [targets] int64, where each is predicted: places in the flattened [batch * length].
+        ids: [targets] int64, the tokens.
+    """
+
+    positions: Tensor
+    ids: Tensor
+
+
+def find_targets(labels: Tensor, position_ids: Tensor | None = None) -> Targets:
+    """The tokens with a label; each is predicted from the place before it.
+
+    Args:
+        labels: [batch, length] int64 in the inputs' order, -100 where a token is no target.
+        position_ids: [batch, length] of packed rows, or None. A position 0 begins a sequence: its token has
+            nothing before it, so it is no target.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if position_ids is not None:
+        following = following.masked_fill(F.pad(position_ids[:, 1:], (0, 1)) == 0, -100)
+    following = following.flatten()
+    positions = (following != -100).nonzero()[:, 0]
+    return Targets(positions, following[positions])
+
+
+class TargetLogits:
+    """Lets a causal language model compute the logits of targets alone; a context manager, which leaves it as it was.
+
+    The model's last projection gets the hidden states of the targets' places. Logits are the same to rounding: what
+    follows the projection (scaling, soft-capping) is element-wise.
+
+    Args:
+        model: the model itself, or a PEFT model around it.
+
+    Attributes:
+        is_possible: whether the model shows its last projection.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._projection: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+        self.is_possible = self._projection is not None
+        self._positions: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        if self._projection is not None:
+            self._handle = self._projection.register_forward_pre_hook(self._narrow)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._projection is not None:
+            self._handle.remove()
+
+    @contextmanager
+    def at(self, positions: Tensor) -> Iterator[None]:
+        """While this lasts, the model's logits are [1, positions, vocabulary], at places in the flattened batch."""
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+    def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._positions is None:
+            return None
+        hidden, *others = args
+        return (hidden.flatten(0, -2)[self._positions.to(hidden.device)][None], *others)
+
+
+def target_nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihood of every target given the tokens before it.
+
+    Args:
+        logits: [targets, vocabulary], any float dtype.
+        ids: [targets] int64.
+
+    Returns:
+        [targets] in the logits' dtype, float32 at least.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    parts = zip(logits.split(_TOKENS_AT_ONCE), ids.split(_TOKENS_AT_ONCE), strict=True)
+    return torch.cat([F.cross_entropy(part.to(dtype), target, reduction="none") for part, target in parts])
+
+
+def uniform_gaps(logits: Tensor, ids: Tensor) -> Tensor:
+    """Uniform minus own negative log-likelihood of every target: z_target - mean(z), for its logits z.
+
+    Args:
+        logits: [targets, vocabulary], any float dtype.
+        ids: [targets] int64.
+
+    Returns:
+        [targets] in the logits' dtype, float32 at least.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(-1, ids[:, None])[:, 0] - logits.mean(-1)

@@ -1,0 +1,115 @@
+"""Target tokens, and their logits alone: the same numbers as of all tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hycam.evaluation.perplexity import evaluate_perplexity
+from hycam.evaluation.targets import TargetLogits, find_targets, target_nll, uniform_gaps
+from tests.adapter.builders import batch
+from tests.adapter.outcomes import FOUND, by_type
+from tests.adapter.test_decoders import QUICK
+from tests.decoders import tiny_decoder
+from tests.models import tiny_model
+
+# decoders of encoder-decoder models, whose loss compares a token with itself
+UNSHIFTED = ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"]
+UNSHIFTED += ["trocr", "whisper"]
+
+
+def prompted(family_batch):
+    """Labels after a prompt of another length in each row."""
+    labels = family_batch["labels"].clone()
+    for row, prompt in enumerate((4, 6, 5)):
+        labels[row, :prompt] = -100
+    return family_batch | {"labels": labels}
+
+
+def test_targets_are_predicted_from_the_place_before():
+    labels = torch.tensor([[-100, 5, -100, 7], [-100, -100, -100, -100], [9, 8, -100, -100]])
+    positions, ids = find_targets(labels)
+    assert positions.tolist() == [0, 2, 8] and ids.tolist() == [5, 7, 8]
+
+
+def test_the_first_token_of_a_packed_sequence_is_no_target():
+    positions, ids = find_targets(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[0, 1, 0, 1, 2]]))
+    assert positions.tolist() == [0, 2, 3] and ids.tolist() == [2, 4, 5]
+
+
+def test_rows_of_many_tokens_are_scored_in_parts():
+    logits, ids = torch.randn(3000, 5, dtype=torch.float64), torch.randint(0, 5, (3000,))
+    torch.testing.assert_close(target_nll(logits, ids), F.cross_entropy(logits, ids, reduction="none"))
+
+
+def test_smoothed_labels_are_those_of_cross_entropy():
+    logits, ids = torch.randn(30, 7, dtype=torch.float64), torch.randint(0, 7, (30,))
+    plain, smooth = (F.cross_entropy(logits, ids, label_smoothing=smoothing) for smoothing in (0.0, 0.2))
+    torch.testing.assert_close(plain + 0.2 * uniform_gaps(logits, ids).mean(), smooth)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(by_type(FOUND))],
+)
+def test_every_family_makes_the_logits_of_targets_alone(model_type):
+    inputs = prompted(batch())
+    labels = inputs.pop("labels")
+    targets = find_targets(labels)
+    model = tiny_decoder(model_type)
+    with torch.no_grad(), TargetLogits(model) as target_logits:
+        whole = model(**inputs).logits.flatten(0, 1)[targets.positions]
+        with target_logits.at(targets.positions):
+            narrow = model(**inputs, labels=targets.ids[None], shift_labels=targets.ids[None])
+        again = model(**inputs).logits
+    assert narrow.logits.shape == (1, len(targets.ids), whole.shape[-1])
+    torch.testing.assert_close(narrow.logits[0], whole)
+    torch.testing.assert_close(narrow.loss, F.cross_entropy(whole, targets.ids))
+    assert again.shape[:2] == labels.shape, "only while it lasts"
+    if model_type not in UNSHIFTED:
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs, labels=labels).loss, narrow.loss)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_gradients_are_those_of_all_logits(family):
+    model = get_peft_model(tiny_model(family), LoraConfig(init_lora_weights=False))
+    inputs = prompted(batch())
+    targets = find_targets(inputs["labels"])
+    found = []
+    with TargetLogits(model) as target_logits:
+        model(**inputs).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+        with target_logits.at(targets.positions):
+            model(**inputs | {"labels": targets.ids[None], "shift_labels": targets.ids[None]}).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert found[0] and all(grad is not None for grad in found[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model()
+    head = model.get_output_embeddings()
+    with pytest.raises(IndexError), TargetLogits(model) as target_logits, target_logits.at(torch.tensor([99])):
+        model(input_ids=torch.tensor([[5, 6]]))
+    assert not head._forward_pre_hooks
+    assert target_logits._positions is None
+
+
+def test_a_model_that_hides_its_projection_makes_all_logits(monkeypatch):
+    model = tiny_model()
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
+
+    def collate(rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+    tasks = {"task": Dataset.from_list(rows)}
+    want = evaluate_perplexity(model, tasks, collate)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert not TargetLogits(model).is_possible
+    assert not TargetLogits(nn.Linear(2, 2)).is_possible
+    found = evaluate_perplexity(model, tasks, collate)
+    assert found["overall"]["nll"] == pytest.approx(want["overall"]["nll"], rel=1e-6)

@@ -1,0 +1,66 @@
+"""The loss that a run trains with: of target tokens alone, and the cross-entropy of the next one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from hycam.errors import InputError
+from hycam.evaluation.targets import TargetLogits, find_targets, target_nll
+from hycam.training.callbacks import read_metrics
+from hycam.training.loss import check_loss
+from hycam.training.run import train
+from tests.adapter.builders import batch
+from tests.decoders import tiny_decoder
+from tests.training.runs import run_recipe
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_makes_no_logits_but_the_targets(
+    tmp_path: Path, backbone: Path, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the losses are those of all logits, over micro-batches of unequal numbers of targets."""
+    trainer = {"max_steps": 3, "logging_steps": 1, "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}
+    sections: dict[str, Any] = {"trainer": trainer, "data": {"packing": packing}}
+    shapes: list[torch.Size] = []
+
+    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, torch.nn.Linear) and module.out_features == 320:  # the vocabulary
+            shapes.append(output.shape)
+
+    tokens, losses = [], []
+    for is_possible in (True, False):
+        folder = tmp_path / str(is_possible)
+        folder.mkdir()
+        if not is_possible:
+            monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+        hook = torch.nn.modules.module.register_module_forward_hook(note)
+        try:
+            train(run_recipe(folder, backbone, **sections), test=False)
+        finally:
+            hook.remove()
+        lines = read_metrics(folder / "run/metrics.jsonl")
+        losses.append([line[key] for line in lines for key in ("loss", "eval_loss") if key in line])
+        tokens.append(sum(shape[0] * shape[1] for shape in shapes))
+        shapes.clear()
+    assert 0 < tokens[0] < tokens[1] / 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "is_refused"), [("llama", False), ("bart", True)])
+def test_another_loss_is_refused(model_type: str, is_refused: bool) -> None:
+    """Bart's decoder makes a mean over a micro-batch, whatever the number of targets of all of a step's is."""
+    model, inputs = tiny_decoder(model_type), batch()
+    targets = find_targets(inputs.pop("labels"))
+    num_items = torch.tensor(2 * len(targets.ids))
+    with torch.no_grad(), TargetLogits(model) as target_logits, target_logits.at(targets.positions):
+        labels = targets.ids[None]
+        outputs = model(**inputs, labels=labels, shift_labels=labels, num_items_in_batch=num_items)
+    cross_entropy = target_nll(outputs.logits[0], targets.ids).sum() / num_items
+    if not is_refused:
+        check_loss(model, outputs, outputs.loss, cross_entropy)
+        return
+    with pytest.raises(InputError, match=r"^backbone.name_or_path: BartForCausalLM makes a loss of .*, wanted a model"):
+        check_loss(model, outputs, outputs.loss, cross_entropy)
