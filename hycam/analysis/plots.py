@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import CenteredNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -22,6 +22,8 @@ _PANELS_IN_A_ROW = 4
 _MOST_ANNOTATED_PANELS = 8
 _MOST_TOKEN_LABELS = 80
 _LABEL_LENGTH = 14
+_LEAST_UNEVEN = 0.05
+_DARK = 0.7
 _ENDS = (0.01, 0.99)
 MODULATION_COLORS = "RdBu_r"
 
@@ -90,29 +92,33 @@ def expert_load(loads: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     if not layers:
         raise InputError(f"loads: {len(tasks)} tasks and no layer given, at least one of both is wanted")
     experts = len(loads[tasks[0]][layers[0]])
-    highest = max(max(load) for of_task in loads.values() for load in of_task.values())
-    panel = (1.0 + 0.55 * experts, 1.0 + 0.36 * len(tasks))
+    every = [value for of_task in loads.values() for load in of_task.values() for value in load]
+    # white is the even share; shares that are all but even stay pale
+    furthest = max(_LEAST_UNEVEN, *(abs(value - 1 / experts) for value in every))
+    scale = CenteredNorm(1 / experts, furthest)
+    panel = (1.0 + 0.66 * experts, 1.0 + 0.42 * len(tasks))
     figure, panels = _panels(len(layers), panel, left=0.09 * max(map(len, tasks)), bottom=0.5)
     for axes, layer in zip(panels, layers, strict=True):
         values = [list(loads[task][layer]) for task in tasks]
-        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+        image = axes.imshow(values, cmap=MODULATION_COLORS, norm=scale, aspect="auto")
         axes.set_title(layer_label(layer), fontsize="medium")
         axes.set_xticks(range(experts))
         axes.set_yticks(range(len(tasks)), tasks, parse_math=False)
         if len(layers) <= _MOST_ANNOTATED_PANELS:
-            _annotate(axes, values, highest)
-    figure.suptitle(f"Expert load by task (uniform: {1 / experts:.2f})")
+            _annotate(axes, values, scale)
+    figure.suptitle(f"Share of each task's tokens that each expert takes (white: the even share, {1 / experts:.2f})")
     figure.supxlabel("expert")
     figure.supylabel("task")
-    figure.colorbar(image, ax=panels, label="mean expert weight", aspect=30, pad=0.01)
+    bar = figure.colorbar(image, ax=panels, label="mean expert weight", aspect=30, pad=0.01)
+    bar.ax.set_ylim(max(0.0, 1 / experts - furthest), min(1.0, 1 / experts + furthest))
     return figure
 
 
-def _annotate(axes: Axes, values: list[list[float]], highest: float) -> None:
+def _annotate(axes: Axes, values: list[list[float]], scale: CenteredNorm) -> None:
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            color = "white" if value > 0.6 * highest else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="x-small")
+            color = "white" if abs(2 * scale(value) - 1) > _DARK else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="medium")
 
 
 def plot_modulation(modulation: Mapping[str, torch.Tensor], tokens: Sequence[str], path: str | Path) -> None:
@@ -193,7 +199,8 @@ def layer_label(path: str) -> str:
 
 def _panels(count: int, panel: tuple[float, float], *, left: float, bottom: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels in rows, each of `panel` inches, with room on the left and at the bottom."""
-    columns = min(count, _PANELS_IN_A_ROW)
+    # few panels fill a page's width in two columns, and their text stays legible there
+    columns = min(count, 2 if count <= _PANELS_IN_A_ROW else _PANELS_IN_A_ROW)
     rows = math.ceil(count / columns)
     size = (columns * panel[0] + left + 1.2, rows * panel[1] + bottom + 0.5)
     figure = Figure(figsize=size, layout="constrained")

@@ -58,10 +58,17 @@ def test_expert_load_has_a_panel_per_layer(tmp_path, figures):
     for axes, layer in zip(panels, LOADS["code"], strict=True):
         shown = torch.tensor(axes.images[0].get_array().tolist())
         torch.testing.assert_close(shown, torch.tensor([LOADS[task][layer] for task in LOADS]))
-        assert axes.images[0].get_clim() == (0, 0.7), "one scale for all layers"
+        scale = axes.images[0].norm
+        assert scale(1 / 3) == 0.5, "the even share is white"
+        assert scale(0.7) == pytest.approx(1.0), "one scale for all layers"
     assert [label.get_text() for label in panels[0].get_yticklabels()] == list(LOADS)
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["0", "1", "2"], "counted as layers are"
     assert [text.get_text() for text in panels[0].texts] == ["0.70", "0.20", "0.10", "0.10", "0.20", "0.70"]
+
+
+def test_nearly_even_loads_stay_pale(tmp_path, figures):
+    plot_expert_load({"code": {"layers.0": [0.5001, 0.4999]}}, tmp_path / "load.png")
+    assert figures[0].axes[0].images[0].norm(0.5001) == pytest.approx(0.5, abs=0.01)
 
 
 def test_expert_load_of_many_layers(tmp_path, figures):
