@@ -6,7 +6,8 @@ weighed wrongly by trainers that divide the loss themselves. So every layer inje
     lambda * loss_scale * token_share * L_balance
 
 where `loss_scale` is the gradient that arrived at the model's loss (whatever the trainer multiplied it by is in it)
-and `token_share` the micro-batch's part of the target tokens that the loss is averaged over. With n adapted layers,
+and `token_share` the micro-batch's part of the target tokens that the loss is averaged over. Where the trainer makes
+the loss outside the model, their product is what the trainer itself says (`hycam.adapter.trainers`). With n adapted layers,
 load F_l and mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and
 ``mean_l(F_l) . mean_l(P_l)`` for "model" (all layers see the same tokens, so this pools their tokens). Both have the
 gradient ``P / n`` for F_l and ``F / n`` for P_l, with the layer's own values or with the means.
@@ -46,6 +47,8 @@ class ForwardContext:
     Attributes:
         attention_mask: [batch, length] as the model received it, 0 for padding, or None.
         token_share: this micro-batch's part of the target tokens that the loss is averaged over.
+        trainer_weight: the balance loss's factor where no loss tells its gradient; None where the caller is no trainer
+            that tells it.
         layer_counts: adapter name -> number of layers that it adapts.
         loss_scale: the gradient that reached the model's loss; None until the backward pass gets there.
         is_tracked: whether the model's loss, or one given to `hycam.track_loss`, tells its gradient.
@@ -62,6 +65,7 @@ class ForwardContext:
     ) -> None:
         self.attention_mask = attention_mask
         self.token_share = token_share
+        self.trainer_weight: Tensor | float | None = None
         self.layer_counts = layer_counts
         self.loss_scale: Tensor | float | None = None
         self.is_tracked = False
@@ -164,6 +168,15 @@ class ForwardContext:
         if config.balance_scope == "model":
             layers = self.routing[adapter_name]
             routing, count = _mean(layers.values(), routing.load.device), len(layers)
+        weight = self._weight() * (config.balance_coef / count)
+        if isinstance(weight, Tensor):
+            weight = weight.to(routing.load)
+        return Routing(routing.router_prob * weight, routing.load * weight)
+
+    def _weight(self) -> Tensor | float:
+        """The factor of the balance loss in what the backward pass started from."""
+        if self.loss_scale is None and self.trainer_weight is not None:
+            return self.trainer_weight
         if self.loss_scale is None:
             if self.is_tracked:
                 warnings.warn(
@@ -172,10 +185,7 @@ class ForwardContext:
                     stacklevel=2,
                 )
             self.loss_scale = 1.0
-        weight = self.token_share * self.loss_scale * (config.balance_coef / count)
-        if isinstance(weight, Tensor):
-            weight = weight.to(routing.load)
-        return Routing(routing.router_prob * weight, routing.load * weight)
+        return self.token_share * self.loss_scale
 
 
 def _mean(layers: Iterable[AnyRouting], device: torch.device | None = None) -> Routing:

@@ -16,6 +16,7 @@ from hycam.adapter.attention import HyCAMAttention, ResidualTap
 from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
+from hycam.adapter.trainers import calling_trainer, share, shifts_labels, target_count
 from hycam.errors import InputError
 
 _ATTRIBUTE = "hycam_binding"
@@ -90,10 +91,20 @@ class Binding:
         context = ForwardContext(
             self.calls.layer_counts(),
             mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            _token_share(arguments),
+            _token_share(model, arguments),
         )
+        if model.training and not torch.compiler.is_compiling():
+            self._ask_trainer(model, context)
         self.calls.begin(context)
         return (args, kwargs | {CONTEXT_KEYWORD: context}) if self._takes_keywords else None
+
+    def _ask_trainer(self, model: nn.Module, context: ForwardContext) -> None:
+        """Take over what the calling trainer, if there is one, says of this call."""
+        trainer = calling_trainer()
+        if trainer is None:
+            return
+        if torch.is_grad_enabled() and self._has_balance_loss() and (average := trainer.average(model)) is not None:
+            context.token_share, context.trainer_weight = average
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.calls.end()
@@ -104,7 +115,8 @@ class Binding:
         if (found := _first_tensor(output, wants_loss=True)) is not None:
             key, loss = found
             return _replaced(output, key, context.track(loss))
-        self._tell_no_loss()
+        if context.trainer_weight is None:
+            self._tell_no_loss()
         if context.in_graph and (found := _first_tensor(output, wants_loss=False)) is not None:
             key, tensor = found
             return _replaced(output, key, context.attach(tensor))
@@ -127,7 +139,7 @@ class Binding:
             self._told_no_loss = True
             warnings.warn(
                 "the model returns no loss whose scale the balance loss could follow: its gradient is taken as is; "
-                "pass labels to the model, or your loss through hycam.track_loss(model, loss)",
+                "pass labels to the model, or write loss = hycam.track_loss(model, loss) before backward",
                 stacklevel=2,
             )
 
@@ -241,14 +253,11 @@ def _freeze(model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
                 decoder_layer.get_submodule(norm).requires_grad_(True)
 
 
-def _token_share(arguments: dict[str, Any]) -> Tensor | float:
+def _token_share(model: nn.Module, arguments: dict[str, Any]) -> Tensor | float:
     """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
-    total, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
-    if total is None or labels is None:
-        return 1.0
-    shifted = arguments.get("shift_labels")
-    count = ((labels[..., 1:] if shifted is None else shifted) != -100).sum()
-    return count / (total.to(count.device) if isinstance(total, Tensor) else total)
+    num_items = arguments.get("num_items_in_batch")
+    targets = None if num_items is None else target_count(arguments, shifts_labels(model))
+    return 1.0 if targets is None else share(targets, num_items)
 
 
 def _first_tensor(output: Any, *, wants_loss: bool) -> tuple[Any, Tensor] | None:
