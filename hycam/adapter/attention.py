@@ -197,7 +197,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             attn_output,
             residual=residual if config.modulation == "residual" else None,
             token_mask=token_mask,
-            seed=self._noise_seed(config, hidden.device),
+            seed=self._noise_seed(config, hidden.device, context),
             projections=projections,
         )
         if config.experts == "none":
@@ -276,9 +276,11 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         modules = getattr(self, name)
         return modules[adapter_name]() if adapter_name in modules else (None, None)
 
-    def _noise_seed(self, config: HyCAMConfig, device: torch.device) -> Tensor | None:
+    def _noise_seed(self, config: HyCAMConfig, device: torch.device, context: ForwardContext) -> Tensor | None:
         """A 0-d int64 seed from the device's generator, whose state checkpointing restores; never read on the host."""
-        if config.experts == "none" or config.noise == "never" or (config.noise == "train" and not self.training):
+        if config.experts == "none" or config.noise == "never":
+            return None
+        if config.noise == "train" and (context.is_compared or not self.training):
             return None
         seed = torch.randint(2**62, (), device=device)
         rank = self.calls.data_parallel_rank() if self.calls is not None else 0

@@ -7,8 +7,8 @@ weighed wrongly by trainers that divide the loss themselves. So every layer inje
 
 where `loss_scale` is the gradient that arrived at the model's loss (whatever the trainer multiplied it by is in it)
 and `token_share` the micro-batch's part of the target tokens that the loss is averaged over. Where the trainer makes
-the loss outside the model, their product is what the trainer itself says (`hycam.adapter.trainers`). With n adapted layers,
-load F_l and mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and
+the loss outside the model, their product is what the trainer itself says (`hycam.adapter.trainers`). With n adapted
+layers, load F_l and mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and
 ``mean_l(F_l) . mean_l(P_l)`` for "model" (all layers see the same tokens, so this pools their tokens). Both have the
 gradient ``P / n`` for F_l and ``F / n`` for P_l, with the layer's own values or with the means.
 """
@@ -50,6 +50,8 @@ class ForwardContext:
         trainer_weight: the balance loss's factor where no loss tells its gradient; None where the caller is no trainer
             that tells it.
         layer_counts: adapter name -> number of layers that it adapts.
+        is_compared: whether the calling trainer compares this pass with others, for which it must repeat: without the
+            noise of training.
         loss_scale: the gradient that reached the model's loss; None until the backward pass gets there.
         is_tracked: whether the model's loss, or one given to `hycam.track_loss`, tells its gradient.
         routing: adapter name -> layer name -> detached routing.
@@ -67,6 +69,7 @@ class ForwardContext:
         self.token_share = token_share
         self.trainer_weight: Tensor | float | None = None
         self.layer_counts = layer_counts
+        self.is_compared = False
         self.loss_scale: Tensor | float | None = None
         self.is_tracked = False
         self.routing: dict[str, dict[str, AnyRouting]] = {}

@@ -15,6 +15,7 @@ from hycam.adapter.architectures import model_type_of, residual_norm, trained_no
 from hycam.adapter.attention import HyCAMAttention, ResidualTap
 from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
+from hycam.adapter.config import is_finite
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
 from hycam.adapter.trainers import calling_trainer, share, shifts_labels, target_count
 from hycam.errors import InputError
@@ -55,6 +56,8 @@ class Binding:
             takes_keywords=self._takes_keywords,
             tensor_parallel_size=getattr(model, "_tp_size", None) or 1,
         )
+        # track_loss may follow passes without gradients, of a reference for example
+        self.differentiated: ForwardContext | None = None
         self._told_no_loss = False
         self._handles: list[RemovableHandle | NormFusion] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -96,6 +99,8 @@ class Binding:
         if model.training and not torch.compiler.is_compiling():
             self._ask_trainer(model, context)
         self.calls.begin(context)
+        if torch.is_grad_enabled():
+            self.differentiated = context
         return (args, kwargs | {CONTEXT_KEYWORD: context}) if self._takes_keywords else None
 
     def _ask_trainer(self, model: nn.Module, context: ForwardContext) -> None:
@@ -103,6 +108,7 @@ class Binding:
         trainer = calling_trainer()
         if trainer is None:
             return
+        context.is_compared = trainer.compares
         if torch.is_grad_enabled() and self._has_balance_loss() and (average := trainer.average(model)) is not None:
             context.token_share, context.trainer_weight = average
 
@@ -191,19 +197,34 @@ def uninstall(model: nn.Module) -> None:
         binding.remove()
 
 
-def track_loss(model: nn.Module, loss: Tensor) -> Tensor:
+def track_loss(model: nn.Module, loss: Tensor, *, share: Tensor | float | None = None) -> Tensor:
     """`loss`, computed outside the model from its last forward, as a tensor whose gradient the balance loss follows.
 
-    Where the model itself returns the loss this happens by itself.
+    Where the model itself returns the loss this happens by itself, and so it does under a trainer of transformers or
+    TRL, whatever makes its loss.
+
+    Args:
+        model: the model, bound.
+        loss: scalar.
+        share: this micro-batch's part, from 0 to 1, of what `loss` is divided by, where that is counted over several
+            micro-batches: its target tokens by those of the optimizer step. None: `loss` is a mean over this
+            micro-batch.
+
+    Raises:
+        InputError: (a ValueError) where the model isn't bound or has not run, or for another share.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     binding = model.__dict__.get(_ATTRIBUTE)
-    if binding is None or binding.calls.context is None:
+    if binding is None or binding.differentiated is None:
         raise InputError(
             f"model: got {type(model).__name__} that is not bound or has not run, want one after hycam.bind"
         )
-    return binding.calls.context.track(loss)
+    if share is not None:
+        if not isinstance(share, Tensor) and not (is_finite(share) and 0 <= share <= 1):
+            raise InputError(f"share: got {share!r}, want a tensor or a number from 0 to 1")
+        binding.differentiated.token_share = share
+    return binding.differentiated.track(loss)
 
 
 def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict[str, RouterStatistics]:

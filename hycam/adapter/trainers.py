@@ -1,8 +1,8 @@
 """What the trainer that calls a model averages over, read off the trainer itself.
 
-transformers' `Trainer`, and TRL's, which derive from it, may make the loss outside the model and divide it by the target
-tokens or the micro-batches of a whole optimizer step. No argument takes these numbers to the model, and a model is
-never handed its trainer, so the trainer is looked for among the callers, in the frame of its `training_step`.
+transformers' `Trainer`, and TRL's, which derive from it, may make the loss outside the model and divide it by the
+target tokens or the micro-batches of a whole optimizer step. No argument takes these numbers to the model, and a model
+is never handed its trainer, so the trainer is looked for among the callers, in the frame of its `training_step`.
 """
 
 import sys
@@ -42,7 +42,7 @@ class CallingTrainer:
 
     @property
     def compares(self) -> bool:
-        """Whether its loss compares passes of the model, or the model with a reference, by the ratio of probabilities."""
+        """Whether its loss is made of ratios of the probabilities that two passes give."""
         return hasattr(self._trainer, "ref_model")
 
     @property
@@ -79,7 +79,7 @@ class CallingTrainer:
         return None
 
     def _share_of_completions(self, batch: Mapping[str, Any]) -> Tensor:
-        """This process's micro-batch's part of the completions' tokens, as `GRPOTrainer._compute_loss` divides by them."""
+        """This micro-batch's part of the completions' tokens, as `GRPOTrainer._compute_loss` divides by them."""
         trainer, mask = self._trainer, batch["completion_mask"]
         if "tool_mask" in batch:
             mask = mask * batch["tool_mask"]
