@@ -31,9 +31,14 @@ class Probe(TrainerCallback):
         model.get_base_model().register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training and torch.is_grad_enabled() and self.gradient is None:
-            kept = ("input_ids", "attention_mask", "position_ids", "labels")
-            self.micro_batches.append({n: kwargs[n].clone() for n in kept if isinstance(kwargs.get(n), Tensor)})
+        if not model.training or self.gradient is not None:
+            return
+        kept = ("input_ids", "attention_mask", "position_ids", "labels")
+        inputs = {name: kwargs[name].clone() for name in kept if isinstance(kwargs.get(name), Tensor)}
+        if torch.is_grad_enabled():
+            self.micro_batches.append(inputs)
+        elif self.micro_batches:  # a second pass, for the log alone, may bring the labels along
+            self.micro_batches[-1] = inputs | self.micro_batches[-1]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if self.gradient is None:
@@ -44,7 +49,8 @@ class Probe(TrainerCallback):
         assert len(shares) == len(self.micro_batches)
         self.start.zero_grad()
         for inputs, share in zip(self.micro_batches, shares, strict=True):
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            # with a cache, positions that start anew would not part packed rows
+            inputs = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
             with torch.random.fork_rng():
                 (plain_balance(quiet(self.start), inputs)[1] * share).backward()
         return router_gradient(self.start)
