@@ -10,10 +10,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hycam.adapter.binding import check_forward_arguments
+from hycam.adapter.parameters import AdapterLayer
 
 
 class AdapterTuner(BaseTuner):
     """Replaces the modules that a configuration targets by adapted layers."""
+
+    tuner_layer_cls: type[AdapterLayer]
 
     @abstractmethod
     def _new_layer(self, target: nn.Module, peft_config: Any, adapter_name: str) -> Any:
@@ -51,12 +54,9 @@ class AdapterTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's own cast makes every parameter of a ParameterDict trainable again.
-        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return cls.tuner_layer_cls.saved_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Adapted tiny models, batches with padding, and the plain loop that the injected balance loss is measured against."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def batch(seed: int = 0, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
 
 def layers_of(model: nn.Module) -> dict[str, HyCAMAttention]:
     return {name: module for name, module in model.named_modules() if isinstance(module, HyCAMAttention)}
+
+
+def by_saved_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A HyCAM layer's or model's tensors of the adapter "default" by the names that they have in a file."""
+    return {HyCAMAttention.saved_name(name.replace(".default", "")): tensor for name, tensor in named}
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
