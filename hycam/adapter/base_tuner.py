@@ -10,13 +10,22 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hycam.adapter.binding import check_forward_arguments
-from hycam.adapter.parameters import AdapterLayer
+from hycam.adapter.parameters import AdapterLayer, AdapterParameters
 
 
 class AdapterTuner(BaseTuner):
     """Replaces the modules that a configuration targets by adapted layers."""
 
     tuner_layer_cls: type[AdapterLayer]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(peft_config, PeftConfig):
+            # Injected without a PeftModel around it, which would give a dictionary. transformers' own loader puts the
+            # adapter's name behind a file's names, and looks them up in the state dict.
+            for module in model.modules():
+                if isinstance(module, AdapterParameters) and adapter_name in module:
+                    module[adapter_name].has_saved_name = True
 
     @abstractmethod
     def _new_layer(self, target: nn.Module, peft_config: Any, adapter_name: str) -> Any:

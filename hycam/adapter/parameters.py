@@ -33,14 +33,29 @@ class AdapterParameter(nn.Module):
 
     It is called to fetch the parameter, so that what loads parameters for a module's forward (FSDP, ZeRO, accelerate's
     offloading) finds the module that owns this one running.
+
+    Attributes:
+        has_saved_name: whether a state dict names it as a file does, but for the adapter's name.
     """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.has_saved_name = False
 
     def forward(self) -> Tensor:
         return self.weight
+
+    @property
+    def shape(self) -> torch.Size:
+        """What transformers' loader compares a file's tensor with."""
+        return self.weight.shape
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.has_saved_name:
+            destination[prefix.removesuffix(".")] = self.weight if keep_vars else self.weight.detach()
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class AdapterParameters(nn.ModuleDict):
@@ -50,8 +65,14 @@ class AdapterParameters(nn.ModuleDict):
     finds it by ``.default.``. `AdapterLayer.saved_name` leaves the ending out.
     """
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Where transformers' loader sets a parameter by its saved name, the module of that name takes it."""
+        if isinstance(value, nn.Parameter) and name in self:
+            self[name].weight = value
+        else:
+            super().__setattr__(name, value)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # version 0.1.0 named a live parameter as the adapter
         for name in self:
             if prefix + name in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
