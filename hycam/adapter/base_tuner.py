@@ -25,7 +25,7 @@ class AdapterTuner(BaseTuner):
             # adapter's name behind a file's names, and looks them up in the state dict.
             for module in model.modules():
                 if isinstance(module, AdapterParameters) and adapter_name in module:
-                    module[adapter_name].has_saved_name = True
+                    module.use_saved_name(adapter_name)
 
     @abstractmethod
     def _new_layer(self, target: nn.Module, peft_config: Any, adapter_name: str) -> Any:

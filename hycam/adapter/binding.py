@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from hycam.adapter.architectures import model_type_of, residual_norm, trained_no
 from hycam.adapter.attention import HyCAMAttention, ResidualTap
 from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
-from hycam.adapter.config import is_finite
+from hycam.adapter.config import HyCAMConfig, is_finite
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
 from hycam.adapter.trainers import calling_trainer, share, shifts_labels, target_count
 from hycam.errors import InputError
@@ -58,7 +58,7 @@ class Binding:
         )
         # track_loss may follow passes without gradients, of a reference for example
         self.differentiated: ForwardContext | None = None
-        self._told_no_loss = False
+        self._told_no_loss = self._told_noise = False
         self._handles: list[RemovableHandle | NormFusion] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -109,6 +109,8 @@ class Binding:
         if trainer is None:
             return
         context.is_compared = trainer.compares
+        if trainer.compares and self._draws_noise_always():
+            self._tell_noise(trainer.name)
         if torch.is_grad_enabled() and self._has_balance_loss() and (average := trainer.average(model)) is not None:
             context.token_share, context.trainer_weight = average
 
@@ -133,12 +135,23 @@ class Binding:
         return dict(zip(self._parameter_names, args, strict=False)) | kwargs
 
     def _has_balance_loss(self) -> bool:
-        return any(
-            config.balance_coef > 0 and config.experts != "none"
-            for layer in self.layers.values()
-            for name, config in layer.adapter_configs.items()
-            if name in layer.active_adapters and not layer.disable_adapters
-        )
+        return any(config.balance_coef > 0 and config.experts != "none" for config in self._active_configs())
+
+    def _draws_noise_always(self) -> bool:
+        return any(config.noise == "always" and config.experts != "none" for config in self._active_configs())
+
+    def _active_configs(self) -> Iterator[HyCAMConfig]:
+        for layer in self.layers.values():
+            if not layer.disable_adapters:
+                yield from (layer.adapter_configs[n] for n in layer.active_adapters if n in layer.adapter_configs)
+
+    def _tell_noise(self, trainer: str) -> None:
+        if not self._told_noise:
+            self._told_noise = True
+            warnings.warn(
+                f"{trainer} compares passes of the model, which noise='always' makes differ: set noise='never'",
+                stacklevel=2,
+            )
 
     def _tell_no_loss(self) -> None:
         if not self._told_no_loss:
@@ -277,7 +290,9 @@ def _freeze(model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
 def _token_share(model: nn.Module, arguments: dict[str, Any]) -> Tensor | float:
     """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
     num_items = arguments.get("num_items_in_batch")
-    targets = None if num_items is None else target_count(arguments, shifts_labels(model))
+    if num_items is None:
+        return 1.0
+    targets = target_count(arguments, shifts_labels(model))
     return 1.0 if targets is None else share(targets, num_items)
 
 

@@ -65,6 +65,12 @@ class AdapterParameters(nn.ModuleDict):
     finds it by ``.default.``. `AdapterLayer.saved_name` leaves the ending out.
     """
 
+    def use_saved_name(self, adapter_name: str) -> None:
+        """Name an adapter's parameter in state dicts as a file does, but for the adapter's name."""
+        parameter = self[adapter_name]
+        assert isinstance(parameter, AdapterParameter)
+        parameter.has_saved_name = True
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Where transformers' loader sets a parameter by its saved name, the module of that name takes it."""
         if isinstance(value, nn.Parameter) and name in self:

@@ -93,11 +93,12 @@ class CallingTrainer:
         return self._trainer.accelerator.num_processes // self._trainer.get_tp_size()
 
     def _loss_scale(self) -> Tensor | float:
-        """What float16's scaler multiplies the loss by; read on the device."""
+        """What float16's scaler multiplies the loss by; torch's is read on the device."""
         accelerator = self._trainer.accelerator
         if accelerator.scaler is not None:
             return accelerator.scaler.scale(torch.ones((), device=self._trainer.args.device))
-        return 1.0
+        wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
+        return wrapped.engine.optimizer.loss_scale if wrapped is not None and wrapped.engine.fp16_enabled() else 1.0
 
 
 def calling_trainer() -> CallingTrainer | None:
@@ -132,4 +133,5 @@ def target_count(inputs: Mapping[str, Any], is_shifted: bool) -> Tensor | None:
 def shifts_labels(model: nn.Module) -> bool:
     """Whether each position's target is the next one's label, by the loss that transformers has for a model."""
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
+    return loss is ForCausalLMLoss and not is_encoder_decoder

@@ -1,5 +1,7 @@
 """The balance loss weighs the same under every trainer: by the micro-batches' parts of what it averages over."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -179,13 +181,21 @@ def test_labels_that_are_shifted_already():
     assert probe.error(shares(data, 4, targets)) < TOLERANCE
 
 
-def test_float16s_scaler(tmp_path):
-    """What the trainer's scaler multiplies the loss by, the balance loss is multiplied by."""
+@pytest.mark.parametrize("scaler", ["torch", "deepspeed"])
+def test_float16s_scaler(tmp_path, scaler):
+    """What float16's scaler multiplies the loss by, the balance loss is multiplied by.
+
+    DeepSpeed has no float16 on this CPU: a stand-in for its engine says the scale, without scaling the task's loss.
+    """
     model, data = new_adapter(tiny_model()), rows()
 
     class Scaler(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            if scaler == "torch":
+                trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            else:
+                engine = SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scale=8.0))
+                trainer.accelerator.deepspeed_engine_wrapped = SimpleNamespace(engine=engine)
 
     probe = Probe(model)
     trainer = Trainer(

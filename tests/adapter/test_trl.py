@@ -240,3 +240,21 @@ def test_reinforcement_starts_at_ratio_1(tokenizer, tmp_path, method, adapter):
     assert float(log["kl"]) == pytest.approx(0, abs=1e-5)
     assert float(log["reward_std"]) > 0
     assert float(log["clip_ratio/region_mean"]) == 0
+
+
+def test_noise_always_is_told(tokenizer, tmp_path):
+    model = new_adapter(backbone(tokenizer), noise="always")
+    with pytest.warns(UserWarning, match="DPOTrainer compares passes of the model.*set noise='never'"):
+        run(DPOTrainer, DPOConfig, model, pairs(), tokenizer, tmp_path, per_device_train_batch_size=4)
+
+
+def test_noise_goes_on_where_nothing_is_compared(tokenizer, tmp_path):
+    """SFT draws it, from the generator of torch."""
+    model = new_adapter(backbone(tokenizer), noise="train")
+    randomise(model)
+    losses = set()
+    for seed in (1, 2):
+        settings = {"per_device_train_batch_size": 8, "seed": seed, "data_seed": 0}
+        trainer = run(SFTTrainer, SFTConfig, model, prompts_with_completions(), tokenizer, tmp_path, **settings)
+        losses.add(first_log(trainer)["loss"])
+    assert len(losses) == 2
