@@ -121,9 +121,13 @@ class ForwardContext:
         if not routing.load.requires_grad:
             return hidden
         if torch.compiler.is_compiling() and not self.is_over:
-            # A compiled backward can't read what the loss's backward writes; the loss itself takes the gradient along.
+            # A compiled backward can't read what the loss's backward writes; the loss itself takes the gradient along,
+            # or, where the trainer says its weight, the hidden states do.
             _, layers = self.in_graph.setdefault(adapter_name, (config, {}))
             layers[layer_name] = routing
+            is_whole = config.balance_scope == "layer" or len(layers) == self.layer_counts[adapter_name]
+            if self.trainer_weight is not None and is_whole:
+                return _AttachLoss.apply(hidden, self._take_balance_loss(adapter_name) * self.trainer_weight)
             return hidden
         self.needs_tracking = True
         return _inject(hidden, routing, self, adapter_name, config)
@@ -137,7 +141,7 @@ class ForwardContext:
             )
         self.is_over = True
         if self.in_graph:
-            balance = self._take_balance_loss()
+            balance = self._take_balance_losses()
             loss = loss + (balance - balance.detach()).to(loss)
         if torch.compiler.is_compiling() and not self.needs_tracking:
             return loss
@@ -146,24 +150,26 @@ class ForwardContext:
     def attach(self, output: Tensor) -> Tensor:
         """`output` unchanged; its backward pass adds the gradient of the compiled layers' balance loss, at scale 1."""
         self.is_over = self.is_attached = True
-        return _AttachLoss.apply(output, self._take_balance_loss())
+        return _AttachLoss.apply(output, self._take_balance_losses())
 
-    def _take_balance_loss(self) -> Tensor:
+    def _take_balance_losses(self) -> Tensor:
         """The weighted balance loss of the layers in `in_graph`, which is empty from then on."""
         total: Tensor | None = None
-        for adapter_name, (config, layers) in self.in_graph.items():
-            if config.balance_scope == "model":
-                mean = _mean(layers.values())
-                balance = (mean.load * mean.router_prob).sum()
-            else:
-                device = next(iter(layers.values())).load.device
-                losses = [(routing.load * routing.router_prob).sum().to(device) for routing in layers.values()]
-                balance = torch.stack(losses).sum() / self.layer_counts[adapter_name]
-            balance = balance * (config.balance_coef * self.token_share)
+        for adapter_name in list(self.in_graph):
+            balance = self._take_balance_loss(adapter_name) * self.token_share
             total = balance if total is None else total + balance.to(total.device)
-        self.in_graph = {}
         assert total is not None
         return total
+
+    def _take_balance_loss(self, adapter_name: str) -> Tensor:
+        """The balance loss, with its coefficient, of one adapter's layers in `in_graph`, which they leave."""
+        config, layers = self.in_graph.pop(adapter_name)
+        if config.balance_scope == "model":
+            mean = _mean(layers.values())
+            return config.balance_coef * (mean.load * mean.router_prob).sum()
+        device = next(iter(layers.values())).load.device
+        losses = [(routing.load * routing.router_prob).sum().to(device) for routing in layers.values()]
+        return config.balance_coef * torch.stack(losses).sum() / self.layer_counts[adapter_name]
 
     def gradient(self, adapter_name: str, routing: Routing, config: HyCAMConfig) -> Routing:
         """The balance loss's gradient for one layer's load and router_prob."""

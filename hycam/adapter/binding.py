@@ -17,7 +17,7 @@ from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
 from hycam.adapter.config import HyCAMConfig, is_finite
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
-from hycam.adapter.trainers import calling_trainer, share, shifts_labels, target_count
+from hycam.adapter.trainers import calling_trainer, share, shifts_labels, step_average, target_count, traced_trainer
 from hycam.errors import InputError
 
 _ATTRIBUTE = "hycam_binding"
@@ -50,6 +50,7 @@ class Binding:
         self.layers = layers
         parameters = inspect.signature(model.forward).parameters
         self._parameter_names = list(parameters)
+        self._shifts_labels = shifts_labels(model)
         self._takes_keywords = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self.calls = ModelCalls(
             layers.values(),
@@ -94,25 +95,43 @@ class Binding:
         context = ForwardContext(
             self.calls.layer_counts(),
             mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            _token_share(model, arguments),
+            self._token_share(arguments),
         )
-        if model.training and not torch.compiler.is_compiling():
-            self._ask_trainer(model, context)
+        if model.training:
+            self._ask_trainer(context, arguments)
         self.calls.begin(context)
         if torch.is_grad_enabled():
             self.differentiated = context
         return (args, kwargs | {CONTEXT_KEYWORD: context}) if self._takes_keywords else None
 
-    def _ask_trainer(self, model: nn.Module, context: ForwardContext) -> None:
+    def _ask_trainer(self, context: ForwardContext, arguments: dict[str, Any]) -> None:
         """Take over what the calling trainer, if there is one, says of this call."""
+        needs_weight = torch.is_grad_enabled() and self._has_balance_loss()
+        if torch.compiler.is_compiling():
+            kind = traced_trainer()
+            context.is_compared = kind == "compares"
+            # with both, the model's own loss is divided by the step's targets, and the graph's loss takes it along
+            knows_share = arguments.get("labels") is not None and arguments.get("num_items_in_batch") is not None
+            if kind and needs_weight and not knows_share:
+                like = next(value for value in arguments.values() if isinstance(value, Tensor))
+                context.token_share, context.trainer_weight = step_average(like, self._shifts_labels).unbind()
+            return
         trainer = calling_trainer()
         if trainer is None:
             return
         context.is_compared = trainer.compares
         if trainer.compares and self._draws_noise_always():
             self._tell_noise(trainer.name)
-        if torch.is_grad_enabled() and self._has_balance_loss() and (average := trainer.average(model)) is not None:
+        if needs_weight and (average := trainer.average(self._shifts_labels)) is not None:
             context.token_share, context.trainer_weight = average
+
+    def _token_share(self, arguments: dict[str, Any]) -> Tensor | float:
+        """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
+        num_items = arguments.get("num_items_in_batch")
+        if num_items is None:
+            return 1.0
+        targets = target_count(arguments, self._shifts_labels)
+        return 1.0 if targets is None else share(targets, num_items)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.calls.end()
@@ -285,15 +304,6 @@ def _freeze(model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
             decoder_layer = model.get_submodule(name.rpartition(".")[0])
             for norm in trained_norms(model_type_of(layer.base_layer) or model_type_of(model)):
                 decoder_layer.get_submodule(norm).requires_grad_(True)
-
-
-def _token_share(model: nn.Module, arguments: dict[str, Any]) -> Tensor | float:
-    """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
-    num_items = arguments.get("num_items_in_batch")
-    if num_items is None:
-        return 1.0
-    targets = target_count(arguments, shifts_labels(model))
-    return 1.0 if targets is None else share(targets, num_items)
 
 
 def _first_tensor(output: Any, *, wants_loss: bool) -> tuple[Any, Tensor] | None:

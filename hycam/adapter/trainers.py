@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+# the methods of trainers that call a model: a step, and TRL's passes of the reference before the first one
+_CALLERS = ("training_step", "compute_ref_log_probs")
 # the losses of TRL's GRPO that are summed over tokens and divided by those of all completions of the step
 _LOSSES_OVER_TOKENS = ("cispo", "dapo", "vespo")
 
@@ -34,11 +36,11 @@ class StepAverage(NamedTuple):
 
 
 class CallingTrainer:
-    """A trainer in whose `training_step` a model is being called."""
+    """A trainer in one of whose methods a model is being called."""
 
-    def __init__(self, trainer: Any, step: FrameType) -> None:
+    def __init__(self, trainer: Any, caller: FrameType) -> None:
         self._trainer = trainer
-        self._step = step
+        self._caller = caller
 
     @property
     def compares(self) -> bool:
@@ -49,14 +51,14 @@ class CallingTrainer:
     def name(self) -> str:
         return type(self._trainer).__name__
 
-    def average(self, model: nn.Module) -> StepAverage | None:
-        """What the micro-batch that `model` is called with weighs in the step; None where the trainer counts targets
-        that can't be found.
+    def average(self, is_shifted: bool) -> StepAverage | None:
+        """What the micro-batch of this call weighs in the step; None where the trainer counts targets that can't be
+        found. `is_shifted`: whether each position's target is the next one's label.
         """
-        step, scale = self._step.f_locals, self._loss_scale()
+        step, scale = self._caller.f_locals, self._loss_scale()
         batch, num_items = step.get("inputs"), step.get("num_items_in_batch")
         if num_items is not None:
-            targets = self._targets(shifts_labels(model))
+            targets = self._targets(is_shifted)
             if targets is None:
                 return None
             part = share(targets, num_items)
@@ -70,7 +72,7 @@ class CallingTrainer:
 
         They are the training loop's, since the trainer may have taken the labels off the copy that its step has.
         """
-        frame = self._step.f_back
+        frame = self._caller.f_back
         while frame is not None and frame.f_code.co_name != "train":
             inputs = frame.f_locals.get("inputs")
             if isinstance(inputs, Mapping) and (count := target_count(inputs, is_shifted)) is not None:
@@ -102,12 +104,12 @@ class CallingTrainer:
 
 
 def calling_trainer() -> CallingTrainer | None:
-    """The trainer in whose `training_step` this is called, or None."""
+    """The trainer in whose methods this is called, or None."""
     # without its module there is none, and importing it takes seconds
     module = sys.modules.get("transformers.trainer")
     frame = None if module is None else sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "training_step":
+        if frame.f_code.co_name in _CALLERS:
             trainer = frame.f_locals.get("self")
             if isinstance(trainer, module.Trainer):  # type: ignore[union-attr]
                 return CallingTrainer(trainer, frame)
@@ -115,9 +117,36 @@ def calling_trainer() -> CallingTrainer | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def traced_trainer() -> str:
+    """Which trainer a graph is being traced under: "", "any", or "compares" (`CallingTrainer.compares`)."""
+    trainer = calling_trainer()
+    return "" if trainer is None else "compares" if trainer.compares else "any"
+
+
+@torch.library.custom_op("hycam::step_average", mutates_args=())
+def step_average(like: Tensor, is_shifted: bool) -> Tensor:
+    """`CallingTrainer.average` for a graph, read when it runs: float32 [2], on the device of `like`."""
+    trainer = calling_trainer()
+    average = None if trainer is None else trainer.average(is_shifted)
+    if average is None:
+        raise RuntimeError(
+            "a model that was compiled under a trainer is called outside its training_step, or the trainer's labels "
+            "can't be found: the balance loss's weight is unknown; call torch.compiler.reset() before another use"
+        )
+    return torch.stack([torch.as_tensor(value, device=like.device, dtype=torch.float32) for value in average])
+
+
+@step_average.register_fake
+def _(like: Tensor, is_shifted: bool) -> Tensor:
+    return like.new_empty(2, dtype=torch.float32)
+
+
 def share(targets: Tensor, num_items: Tensor | int) -> Tensor:
     """`targets` of `num_items`, 0 where there are none."""
-    return targets / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
+    if isinstance(num_items, Tensor):
+        return targets.to(num_items.device) / num_items.clamp(min=1)
+    return targets / max(num_items, 1)
 
 
 def target_count(inputs: Mapping[str, Any], is_shifted: bool) -> Tensor | None:

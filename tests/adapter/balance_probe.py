@@ -26,6 +26,7 @@ class Probe(TrainerCallback):
     def __init__(self, model: PeftModel) -> None:
         self.start = copy.deepcopy(model)
         self.start.get_base_model().gradient_checkpointing_disable()  # whose second forward the plain loop doesn't see
+        self.scope = model.peft_config[model.active_adapter].balance_scope
         self.micro_batches: list[dict[str, Tensor]] = []
         self.gradient: Tensor | None = None
         model.get_base_model().register_forward_pre_hook(self._note, with_kwargs=True)
@@ -52,7 +53,7 @@ class Probe(TrainerCallback):
             # with a cache, positions that start anew would not part packed rows
             inputs = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
             with torch.random.fork_rng():
-                (plain_balance(quiet(self.start), inputs)[1] * share).backward()
+                (plain_balance(quiet(self.start), inputs, scope=self.scope)[1] * share).backward()
         return router_gradient(self.start)
 
     def error(self, shares: list[float]) -> float:

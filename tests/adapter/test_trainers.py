@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaForSequenceClassification,
@@ -51,11 +52,12 @@ def settings(folder, steps, **others):
     )
 
 
-def train(trainer_class, model, data, folder, steps, *, label_smoothing_factor=0.0, **options):
+def train(trainer_class, model, data, folder, steps, *, label_smoothing_factor=0.0, arguments=None, **options):
     """One optimizer step over all rows, in `steps` micro-batches; returns the probe."""
     probe = Probe(model)
     size = len(data) // steps
-    arguments = settings(folder, steps, per_device_train_batch_size=size, label_smoothing_factor=label_smoothing_factor)
+    given = {"per_device_train_batch_size": size, "label_smoothing_factor": label_smoothing_factor} | (arguments or {})
+    arguments = settings(folder, steps, **given)
     trainer_class(model, arguments, train_dataset=data, callbacks=[probe], **options).train()
     return probe
 
@@ -178,6 +180,28 @@ def test_labels_that_are_shifted_already():
         inputs["shift_labels"] = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
         model(**inputs, num_items_in_batch=total).loss.backward()
     probe.gradient = router_gradient(model)
+    assert probe.error(shares(data, 4, targets)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("scope", "path", "layers"),
+    [
+        ("layer", "label smoothing", 1),
+        *(
+            pytest.param(scope, path, 2, marks=pytest.mark.slow)
+            for scope in ("layer", "model")
+            for path in ("the model's", "label smoothing", "compute_loss", "compute_loss beside the model's")
+        ),
+    ],
+)
+def test_a_compiled_model(tmp_path, scope, path, layers):
+    torch._dynamo.reset()
+    counters.clear()
+    model, data = new_adapter(tiny_model(num_hidden_layers=layers), balance_scope=scope), rows()
+    trainer_class, options = loss_path(path, model)
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    probe = train(trainer_class, model, data, tmp_path, 4, arguments=compiled, **options)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     assert probe.error(shares(data, 4, targets)) < TOLERANCE
 
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForSequenceClassification
@@ -208,14 +209,15 @@ def start_model(tokenizer, adapter):
     return model, None
 
 
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapter", ["new", "trained"])
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_preferences_start_at_the_reference(tokenizer, tmp_path, method, adapter):
+def test_preferences_start_at_the_reference(tokenizer, tmp_path, method, adapter, ahead):
     trainer_class, config_class, data = PREFERENCES[method]
     model, peft_config = start_model(tokenizer, adapter)
     trainer = run(
         trainer_class, config_class, model, data(), tokenizer, tmp_path, options={"peft_config": peft_config},
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=4, precompute_ref_log_probs=ahead,
     )  # fmt: skip
     log = first_log(trainer)
     if method == "dpo":
@@ -240,6 +242,27 @@ def test_reinforcement_starts_at_ratio_1(tokenizer, tmp_path, method, adapter):
     assert float(log["kl"]) == pytest.approx(0, abs=1e-5)
     assert float(log["reward_std"]) > 0
     assert float(log["clip_ratio/region_mean"]) == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_starts_at_the_reference(tokenizer, tmp_path):
+    torch._dynamo.reset()
+    model, _ = start_model(tokenizer, "trained")
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "per_device_train_batch_size": 4}
+    trainer = run(DPOTrainer, DPOConfig, model, pairs(), tokenizer, tmp_path, **settings)
+    assert float(first_log(trainer)["loss"]) == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_models_balance_loss(tokenizer, tmp_path):
+    torch._dynamo.reset()
+    model = new_adapter(backbone(tokenizer))
+    probe = Probe(model)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    settings |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    data = prompts_with_completions()
+    run(SFTTrainer, SFTConfig, model, data, tokenizer, tmp_path, callbacks=[probe], **settings)
+    assert probe.error(parts(probe)) < TOLERANCE
 
 
 def test_noise_always_is_told(tokenizer, tmp_path):
