@@ -14,6 +14,7 @@ from hycam.adapter.config import HyCAMConfig
 from hycam.adapter.parameters import (
     STACKED_NAMES,
     AdapterLayer,
+    AdapterParameter,
     AdapterParameters,
     initialise,
     parameter_names,
@@ -89,6 +90,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
     """
 
     adapter_layer_names = ("hycam_shared", "hycam_router", *STACKED_NAMES)
+    stacked_names = STACKED_NAMES
     other_param_names = ("adapter_configs", "statistics")
 
     def __init__(
@@ -131,9 +133,9 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         for name, projection in projections(config, self.hidden_size, device, dtype).items():
             getattr(self, name)[adapter_name] = projection.train(self.training)
         for name, shape in stacked_shapes(config, self.hidden_size).items():
-            parameters = getattr(self, name)
-            parameters[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            initialise(name, parameters[adapter_name])
+            parameter = AdapterParameter(torch.empty(shape, device=device, dtype=dtype))
+            initialise(name, parameter.weight)
+            getattr(self, name)[adapter_name] = parameter.train(self.training)
         self.adapter_configs[adapter_name] = config
         if not config.train_router:
             self.frozen_peft_weight_names[adapter_name] = ("hycam_router",)
@@ -197,7 +199,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             attn_output,
             residual=residual if config.modulation == "residual" else None,
             token_mask=token_mask,
-            seed=self._noise_seed(config, hidden.device),
+            seed=self._noise_seed(config, hidden.device, context),
             projections=projections,
         )
         if config.experts == "none":
@@ -243,11 +245,11 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             if are_projected and name in _PROJECTED:
                 continue
             module: Any = modules[name]
+            argument, fetched = name.removeprefix("hycam_"), module[adapter_name]()
             if name in STACKED_NAMES:
-                weights[name.removeprefix("hycam_")] = module(adapter_name)
+                weights[argument] = fetched
             else:
-                argument = name.removeprefix("hycam_")
-                weights[f"{argument}_weight"], weights[f"{argument}_bias"] = module[adapter_name]()
+                weights[f"{argument}_weight"], weights[f"{argument}_bias"] = fetched
         return weights
 
     def fused_adapter(self) -> str | None:
@@ -267,7 +269,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         """h [..., d] of the decoder layer's input, and V [..., E, r] and logits [..., E] by the adapter."""
         router_weight, _ = self._projection("hycam_router", adapter_name)
         assert router_weight is not None
-        weights = self.hycam_lora_a(adapter_name), self.hycam_lora_n(adapter_name), router_weight
+        weights = self.hycam_lora_a[adapter_name](), self.hycam_lora_n[adapter_name](), router_weight
         backend = self.adapter_configs[adapter_name].backend
         hidden, v, logits = norm_project(hidden_in, norm_weight, *weights, backend=backend, **options)
         return hidden, (v, logits)
@@ -276,9 +278,11 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         modules = getattr(self, name)
         return modules[adapter_name]() if adapter_name in modules else (None, None)
 
-    def _noise_seed(self, config: HyCAMConfig, device: torch.device) -> Tensor | None:
+    def _noise_seed(self, config: HyCAMConfig, device: torch.device, context: ForwardContext) -> Tensor | None:
         """A 0-d int64 seed from the device's generator, whose state checkpointing restores; never read on the host."""
-        if config.experts == "none" or config.noise == "never" or (config.noise == "train" and not self.training):
+        if config.experts == "none" or config.noise == "never":
+            return None
+        if config.noise == "train" and (context.is_compared or not self.training):
             return None
         seed = torch.randint(2**62, (), device=device)
         rank = self.calls.data_parallel_rank() if self.calls is not None else 0

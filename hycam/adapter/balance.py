@@ -6,8 +6,9 @@ weighed wrongly by trainers that divide the loss themselves. So every layer inje
     lambda * loss_scale * token_share * L_balance
 
 where `loss_scale` is the gradient that arrived at the model's loss (whatever the trainer multiplied it by is in it)
-and `token_share` the micro-batch's part of the target tokens that the loss is averaged over. With n adapted layers,
-load F_l and mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and
+and `token_share` the micro-batch's part of the target tokens that the loss is averaged over. Where the trainer makes
+the loss outside the model, their product is what the trainer itself says (`hycam.adapter.trainers`). With n adapted
+layers, load F_l and mean probability P_l of layer l, L_balance is ``mean_l(F_l . P_l)`` for the scope "layer" and
 ``mean_l(F_l) . mean_l(P_l)`` for "model" (all layers see the same tokens, so this pools their tokens). Both have the
 gradient ``P / n`` for F_l and ``F / n`` for P_l, with the layer's own values or with the means.
 """
@@ -46,7 +47,11 @@ class ForwardContext:
     Attributes:
         attention_mask: [batch, length] as the model received it, 0 for padding, or None.
         token_share: this micro-batch's part of the target tokens that the loss is averaged over.
+        trainer_weight: the balance loss's factor where no loss tells its gradient; None where the caller is no trainer
+            that tells it.
         layer_counts: adapter name -> number of layers that it adapts.
+        is_compared: whether the calling trainer compares this pass with others, for which it must repeat: without the
+            noise of training.
         loss_scale: the gradient that reached the model's loss; None until the backward pass gets there.
         is_tracked: whether the model's loss, or one given to `hycam.track_loss`, tells its gradient.
         routing: adapter name -> layer name -> detached routing.
@@ -62,7 +67,9 @@ class ForwardContext:
     ) -> None:
         self.attention_mask = attention_mask
         self.token_share = token_share
+        self.trainer_weight: Tensor | float | None = None
         self.layer_counts = layer_counts
+        self.is_compared = False
         self.loss_scale: Tensor | float | None = None
         self.is_tracked = False
         self.routing: dict[str, dict[str, AnyRouting]] = {}
@@ -114,9 +121,13 @@ class ForwardContext:
         if not routing.load.requires_grad:
             return hidden
         if torch.compiler.is_compiling() and not self.is_over:
-            # A compiled backward can't read what the loss's backward writes; the loss itself takes the gradient along.
+            # A compiled backward can't read what the loss's backward writes; the loss itself takes the gradient along,
+            # or, where the trainer says its weight, the hidden states do.
             _, layers = self.in_graph.setdefault(adapter_name, (config, {}))
             layers[layer_name] = routing
+            is_whole = config.balance_scope == "layer" or len(layers) == self.layer_counts[adapter_name]
+            if self.trainer_weight is not None and is_whole:
+                return _AttachLoss.apply(hidden, self._take_balance_loss(adapter_name) * self.trainer_weight)
             return hidden
         self.needs_tracking = True
         return _inject(hidden, routing, self, adapter_name, config)
@@ -130,7 +141,7 @@ class ForwardContext:
             )
         self.is_over = True
         if self.in_graph:
-            balance = self._take_balance_loss()
+            balance = self._take_balance_losses()
             loss = loss + (balance - balance.detach()).to(loss)
         if torch.compiler.is_compiling() and not self.needs_tracking:
             return loss
@@ -139,24 +150,26 @@ class ForwardContext:
     def attach(self, output: Tensor) -> Tensor:
         """`output` unchanged; its backward pass adds the gradient of the compiled layers' balance loss, at scale 1."""
         self.is_over = self.is_attached = True
-        return _AttachLoss.apply(output, self._take_balance_loss())
+        return _AttachLoss.apply(output, self._take_balance_losses())
 
-    def _take_balance_loss(self) -> Tensor:
+    def _take_balance_losses(self) -> Tensor:
         """The weighted balance loss of the layers in `in_graph`, which is empty from then on."""
         total: Tensor | None = None
-        for adapter_name, (config, layers) in self.in_graph.items():
-            if config.balance_scope == "model":
-                mean = _mean(layers.values())
-                balance = (mean.load * mean.router_prob).sum()
-            else:
-                device = next(iter(layers.values())).load.device
-                losses = [(routing.load * routing.router_prob).sum().to(device) for routing in layers.values()]
-                balance = torch.stack(losses).sum() / self.layer_counts[adapter_name]
-            balance = balance * (config.balance_coef * self.token_share)
+        for adapter_name in list(self.in_graph):
+            balance = self._take_balance_loss(adapter_name) * self.token_share
             total = balance if total is None else total + balance.to(total.device)
-        self.in_graph = {}
         assert total is not None
         return total
+
+    def _take_balance_loss(self, adapter_name: str) -> Tensor:
+        """The balance loss, with its coefficient, of one adapter's layers in `in_graph`, which they leave."""
+        config, layers = self.in_graph.pop(adapter_name)
+        if config.balance_scope == "model":
+            mean = _mean(layers.values())
+            return config.balance_coef * (mean.load * mean.router_prob).sum()
+        device = next(iter(layers.values())).load.device
+        losses = [(routing.load * routing.router_prob).sum().to(device) for routing in layers.values()]
+        return config.balance_coef * torch.stack(losses).sum() / self.layer_counts[adapter_name]
 
     def gradient(self, adapter_name: str, routing: Routing, config: HyCAMConfig) -> Routing:
         """The balance loss's gradient for one layer's load and router_prob."""
@@ -164,6 +177,15 @@ class ForwardContext:
         if config.balance_scope == "model":
             layers = self.routing[adapter_name]
             routing, count = _mean(layers.values(), routing.load.device), len(layers)
+        weight = self._weight() * (config.balance_coef / count)
+        if isinstance(weight, Tensor):
+            weight = weight.to(routing.load)
+        return Routing(routing.router_prob * weight, routing.load * weight)
+
+    def _weight(self) -> Tensor | float:
+        """The factor of the balance loss in what the backward pass started from."""
+        if self.loss_scale is None and self.trainer_weight is not None:
+            return self.trainer_weight
         if self.loss_scale is None:
             if self.is_tracked:
                 warnings.warn(
@@ -172,10 +194,7 @@ class ForwardContext:
                     stacklevel=2,
                 )
             self.loss_scale = 1.0
-        weight = self.token_share * self.loss_scale * (config.balance_coef / count)
-        if isinstance(weight, Tensor):
-            weight = weight.to(routing.load)
-        return Routing(routing.router_prob * weight, routing.load * weight)
+        return self.token_share * self.loss_scale
 
 
 def _mean(layers: Iterable[AnyRouting], device: torch.device | None = None) -> Routing:

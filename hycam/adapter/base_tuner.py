@@ -10,10 +10,22 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hycam.adapter.binding import check_forward_arguments
+from hycam.adapter.parameters import AdapterLayer, AdapterParameters
 
 
 class AdapterTuner(BaseTuner):
     """Replaces the modules that a configuration targets by adapted layers."""
+
+    tuner_layer_cls: type[AdapterLayer]
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(peft_config, PeftConfig):
+            # Injected without a PeftModel around it, which would give a dictionary. transformers' own loader puts the
+            # adapter's name behind a file's names, and looks them up in the state dict.
+            for module in model.modules():
+                if isinstance(module, AdapterParameters) and adapter_name in module:
+                    module.use_saved_name(adapter_name)
 
     @abstractmethod
     def _new_layer(self, target: nn.Module, peft_config: Any, adapter_name: str) -> Any:
@@ -51,12 +63,9 @@ class AdapterTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's own cast makes every parameter of a ParameterDict trainable again.
-        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return cls.tuner_layer_cls.saved_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

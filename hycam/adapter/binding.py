@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from hycam.adapter.architectures import model_type_of, residual_norm, trained_no
 from hycam.adapter.attention import HyCAMAttention, ResidualTap
 from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
+from hycam.adapter.config import HyCAMConfig, is_finite
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
+from hycam.adapter.trainers import calling_trainer, share, shifts_labels, step_average, target_count, traced_trainer
 from hycam.errors import InputError
 
 _ATTRIBUTE = "hycam_binding"
@@ -48,13 +50,16 @@ class Binding:
         self.layers = layers
         parameters = inspect.signature(model.forward).parameters
         self._parameter_names = list(parameters)
+        self._shifts_labels = shifts_labels(model)
         self._takes_keywords = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self.calls = ModelCalls(
             layers.values(),
             takes_keywords=self._takes_keywords,
             tensor_parallel_size=getattr(model, "_tp_size", None) or 1,
         )
-        self._told_no_loss = False
+        # track_loss may follow passes without gradients, of a reference for example
+        self.differentiated: ForwardContext | None = None
+        self._told_no_loss = self._told_noise = False
         self._handles: list[RemovableHandle | NormFusion] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -90,10 +95,43 @@ class Binding:
         context = ForwardContext(
             self.calls.layer_counts(),
             mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            _token_share(arguments),
+            self._token_share(arguments),
         )
+        if model.training:
+            self._ask_trainer(context, arguments)
         self.calls.begin(context)
+        if torch.is_grad_enabled():
+            self.differentiated = context
         return (args, kwargs | {CONTEXT_KEYWORD: context}) if self._takes_keywords else None
+
+    def _ask_trainer(self, context: ForwardContext, arguments: dict[str, Any]) -> None:
+        """Take over what the calling trainer, if there is one, says of this call."""
+        needs_weight = torch.is_grad_enabled() and self._has_balance_loss()
+        if torch.compiler.is_compiling():
+            kind = traced_trainer()
+            context.is_compared = kind == "compares"
+            # with both, the model's own loss is divided by the step's targets, and the graph's loss takes it along
+            knows_share = arguments.get("labels") is not None and arguments.get("num_items_in_batch") is not None
+            if kind and needs_weight and not knows_share:
+                like = next(value for value in arguments.values() if isinstance(value, Tensor))
+                context.token_share, context.trainer_weight = step_average(like, self._shifts_labels).unbind()
+            return
+        trainer = calling_trainer()
+        if trainer is None:
+            return
+        context.is_compared = trainer.compares
+        if trainer.compares and self._draws_noise_always():
+            self._tell_noise(trainer.name)
+        if needs_weight and (average := trainer.average(self._shifts_labels)) is not None:
+            context.token_share, context.trainer_weight = average
+
+    def _token_share(self, arguments: dict[str, Any]) -> Tensor | float:
+        """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
+        num_items = arguments.get("num_items_in_batch")
+        if num_items is None:
+            return 1.0
+        targets = target_count(arguments, self._shifts_labels)
+        return 1.0 if targets is None else share(targets, num_items)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.calls.end()
@@ -104,7 +142,8 @@ class Binding:
         if (found := _first_tensor(output, wants_loss=True)) is not None:
             key, loss = found
             return _replaced(output, key, context.track(loss))
-        self._tell_no_loss()
+        if context.trainer_weight is None:
+            self._tell_no_loss()
         if context.in_graph and (found := _first_tensor(output, wants_loss=False)) is not None:
             key, tensor = found
             return _replaced(output, key, context.attach(tensor))
@@ -115,19 +154,30 @@ class Binding:
         return dict(zip(self._parameter_names, args, strict=False)) | kwargs
 
     def _has_balance_loss(self) -> bool:
-        return any(
-            config.balance_coef > 0 and config.experts != "none"
-            for layer in self.layers.values()
-            for name, config in layer.adapter_configs.items()
-            if name in layer.active_adapters and not layer.disable_adapters
-        )
+        return any(config.balance_coef > 0 and config.experts != "none" for config in self._active_configs())
+
+    def _draws_noise_always(self) -> bool:
+        return any(config.noise == "always" and config.experts != "none" for config in self._active_configs())
+
+    def _active_configs(self) -> Iterator[HyCAMConfig]:
+        for layer in self.layers.values():
+            if not layer.disable_adapters:
+                yield from (layer.adapter_configs[n] for n in layer.active_adapters if n in layer.adapter_configs)
+
+    def _tell_noise(self, trainer: str) -> None:
+        if not self._told_noise:
+            self._told_noise = True
+            warnings.warn(
+                f"{trainer} compares passes of the model, which noise='always' makes differ: set noise='never'",
+                stacklevel=2,
+            )
 
     def _tell_no_loss(self) -> None:
         if not self._told_no_loss:
             self._told_no_loss = True
             warnings.warn(
                 "the model returns no loss whose scale the balance loss could follow: its gradient is taken as is; "
-                "pass labels to the model, or your loss through hycam.track_loss(model, loss)",
+                "pass labels to the model, or write loss = hycam.track_loss(model, loss) before backward",
                 stacklevel=2,
             )
 
@@ -179,19 +229,34 @@ def uninstall(model: nn.Module) -> None:
         binding.remove()
 
 
-def track_loss(model: nn.Module, loss: Tensor) -> Tensor:
+def track_loss(model: nn.Module, loss: Tensor, *, share: Tensor | float | None = None) -> Tensor:
     """`loss`, computed outside the model from its last forward, as a tensor whose gradient the balance loss follows.
 
-    Where the model itself returns the loss this happens by itself.
+    Where the model itself returns the loss this happens by itself, and so it does under a trainer of transformers or
+    TRL, whatever makes its loss.
+
+    Args:
+        model: the model, bound.
+        loss: scalar.
+        share: this micro-batch's part, from 0 to 1, of what `loss` is divided by, where that is counted over several
+            micro-batches: its target tokens by those of the optimizer step. None: `loss` is a mean over this
+            micro-batch.
+
+    Raises:
+        InputError: (a ValueError) where the model isn't bound or has not run, or for another share.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     binding = model.__dict__.get(_ATTRIBUTE)
-    if binding is None or binding.calls.context is None:
+    if binding is None or binding.differentiated is None:
         raise InputError(
             f"model: got {type(model).__name__} that is not bound or has not run, want one after hycam.bind"
         )
-    return binding.calls.context.track(loss)
+    if share is not None:
+        if not isinstance(share, Tensor) and not (is_finite(share) and 0 <= share <= 1):
+            raise InputError(f"share: got {share!r}, want a tensor or a number from 0 to 1")
+        binding.differentiated.token_share = share
+    return binding.differentiated.track(loss)
 
 
 def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict[str, RouterStatistics]:
@@ -239,16 +304,6 @@ def _freeze(model: nn.Module, layers: dict[str, HyCAMAttention]) -> None:
             decoder_layer = model.get_submodule(name.rpartition(".")[0])
             for norm in trained_norms(model_type_of(layer.base_layer) or model_type_of(model)):
                 decoder_layer.get_submodule(norm).requires_grad_(True)
-
-
-def _token_share(arguments: dict[str, Any]) -> Tensor | float:
-    """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
-    total, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
-    if total is None or labels is None:
-        return 1.0
-    shifted = arguments.get("shift_labels")
-    count = ((labels[..., 1:] if shifted is None else shifted) != -100).sum()
-    return count / (total.to(count.device) if isinstance(total, Tensor) else total)
 
 
 def _first_tensor(output: Any, *, wants_loss: bool) -> tuple[Any, Tensor] | None:

@@ -1,7 +1,8 @@
 """The parameters of adapters: their modules, shapes and starting values."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,20 +28,61 @@ STACKED_NAMES = (
 )
 
 
-class AdapterParameters(nn.ParameterDict):
-    """One parameter per adapter name.
+class AdapterParameter(nn.Module):
+    """One adapter's parameter, which its forward hands out.
 
-    It is called to fetch a parameter, not indexed, so that what loads parameters for a module's forward (accelerate's
+    It is called to fetch the parameter, so that what loads parameters for a module's forward (FSDP, ZeRO, accelerate's
     offloading) finds the module that owns this one running.
+
+    Attributes:
+        has_saved_name: whether a state dict names it as a file does, but for the adapter's name.
     """
 
-    # A ParameterDict refuses to be called.
-    __call__ = nn.Module.__call__
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.has_saved_name = False
 
-    def forward(self, adapter_name: str) -> Tensor | None:
-        parameter = self._parameters.get(adapter_name)
-        # FSDP1 holds what it has gathered as an attribute
-        return self.get(adapter_name) if parameter is None else parameter
+    def forward(self) -> Tensor:
+        return self.weight
+
+    @property
+    def shape(self) -> torch.Size:
+        """What transformers' loader compares a file's tensor with."""
+        return self.weight.shape
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.has_saved_name:
+            destination[prefix.removesuffix(".")] = self.weight if keep_vars else self.weight.detach()
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+class AdapterParameters(nn.ModuleDict):
+    """One `AdapterParameter` per adapter name.
+
+    A parameter's name goes on after the adapter's, as PEFT's do: what copies one adapter to another (TRL's reference)
+    finds it by ``.default.``. `AdapterLayer.saved_name` leaves the ending out.
+    """
+
+    def use_saved_name(self, adapter_name: str) -> None:
+        """Name an adapter's parameter in state dicts as a file does, but for the adapter's name."""
+        parameter = self[adapter_name]
+        assert isinstance(parameter, AdapterParameter)
+        parameter.has_saved_name = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Where transformers' loader sets a parameter by its saved name, the module of that name takes it."""
+        if isinstance(value, nn.Parameter) and name in self:
+            self[name].weight = value
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self:
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Projection(nn.Module):
@@ -59,6 +101,14 @@ class AdapterLayer(BaseTunerLayer):
     """What every adapted layer needs beyond PEFT's base class; its parameters are `AdapterParameters` and modules."""
 
     base_layer: nn.Module
+    # those of its adapter_layer_names that are AdapterParameters
+    stacked_names: ClassVar[Collection[str]]
+
+    @classmethod
+    def saved_name(cls, name: str) -> str:
+        """The name that a file has for a parameter whose name in the model, but for the adapter's, is `name`."""
+        stem = name.removesuffix(".weight")
+        return stem if stem.rpartition(".")[2] in cls.stacked_names else name
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all adapters, without the wrapped layer's."""

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hycam.adapter.base_tuner import AdapterTuner
 from hycam.adapter.config import check_targets, is_finite, is_int
 from hycam.adapter.model_card import write_usage
-from hycam.adapter.parameters import AdapterLayer, AdapterParameters, placement
+from hycam.adapter.parameters import AdapterLayer, AdapterParameter, AdapterParameters, placement
 from hycam.errors import InputError
 
 ALL_LINEAR = "all-linear"
@@ -137,9 +137,9 @@ class LowRankLinear(nn.Module, AdapterLayer):
         """Add an adapter, freshly initialised; it is active only where it is the active adapter by name."""
         device, dtype = placement(self.base_layer)
         for name, shape in self.parameter_shapes(config).items():
-            parameters = getattr(self, name)
-            parameters[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.initialise(name, parameters[adapter_name])
+            parameter = AdapterParameter(torch.empty(shape, device=device, dtype=dtype))
+            self.initialise(name, parameter.weight)
+            getattr(self, name)[adapter_name] = parameter.train(self.training)
         self.adapter_configs[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

@@ -61,6 +61,7 @@ class MoeLoraLinear(LowRankLinear):
     """
 
     adapter_layer_names = ("moelora_A", "moelora_B", "moelora_gate")
+    stacked_names = adapter_layer_names
     moelora_A: AdapterParameters  # noqa: N815 (as PEFT writes lora_A and lora_B)
     moelora_B: AdapterParameters  # noqa: N815
     moelora_gate: AdapterParameters
@@ -81,7 +82,7 @@ class MoeLoraLinear(LowRankLinear):
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
         config: MoeLoraConfig = self.adapter_configs[adapter_name]
-        lora_a, lora_b, gate = (getattr(self, name)(adapter_name) for name in self.adapter_layer_names)
+        lora_a, lora_b, gate = (getattr(self, name)[adapter_name]() for name in self.adapter_layer_names)
         x = self._cast_input_dtype(x, lora_a.dtype)
         gates = top_k_gates(F.linear(x, gate), config.top_k)
         projected = F.linear(self._dropped(adapter_name, x), lora_a.flatten(0, 1))

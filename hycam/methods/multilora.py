@@ -56,6 +56,7 @@ class MultiLoraLinear(LowRankLinear):
     """
 
     adapter_layer_names = ("multilora_A", "multilora_B", "multilora_scale")
+    stacked_names = adapter_layer_names
     multilora_A: AdapterParameters  # noqa: N815 (as PEFT writes lora_A and lora_B)
     multilora_B: AdapterParameters  # noqa: N815
     multilora_scale: AdapterParameters
@@ -81,7 +82,7 @@ class MultiLoraLinear(LowRankLinear):
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """The sum of products as one of rank n * r: A [n * r, in], and the scaled B [out, n * r]."""
-        lora_a, lora_b, scale = (getattr(self, name)(adapter_name) for name in self.adapter_layer_names)
+        lora_a, lora_b, scale = (getattr(self, name)[adapter_name]() for name in self.adapter_layer_names)
         scaled = self.adapter_configs[adapter_name].scaling * scale[..., None] * lora_b
         return lora_a.flatten(0, 1), scaled.transpose(0, 1).flatten(1)
 

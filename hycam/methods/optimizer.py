@@ -67,7 +67,7 @@ class RiemannianPreconditioner:
     def _factors(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         for layer in self.layers:
             for name in layer.adapter_configs:
-                yield layer.moelora_A(name), layer.moelora_B(name)
+                yield layer.moelora_A[name](), layer.moelora_B[name]()
 
     def _inverses(self, partners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """For each [E, long, r] the inverses [E, r, r] of ``P^T P + delta I``, and which of them [E] don't exist."""

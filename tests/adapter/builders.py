@@ -1,5 +1,8 @@
 """Adapted tiny models, batches with padding, and the plain loop that the injected balance loss is measured against."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -46,6 +49,11 @@ def layers_of(model: nn.Module) -> dict[str, HyCAMAttention]:
     return {name: module for name, module in model.named_modules() if isinstance(module, HyCAMAttention)}
 
 
+def by_saved_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A HyCAM layer's or model's tensors of the adapter "default" by the names that they have in a file."""
+    return {HyCAMAttention.saved_name(name.replace(".default", "")): tensor for name, tensor in named}
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Take the trainable parameters' gradients off the model."""
     taken = {}
@@ -69,19 +77,26 @@ def plain_loss(model: nn.Module, inputs: dict[str, Tensor], *, coef: float, scop
     For a model whose own balance loss is off, that draws no noise and has the default tau; the loads are made here,
     from the layers' inputs.
     """
+    output, balance = plain_balance(model, inputs, scope=scope)
+    return output.loss + coef * balance
+
+
+def plain_balance(model: nn.Module, inputs: dict[str, Tensor], *, scope: str = "layer") -> tuple[Any, Tensor]:
+    """The model's output, and equation 10 of what its routers see."""
     loads, probs = [], []
+    mask = inputs.get("attention_mask")
 
     def note(layer, args, kwargs):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         weight = next(iter(layer.hycam_router.values())).weight
-        counted = (hidden.float() @ weight.float().T)[inputs["attention_mask"].bool()]
+        logits = hidden.float() @ weight.float().T
+        counted = logits.flatten(0, 1) if mask is None else logits[mask.bool()]
         loads.append((counted / 0.5).softmax(-1).mean(0))
         probs.append(counted.softmax(-1).mean(0))
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers_of(model).values()]
-    loss = model(**inputs).loss
+    output = model(**inputs)
     for handle in handles:
         handle.remove()
     load, prob = torch.stack(loads), torch.stack(probs)
-    balance = (load * prob).sum(-1).mean() if scope == "layer" else (load.mean(0) * prob.mean(0)).sum()
-    return loss + coef * balance
+    return output, (load * prob).sum(-1).mean() if scope == "layer" else (load.mean(0) * prob.mean(0)).sum()

@@ -13,7 +13,7 @@ from torch import nn
 import hycam
 from hycam import HyCAMAttention, HyCAMConfig, router_statistics
 from hycam_kernels.reference import modulation_reference
-from tests.adapter.builders import adapted_model, batch, config, gradients, layers_of, randomise
+from tests.adapter.builders import adapted_model, batch, by_saved_name, config, gradients, layers_of, randomise
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:HyCAM layers run without hycam.bind")
@@ -42,7 +42,7 @@ def wrapped(dtype=torch.float32, training=False, **settings):
 
 def reference(layer, hidden, **options):
     """The layer by the equations alone, from its parameters."""
-    named = {name.removeprefix("hycam_").replace(".default", ""): p for name, p in layer.named_parameters()}
+    named = {name.removeprefix("hycam_"): p for name, p in by_saved_name(layer.named_parameters()).items()}
     shared = named.get("shared.weight")
     if "shared_lora_a" in named:
         shared = named["shared_lora_b"] @ named["shared_lora_n"] @ named["shared_lora_a"]
@@ -139,19 +139,19 @@ def test_state_names_and_shapes():
         "hycam_shared.default.bias": (D,),
         "hycam_router.default.weight": (3, D),
         "hycam_router.default.bias": (3,),
-        "hycam_lora_a.default": (3, 4, D),
-        "hycam_lora_n.default": (3, 4, 4),
-        "hycam_lora_b.default": (3, D, 4),
-        "hycam_lora_a_bias.default": (3, 4),
-        "hycam_lora_n_bias.default": (3, 4),
-        "hycam_lora_b_bias.default": (3, D),
+        "hycam_lora_a.default.weight": (3, 4, D),
+        "hycam_lora_n.default.weight": (3, 4, 4),
+        "hycam_lora_b.default.weight": (3, D, 4),
+        "hycam_lora_a_bias.default.weight": (3, 4),
+        "hycam_lora_n_bias.default.weight": (3, 4),
+        "hycam_lora_b_bias.default.weight": (3, D),
     }
     assert names(wrapped(shared="slora", experts="full")) == [
-        "hycam_expert_weight.default",
+        "hycam_expert_weight.default.weight",
         "hycam_router.default.weight",
-        "hycam_shared_lora_a.default",
-        "hycam_shared_lora_b.default",
-        "hycam_shared_lora_n.default",
+        "hycam_shared_lora_a.default.weight",
+        "hycam_shared_lora_b.default.weight",
+        "hycam_shared_lora_n.default.weight",
     ]
     assert names(wrapped(experts="none")) == ["hycam_shared.default.weight"]
 
@@ -161,18 +161,20 @@ def test_start_values():
     d, r = 512, 64
     layer = HyCAMAttention(Attention(), config(r=r, num_experts=4, bias=True), hidden_size=d)
     state = layer.state_dict()
-    for name in ("hycam_shared.default.weight", "hycam_lora_b.default", "hycam_router.default.bias"):
+    for name in ("hycam_shared.default.weight", "hycam_lora_b.default.weight", "hycam_router.default.bias"):
         assert not state[name].any()
-    for name, fan_in in (("hycam_lora_a.default", d), ("hycam_lora_n.default", r)):
+    for name, fan_in in (("hycam_lora_a.default.weight", d), ("hycam_lora_n.default.weight", r)):
         for expert in state[name]:
             bound = 1 / math.sqrt(fan_in)
             assert expert.abs().max() <= bound
             assert expert.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert state["hycam_router.default.weight"].std() == pytest.approx(0.02, rel=0.1)
     layer = HyCAMAttention(Attention(), config(r=r, shared="slora", experts="full"), hidden_size=d)
-    assert not layer.state_dict()["hycam_expert_weight.default"].any()
-    assert not layer.state_dict()["hycam_shared_lora_b.default"].any()
-    assert layer.state_dict()["hycam_shared_lora_a.default"].std() == pytest.approx(1 / math.sqrt(3 * d), rel=0.05)
+    assert not layer.state_dict()["hycam_expert_weight.default.weight"].any()
+    assert not layer.state_dict()["hycam_shared_lora_b.default.weight"].any()
+    assert layer.state_dict()["hycam_shared_lora_a.default.weight"].std() == pytest.approx(
+        1 / math.sqrt(3 * d), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("settings", FORMS, ids=str)

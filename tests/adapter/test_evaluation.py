@@ -73,7 +73,7 @@ def write_through_a_view(model):
 def set_parameters_anew(model):
     for layer in layers_of(model).values():
         for parameters in (layer.hycam_lora_a, layer.hycam_lora_n, layer.hycam_lora_b):
-            parameters["default"] = nn.Parameter(parameters["default"].detach() * 1.5)
+            parameters["default"].weight = nn.Parameter(parameters["default"].weight.detach() * 1.5)
 
 
 def activate_another(model):

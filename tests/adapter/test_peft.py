@@ -80,7 +80,7 @@ def test_names_in_the_file_and_in_the_model(saved):
         "input_layernorm.weight",
         "post_attention_layernorm.weight",
     }
-    assert f"{prefix}self_attn.hycam_lora_a.default" in live
+    assert f"{prefix}self_attn.hycam_lora_a.default.weight" in live
     assert f"{prefix}self_attn.hycam_shared.default.weight" in live
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
         "README.md",

@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import hycam  # noqa: F401 (makes the methods known to PEFT)
+from hycam.adapter.parameters import AdapterLayer
 from tests.adapter.builders import batch
 from tests.models import tiny_model
 
@@ -29,3 +30,33 @@ def test_an_adapter_saved_before_is_loaded_and_saved_again_unchanged(method, tmp
     for config in configs:
         del config["peft_version"], config["base_model_name_or_path"]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("method", ["hycam", "multilora", "moelora"])
+def test_a_models_state_dict_of_before_is_loaded(method):
+    """Its live parameters were named as the adapter is, with nothing after."""
+    want = PeftModel.from_pretrained(tiny_model(), str(SAVED / method)).eval()
+    new = PeftModel.from_pretrained(tiny_model(), str(SAVED / method)).eval()
+    stacked = {name for layer in want.modules() if isinstance(layer, AdapterLayer) for name in layer.stacked_names}
+    state = {
+        name.removesuffix(".weight") if name.removesuffix(".default.weight").split(".")[-1] in stacked else name: tensor
+        for name, tensor in want.state_dict().items()
+    }
+    assert any(name.endswith(".default") for name in state)
+    for parameter in new.parameters():
+        parameter.data.zero_()
+    assert new.load_state_dict(state) == torch.nn.modules.module._IncompatibleKeys([], [])
+    assert torch.equal(new(**batch()).logits, want(**batch()).logits)
+
+
+@pytest.mark.parametrize("method", ["hycam", "multilora", "moelora"])
+def test_an_adapter_is_copied_by_its_parameters_names(method):
+    """As TRL's trainers make their reference from a trained adapter."""
+    model = PeftModel.from_pretrained(tiny_model(), str(SAVED / method)).eval()
+    want = model(**batch()).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(model(**batch()).logits, want)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -59,8 +60,8 @@ class _KeepsBatches(HyCAMTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def setting_name(engine: str, checkpointing: str, accumulation: int, dtype: str) -> str:
-    return f"{engine}-{checkpointing}-{accumulation}-{dtype}"
+def setting_name(engine: str, checkpointing: str, accumulation: int, dtype: str, loss: str) -> str:
+    return f"{engine}-{checkpointing}-{accumulation}-{dtype}-{loss}"
 
 
 def step_model(dtype: str) -> Any:
@@ -89,9 +90,18 @@ def engine_fields(engine: str) -> dict[str, Any]:
     return {}
 
 
-def gradient(folder: Path, *, engine: str, checkpointing: str, accumulation: int, dtype: str) -> int:
-    """One step; leaves the gradients as an adapter's weights, and each rank's micro-batches, in a folder."""
-    folder = folder / setting_name(engine, checkpointing, accumulation, dtype)
+def loss_outside(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """The model's own loss, made where no gradient of it tells the balance loss its scale."""
+    logits = outputs["logits"][:, :-1].float().flatten(0, 1)
+    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def gradient(folder: Path, *, engine: str, checkpointing: str, accumulation: int, dtype: str, loss: str) -> int:
+    """One step; leaves the gradients as an adapter's weights, and each rank's micro-batches, in a folder.
+
+    `loss` is "model" for the model's own, "outside" for the same one made by the trainer.
+    """
+    folder = folder / setting_name(engine, checkpointing, accumulation, dtype, loss)
     trainer_fields: dict[str, Any] = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": accumulation,
@@ -126,6 +136,7 @@ def gradient(folder: Path, *, engine: str, checkpointing: str, accumulation: int
         on_signal=SaveOnSignal(),
         prepare_optimizer=lambda optimizer, model: None,
         optimizer_cls_and_kwargs=(GradientAsWeight, {}),
+        compute_loss_func=loss_outside if loss == "outside" else None,
     )
     trainer.train()
     _check_parted(trainer, engine)

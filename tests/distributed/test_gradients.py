@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hycam.data.collation import Collator
-from tests.adapter.builders import gradients
+from tests.adapter.builders import by_saved_name, gradients
 from tests.distributed.jobs import setting_name, step_model, step_rows
 from tests.distributed.ranks import WORLD_SIZE, log_of, run_jobs
 
@@ -16,24 +16,27 @@ pytest.importorskip("deepspeed")
 
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 CHECKPOINTING = ["none", "non-reentrant", "reentrant"]
-PRODUCT = list(itertools.product(ENGINES, CHECKPOINTING, [1, 4], ["float32"])) + [
-    (engine, "non-reentrant", 4, "bfloat16") for engine in ENGINES
+PRODUCT = list(itertools.product(ENGINES, CHECKPOINTING, [1, 4], ["float32"], ["model", "outside"])) + [
+    (engine, "non-reentrant", 4, "bfloat16", "model") for engine in ENGINES
 ]
-# every engine, both kinds of checkpointing, both accumulations, and bf16 with fp32 adapter weights and without
+# every engine, both kinds of checkpointing, both accumulations, and bf16 with fp32 adapter weights and without; the
+# model's own loss and one that the trainer makes
 COVERING = [
-    ("ddp", "reentrant", 4, "float32"),
-    ("ddp", "none", 4, "bfloat16"),
-    ("zero1", "none", 4, "float32"),
-    ("zero2", "non-reentrant", 1, "float32"),
-    ("zero3", "reentrant", 4, "float32"),
-    ("zero3", "none", 4, "bfloat16"),
-    ("fsdp2", "non-reentrant", 4, "float32"),
-    ("fsdp2", "reentrant", 1, "float32"),
+    ("ddp", "reentrant", 4, "float32", "model"),
+    ("ddp", "none", 4, "bfloat16", "model"),
+    ("ddp", "none", 4, "float32", "outside"),
+    ("zero1", "none", 4, "float32", "model"),
+    ("zero2", "non-reentrant", 1, "float32", "model"),
+    ("zero2", "none", 4, "float32", "outside"),
+    ("zero3", "reentrant", 4, "float32", "outside"),
+    ("zero3", "none", 4, "bfloat16", "model"),
+    ("fsdp2", "non-reentrant", 4, "float32", "outside"),
+    ("fsdp2", "reentrant", 1, "float32", "model"),
 ]
 
 
-def _done(folder: Path, settings: list[tuple[str, str, int, str]]) -> Path:
-    names = ("engine", "checkpointing", "accumulation", "dtype")
+def _done(folder: Path, settings: list[tuple[str, str, int, str, str]]) -> Path:
+    names = ("engine", "checkpointing", "accumulation", "dtype", "loss")
     jobs = [{"job": "gradient"} | dict(zip(names, setting, strict=True)) for setting in settings]
     statuses = run_jobs(folder, jobs, timeout=900)
     assert statuses == [0, 0], "\n".join(log_of(folder, rank)[-3000:] for rank in range(WORLD_SIZE))
@@ -51,18 +54,18 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("setting", COVERING, ids=lambda setting: setting_name(*setting))
-def test_covering_selection(covering: Path, setting: tuple[str, str, int, str]) -> None:
+def test_covering_selection(covering: Path, setting: tuple[str, str, int, str, str]) -> None:
     _check(covering / setting_name(*setting), *setting)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("setting", PRODUCT, ids=lambda setting: setting_name(*setting))
-def test_whole_product(product: Path, setting: tuple[str, str, int, str]) -> None:
+def test_whole_product(product: Path, setting: tuple[str, str, int, str, str]) -> None:
     _check(product / setting_name(*setting), *setting)
 
 
-def _check(folder: Path, engine: str, checkpointing: str, accumulation: int, dtype: str) -> None:
+def _check(folder: Path, engine: str, checkpointing: str, accumulation: int, dtype: str, loss: str) -> None:
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
     _check_batches(ranks, accumulation)
     got = load_file(folder / "adapter_model.safetensors")
@@ -117,7 +120,7 @@ def _one_process(
         for batch in kept:
             torch.set_rng_state(batch["random_state"])
             model(**batch["inputs"], num_items_in_batch=total).loss.backward()
-    return {name.replace(".default", ""): gradient for name, gradient in gradients(model).items()}
+    return by_saved_name(gradients(model).items())
 
 
 def _targets(inputs: dict[str, torch.Tensor]) -> int:

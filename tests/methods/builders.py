@@ -43,7 +43,7 @@ def layer(config: LowRankConfig, in_features: int = 7, out_features: int = 6) ->
 
 def adapter(made: LowRankLinear, adapter_name: str = "default") -> dict[str, Tensor]:
     """The parameters of one of the layer's adapters, by name."""
-    return {name: getattr(made, name)[adapter_name] for name in made.adapter_layer_names}
+    return {name: getattr(made, name)[adapter_name].weight for name in made.adapter_layer_names}
 
 
 def inputs(*leading: int, features: int = 7, seed: int = 5) -> Tensor:

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 
 from hycam import HyCAMConfig
 from hycam_kernels import gumbel_noise
-from tests.adapter.builders import randomise
+from tests.adapter.builders import by_saved_name, randomise
 from tests.models import tiny_model
 
 E, R, D = 3, 4, 32
@@ -40,7 +40,7 @@ def adapted(preset, dtype=torch.float32, **settings):
 def parameters(layer, dtype):
     """The adapter's parameters by the name that they have in a file."""
     named = {name: p for name, p in layer.named_parameters() if name.startswith("hycam_")}
-    return {name.removeprefix("hycam_").replace(".default", ""): p.detach().to(dtype) for name, p in named.items()}
+    return {name.removeprefix("hycam_"): p.detach().to(dtype) for name, p in by_saved_name(named.items()).items()}
 
 
 def fusion(preset, weights, h, noise):
@@ -147,7 +147,7 @@ def test_the_released_decoder_layer(training):
     layer = block.self_attn
     trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
 
-    w = {name.removeprefix("hycam_").replace(".default", ""): p for name, p in layer.named_parameters()}
+    w = {name.removeprefix("hycam_"): p for name, p in by_saved_name(layer.named_parameters()).items()}
     total = silu(h @ w["shared.weight"].T + w["shared.bias"])
     logits = h @ w["router.weight"].T + w["router.bias"] + noise.view(2, 5, E)
     soft = torch.softmax(logits / 0.5, -1)

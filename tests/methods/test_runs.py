@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,7 +106,7 @@ def test_what_is_saved_reloads(runs: Any, name: str, backbone: Path) -> None:
         live = model.state_dict()
     else:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), run / "adapter")
-        live = {key.replace(".default", ""): value for key, value in model.state_dict().items()}
+        live = get_peft_model_state_dict(model)
     assert state and all(torch.equal(live[key], weight) for key, weight in state.items())
     for checkpoint in run.glob("checkpoint-*"):
         assert weights(checkpoint).keys() == state.keys()

@@ -17,6 +17,7 @@ from hycam.training.prepare import adapted_backbone
 from hycam.training.recipe import BackboneConfig, load_recipe, parse_recipe
 from hycam.training.run import train
 from hycam.training.trained import load_selected_model
+from tests.adapter.builders import by_saved_name
 from tests.models import tiny_model
 from tests.training.runs import recipe_values, save_backbone, save_recipe
 
@@ -54,7 +55,7 @@ def test_a_run_on_a_quantised_backbone(tmp_path, wide_backbone, kind):
     options = Namespace(recipe=str(run), adapter=None, base=False, overrides=[])
     model = load_selected_model(select(options), str(wide_backbone))
     assert isinstance(model, PeftModel)
-    loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if "hycam_" in name}
+    loaded = by_saved_name((name, p) for name, p in model.named_parameters() if "hycam_" in name)
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
 

@@ -51,7 +51,7 @@ class SlightlyWrong(HyCAMAttention):
 
 class LosesAGradient(HyCAMAttention):
     def _modulate(self, *args, **options):
-        held = self.hycam_lora_n["default"]
+        held = self.hycam_lora_n["default"].weight
         held.requires_grad_(False)
         try:
             return super()._modulate(*args, **options)
