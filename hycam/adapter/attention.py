@@ -21,6 +21,7 @@ from hycam.adapter.parameters import (
     projections,
     stacked_shapes,
 )
+from hycam.adapter.threads import Latest, PerThread
 from hycam.errors import InputError
 from hycam_kernels import norm_project
 from hycam_kernels.modulation import modulate
@@ -50,22 +51,6 @@ class LayerStatistics(NamedTuple):
     @property
     def balance_loss(self) -> Tensor:
         return self.means.balance_loss
-
-
-class ResidualTap:
-    """Holds a decoder layer's input h_in between its first norm, which sees it, and its attention, which needs it."""
-
-    def __init__(self) -> None:
-        self.hidden_in: Tensor | None = None
-
-    def record(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the norm."""
-        self.hidden_in = args[0]
-
-    def take(self) -> Tensor | None:
-        """h_in, once."""
-        hidden_in, self.hidden_in = self.hidden_in, None
-        return hidden_in
 
 
 class HyCAMAttention(nn.Module, AdapterLayer):
@@ -113,13 +98,14 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         for name in STACKED_NAMES:
             setattr(self, name, AdapterParameters().train(self.training))
         self.adapter_configs: dict[str, HyCAMConfig] = {}
-        self.statistics: dict[str, LayerStatistics] = {}
+        self.statistics: dict[str, Latest[LayerStatistics]] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.calls: ModelCalls | None = None
         self.layer_name = ""
-        self.residual_tap: ResidualTap | None = None
-        # V and the router's logits of the fused adapter, from the norm before the attention to the next forward
-        self.projections: tuple[Tensor, Tensor] | None = None
+        # what the norm that runs just before the attention leaves for it: the decoder layer's input h_in, and V and the
+        # router's logits of the fused adapter
+        self.hidden_in: PerThread[Tensor] = PerThread()
+        self.projections: PerThread[tuple[Tensor, Tensor]] = PerThread()
         self._active_adapter = adapter_name
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -135,16 +121,18 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             parameters[adapter_name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             initialise(name, parameters[adapter_name])
         self.adapter_configs[adapter_name] = config
+        self.statistics[adapter_name] = Latest()
         if not config.train_router:
             self.frozen_peft_weight_names[adapter_name] = ("hycam_router",)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def record_residual(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the norm whose input is the residual stream h_in."""
+        self.hidden_in.set(args[0])
+
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         context = kwargs.pop(CONTEXT_KEYWORD, None)
-        residual = self.residual_tap.take() if self.residual_tap is not None else None
-        projections = self.projections
-        if projections is not None:
-            self.projections = None
+        residual, projections = self.hidden_in.take(), self.projections.take()
         attention: Any = self._modules["base_layer"]
         output = attention(*args, **kwargs)
         if self.disable_adapters:
@@ -204,7 +192,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             return modulated
         kept = means if isinstance(means, DeferredRouterMeans) else RouterMeans(*(value.detach() for value in means))
         if context.record(adapter_name, self.layer_name, kept):
-            self.statistics[adapter_name] = LayerStatistics(kept, token_mask, hidden.shape[:-1].numel())
+            self.statistics[adapter_name].set(LayerStatistics(kept, token_mask, hidden.shape[:-1].numel()))
         if self.training and config.balance_coef > 0:
             routing = Routing(means.load, means.router_prob)
             return context.inject(modulated, routing, adapter_name, self.layer_name, config)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hycam.adapter.architectures import model_type_of, residual_norm, trained_norms
-from hycam.adapter.attention import HyCAMAttention, ResidualTap
+from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
@@ -74,14 +74,13 @@ class Binding:
         for handle in self._handles:
             handle.remove()
         for layer in self.layers.values():
-            layer.calls, layer.residual_tap = None, None
+            layer.calls = None
 
     def _tap_residual(self, model: nn.Module, name: str, layer: HyCAMAttention) -> None:
         norm_name = residual_norm(model_type_of(layer.base_layer) or model_type_of(model))
         decoder_layer = model.get_submodule(name.rpartition(".")[0])
-        layer.residual_tap = ResidualTap()
         norm = decoder_layer.get_submodule(norm_name)
-        self._handles.append(norm.register_forward_pre_hook(layer.residual_tap.record))
+        self._handles.append(norm.register_forward_pre_hook(layer.record_residual))
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)
@@ -197,6 +196,9 @@ def track_loss(model: nn.Module, loss: Tensor) -> Tensor:
 def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict[str, RouterStatistics]:
     """Routing of the last forward, by path of the adapted layers, in layer order.
 
+    Where several threads call the model, of the last forward of the thread that asks; a thread that made none gets what
+    each layer keeps of any thread's last one.
+
     Args:
         model: a model with HyCAM layers.
         adapter_name: the adapter; None: the active one.
@@ -214,7 +216,8 @@ def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict
         raise InputError(f"adapter_name: got {adapter_name!r}, want an adapter of the model")
     statistics = {}
     for name, layer in layers.items():
-        kept = layer.statistics.get(adapter_name or "")
+        latest = layer.statistics.get(adapter_name or "")
+        kept = None if latest is None else latest.get()
         if kept is None:
             continue
         tokens = torch.tensor(kept.num_tokens) if kept.token_mask is None else kept.token_mask.sum()
