@@ -139,6 +139,10 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             return output
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         attn_output = self._checked_output(output, hidden)
+        if context is None and self.calls is not None:
+            context = self.calls.context_without_keyword()
+        if context is not None and context.row_adapters is not None:
+            return (self._adapt_rows(hidden, attn_output, residual, context), *output[1:])
         fused = self.fused_adapter()
         for adapter_name in self.active_adapters:
             if adapter_name in self.adapter_configs:
@@ -156,6 +160,19 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         zeros = torch.zeros_like(hidden_states)
         return self._modulate(adapter_name, hidden_states, zeros, residual=torch.ones_like(zeros)).hidden_states
 
+    def _adapt_rows(
+        self, hidden: Tensor, attn_output: Tensor, residual: Tensor | None, context: ForwardContext
+    ) -> Tensor:
+        """Each row by the adapter that the call names for it; rows of the base model stay as they are, and so do those
+        of an adapter that isn't in this layer."""
+        assert context.row_adapters is not None
+        adapted = attn_output
+        for adapter_name, rows in context.row_adapters.rows(hidden.shape[0], hidden.device).items():
+            if adapter_name in self.adapter_configs:
+                part = self._adapt(adapter_name, hidden, attn_output, residual, context, None, rows)
+                adapted = adapted.index_copy(0, rows, part)
+        return adapted
+
     def _adapt(
         self,
         adapter_name: str,
@@ -164,10 +181,11 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         residual: Tensor | None,
         context: ForwardContext | None,
         projections: tuple[Tensor, Tensor] | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         config = self.adapter_configs[adapter_name]
         if context is None:
-            context = self._own_context(adapter_name, config)
+            context = self._unbound_context(adapter_name, config)
         if config.modulation == "residual" and residual is None:
             raise RuntimeError(
                 "modulation='residual': the norm before the attention did not run; after replacing norms, bind "
@@ -179,6 +197,9 @@ class HyCAMAttention(nn.Module, AdapterLayer):
                 "bind the model again: hycam.bind(model)"
             )
         token_mask = context.token_mask(hidden)
+        if rows is not None:
+            hidden, attn_output = hidden[rows], attn_output[rows]
+            residual, token_mask = (None if value is None else value[rows] for value in (residual, token_mask))
         modulated, means = self._modulate(
             adapter_name,
             hidden,
@@ -272,10 +293,8 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         rank = self.calls.data_parallel_rank() if self.calls is not None else 0
         return seed ^ (rank * 0x1E3779B97F4A7C15 % 2**62)
 
-    def _own_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
-        """The context where the model's call brought none along."""
-        if self.calls is not None:
-            return self.calls.context_without_keyword()
+    def _unbound_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
+        """The context of a layer whose model isn't bound."""
         for is_needed, setting in (
             (config.balance_scope == "model" and config.experts != "none", "balance_scope='model'"),
             (config.modulation == "residual", "modulation='residual'"),

@@ -2,12 +2,14 @@
 
 import inspect
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,6 +17,7 @@ from hycam.adapter.architectures import model_type_of, residual_norm, trained_no
 from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
+from hycam.adapter.mixed_batch import RowAdapters, WrapperRows
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
 from hycam.errors import InputError
 
@@ -68,6 +71,11 @@ class Binding:
                 model_type = model_type_of(layer.base_layer) or model_type_of(model)
                 norms, kind = fusible_norms(decoder_layer, model_type)
                 self._handles += [NormFusion(norm, kind, layer) for norm in norms]
+
+        mix_rows = WrapperRows(self.calls.row_adapters)
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                self._handles.append(module.register_forward_hook(mix_rows, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off the model and its layers."""
@@ -178,6 +186,17 @@ def uninstall(model: nn.Module) -> None:
         binding.remove()
 
 
+@contextmanager
+def each_row_by(model: nn.Module, row_adapters: RowAdapters) -> Iterator[None]:
+    """Let the calls of the bound `model` in this thread use the adapters of `row_adapters`."""
+    slot = getattr(model, _ATTRIBUTE).calls.row_adapters
+    slot.set(row_adapters)
+    try:
+        yield
+    finally:
+        slot.set(None)
+
+
 def track_loss(model: nn.Module, loss: Tensor) -> Tensor:
     """`loss`, computed outside the model from its last forward, as a tensor whose gradient the balance loss follows.
 
@@ -226,7 +245,7 @@ def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict
 
 
 def check_forward_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse PEFT's per-sample arguments, which would otherwise go unheeded."""
+    """Refuse PEFT's per-sample arguments where they would go unheeded."""
     for name in ("adapter_names", "task_ids"):
         if arguments.get(name) is not None:
             raise InputError(f"{name}: got a value, want none: the active adapters apply to the whole batch")

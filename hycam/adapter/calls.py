@@ -8,6 +8,7 @@ import torch
 
 from hycam.adapter.balance import ForwardContext
 from hycam.adapter.config import HyCAMConfig
+from hycam.adapter.mixed_batch import RowAdapters
 from hycam.adapter.threads import Latest, PerThread
 
 
@@ -23,10 +24,14 @@ class ModelCalls:
         takes_keywords: whether the model's forward takes keywords that it doesn't name, to hand them on.
         tensor_parallel_size: processes that see the same tokens.
 
+    Attributes:
+        row_adapters: what the calls of this thread use for each row, until it is reset.
+
     Several threads may call the model at once: each sees its own calls.
     """
 
     def __init__(self, layers: Iterable[AdaptedLayer], *, takes_keywords: bool, tensor_parallel_size: int) -> None:
+        self.row_adapters: PerThread[RowAdapters] = PerThread()
         self._layers = list(layers)
         self._hands_keywords_on = takes_keywords
         self._tensor_parallel_size = tensor_parallel_size
@@ -39,6 +44,7 @@ class ModelCalls:
         return self._last.get()
 
     def begin(self, context: ForwardContext) -> None:
+        context.row_adapters = self.row_adapters.get()
         self._last.set(context)
         self._running.set(context)
 
@@ -58,7 +64,9 @@ class ModelCalls:
             return running
         last = self.context
         if self._hands_keywords_on or last is None:
-            return ForwardContext(self.layer_counts())
+            context = ForwardContext(self.layer_counts())
+            context.row_adapters = self.row_adapters.get()
+            return context
         return last
 
     def layer_counts(self) -> dict[str, int]:

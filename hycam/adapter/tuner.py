@@ -1,7 +1,8 @@
 """HyCAM as a PEFT tuner."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from peft import PeftConfig
@@ -17,9 +18,10 @@ from hycam.adapter.architectures import (
 )
 from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.base_tuner import AdapterTuner
-from hycam.adapter.binding import install, uninstall
+from hycam.adapter.binding import each_row_by, install, uninstall
 from hycam.adapter.config import HyCAMConfig
 from hycam.adapter.discovery import self_attention_names
+from hycam.adapter.mixed_batch import row_adapters_of
 from hycam.adapter.norm_fusion import fusible_norms
 from hycam.errors import InputError
 
@@ -45,6 +47,18 @@ class HyCAMModel(AdapterTuner):
             if isinstance(module, ModulesToSaveWrapper):
                 self.model.set_submodule(name, module.original_module)
         return super().unload()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with super()._enable_peft_forward_hooks(*args, **kwargs | {"adapter_names": None}):
+            if kwargs.get("adapter_names") is None:
+                yield
+                return
+            if self.training:
+                raise InputError("adapter_names: got names in training mode, want model.eval(), or one adapter a batch")
+            defaults = getattr(self.model, "generation_config", None)
+            with each_row_by(self.model, row_adapters_of(kwargs, list(self.peft_config), defaults)):
+                yield
 
     def disable_adapter_layers(self) -> None:
         self._enable_adapter_layers(enabled=False)
