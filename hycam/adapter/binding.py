@@ -60,7 +60,8 @@ class Binding:
         self._told_no_loss = False
         self._handles: list[RemovableHandle | NormFusion] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            # a call that fails ends too
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
         for name, layer in layers.items():
             layer.calls, layer.layer_name = self.calls, name
@@ -105,6 +106,8 @@ class Binding:
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.calls.end()
         context = kwargs.get(CONTEXT_KEYWORD, self.calls.context)
+        if output is None:
+            return None
         assert context is not None
         if not (model.training and torch.is_grad_enabled() and self._has_balance_loss()):
             return None

@@ -208,3 +208,17 @@ def test_a_value_per_thread_is_not_copied():
     assert copy.deepcopy(value).get() is None
     assert value.take() == 1
     assert value.take() is None
+
+
+def test_a_call_that_fails_leaves_nothing_behind():
+    """A layer that is called by itself afterwards doesn't take the failed call's mask."""
+    model = adapted_model(noise="never", balance_coef=1.0).eval()
+    want = evaluate(model, 0)
+    with pytest.raises(ValueError, match="attention_mask: got shape"):
+        model(input_ids=inputs(0)["input_ids"], attention_mask=torch.ones(5, 9))
+    layer = model.base_model.model.model.layers[0].self_attn
+    hidden = torch.randn(1, 4, 32)
+    positions = model.base_model.model.model.rotary_emb(hidden, torch.arange(4)[None])
+    layer(hidden, position_embeddings=positions, attention_mask=None)
+    assert router_statistics(model)["base_model.model.model.layers.0.self_attn"].tokens == 4
+    assert all(torch.equal(value, want[key]) for key, value in evaluate(model, 0).items())
