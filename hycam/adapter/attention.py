@@ -22,6 +22,7 @@ from hycam.adapter.parameters import (
     projections,
     stacked_shapes,
 )
+from hycam.adapter.threads import Latest, PerThread
 from hycam.errors import InputError
 from hycam_kernels import norm_project
 from hycam_kernels.modulation import modulate
@@ -51,22 +52,6 @@ class LayerStatistics(NamedTuple):
     @property
     def balance_loss(self) -> Tensor:
         return self.means.balance_loss
-
-
-class ResidualTap:
-    """Holds a decoder layer's input h_in between its first norm, which sees it, and its attention, which needs it."""
-
-    def __init__(self) -> None:
-        self.hidden_in: Tensor | None = None
-
-    def record(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the norm."""
-        self.hidden_in = args[0]
-
-    def take(self) -> Tensor | None:
-        """h_in, once."""
-        hidden_in, self.hidden_in = self.hidden_in, None
-        return hidden_in
 
 
 class HyCAMAttention(nn.Module, AdapterLayer):
@@ -115,13 +100,14 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         for name in STACKED_NAMES:
             setattr(self, name, AdapterParameters().train(self.training))
         self.adapter_configs: dict[str, HyCAMConfig] = {}
-        self.statistics: dict[str, LayerStatistics] = {}
+        self.statistics: dict[str, Latest[LayerStatistics]] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.calls: ModelCalls | None = None
         self.layer_name = ""
-        self.residual_tap: ResidualTap | None = None
-        # V and the router's logits of the fused adapter, from the norm before the attention to the next forward
-        self.projections: tuple[Tensor, Tensor] | None = None
+        # what the norm that runs just before the attention leaves for it: the decoder layer's input h_in, and V and the
+        # router's logits of the fused adapter
+        self.hidden_in: PerThread[Tensor] = PerThread()
+        self.projections: PerThread[tuple[Tensor, Tensor]] = PerThread()
         self._active_adapter = adapter_name
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -137,22 +123,28 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             initialise(name, parameter.weight)
             getattr(self, name)[adapter_name] = parameter.train(self.training)
         self.adapter_configs[adapter_name] = config
+        self.statistics[adapter_name] = Latest()
         if not config.train_router:
             self.frozen_peft_weight_names[adapter_name] = ("hycam_router",)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def record_residual(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the norm whose input is the residual stream h_in."""
+        self.hidden_in.set(args[0])
+
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         context = kwargs.pop(CONTEXT_KEYWORD, None)
-        residual = self.residual_tap.take() if self.residual_tap is not None else None
-        projections = self.projections
-        if projections is not None:
-            self.projections = None
+        residual, projections = self.hidden_in.take(), self.projections.take()
         attention: Any = self._modules["base_layer"]
         output = attention(*args, **kwargs)
         if self.disable_adapters:
             return output
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         attn_output = self._checked_output(output, hidden)
+        if context is None and self.calls is not None:
+            context = self.calls.context_without_keyword()
+        if context is not None and context.row_adapters is not None:
+            return (self._adapt_rows(hidden, attn_output, residual, context), *output[1:])
         fused = self.fused_adapter()
         for adapter_name in self.active_adapters:
             if adapter_name in self.adapter_configs:
@@ -170,6 +162,19 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         zeros = torch.zeros_like(hidden_states)
         return self._modulate(adapter_name, hidden_states, zeros, residual=torch.ones_like(zeros)).hidden_states
 
+    def _adapt_rows(
+        self, hidden: Tensor, attn_output: Tensor, residual: Tensor | None, context: ForwardContext
+    ) -> Tensor:
+        """Each row by the adapter that the call names for it; rows of the base model stay as they are, and so do those
+        of an adapter that isn't in this layer."""
+        assert context.row_adapters is not None
+        adapted = attn_output
+        for adapter_name, rows in context.row_adapters.rows(hidden.shape[0], hidden.device).items():
+            if adapter_name in self.adapter_configs:
+                part = self._adapt(adapter_name, hidden, attn_output, residual, context, None, rows)
+                adapted = adapted.index_copy(0, rows, part)
+        return adapted
+
     def _adapt(
         self,
         adapter_name: str,
@@ -178,10 +183,11 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         residual: Tensor | None,
         context: ForwardContext | None,
         projections: tuple[Tensor, Tensor] | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         config = self.adapter_configs[adapter_name]
         if context is None:
-            context = self._own_context(adapter_name, config)
+            context = self._unbound_context(adapter_name, config)
         if config.modulation == "residual" and residual is None:
             raise RuntimeError(
                 "modulation='residual': the norm before the attention did not run; after replacing norms, bind "
@@ -193,6 +199,9 @@ class HyCAMAttention(nn.Module, AdapterLayer):
                 "bind the model again: hycam.bind(model)"
             )
         token_mask = context.token_mask(hidden)
+        if rows is not None:
+            hidden, attn_output = hidden[rows], attn_output[rows]
+            residual, token_mask = (None if value is None else value[rows] for value in (residual, token_mask))
         modulated, means = self._modulate(
             adapter_name,
             hidden,
@@ -206,7 +215,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
             return modulated
         kept = means if isinstance(means, DeferredRouterMeans) else RouterMeans(*(value.detach() for value in means))
         if context.record(adapter_name, self.layer_name, kept):
-            self.statistics[adapter_name] = LayerStatistics(kept, token_mask, hidden.shape[:-1].numel())
+            self.statistics[adapter_name].set(LayerStatistics(kept, token_mask, hidden.shape[:-1].numel()))
         if self.training and config.balance_coef > 0:
             routing = Routing(means.load, means.router_prob)
             return context.inject(modulated, routing, adapter_name, self.layer_name, config)
@@ -288,10 +297,8 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         rank = self.calls.data_parallel_rank() if self.calls is not None else 0
         return seed ^ (rank * 0x1E3779B97F4A7C15 % 2**62)
 
-    def _own_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
-        """The context where the model's call brought none along."""
-        if self.calls is not None:
-            return self.calls.context_without_keyword()
+    def _unbound_context(self, adapter_name: str, config: HyCAMConfig) -> ForwardContext:
+        """The context of a layer whose model isn't bound."""
         for is_needed, setting in (
             (config.balance_scope == "model" and config.experts != "none", "balance_scope='model'"),
             (config.modulation == "residual", "modulation='residual'"),

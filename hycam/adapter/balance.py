@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hycam.adapter.config import HyCAMConfig
+from hycam.adapter.mixed_batch import RowAdapters
 from hycam_kernels.output import DeferredRouterMeans, RouterMeans
 
 # The keyword that takes the context from the model's call to its attention modules. Checkpointing keeps a layer's
@@ -54,6 +55,7 @@ class ForwardContext:
             noise of training.
         loss_scale: the gradient that reached the model's loss; None until the backward pass gets there.
         is_tracked: whether the model's loss, or one given to `hycam.track_loss`, tells its gradient.
+        row_adapters: the adapter of each row; None: the active adapters, for all rows.
         routing: adapter name -> layer name -> detached routing.
         in_graph: adapter name -> its settings, and layer name -> routing that has yet to join the loss (compiled
             layers).
@@ -72,6 +74,7 @@ class ForwardContext:
         self.is_compared = False
         self.loss_scale: Tensor | float | None = None
         self.is_tracked = False
+        self.row_adapters: RowAdapters | None = None
         self.routing: dict[str, dict[str, AnyRouting]] = {}
         self.in_graph: dict[str, tuple[HyCAMConfig, dict[str, Routing]]] = {}
         self.is_over = False

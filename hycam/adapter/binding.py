@@ -3,19 +3,22 @@
 import inspect
 import warnings
 from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hycam.adapter.architectures import model_type_of, residual_norm, trained_norms
-from hycam.adapter.attention import HyCAMAttention, ResidualTap
+from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.balance import CONTEXT_KEYWORD, ForwardContext
 from hycam.adapter.calls import ModelCalls
 from hycam.adapter.config import HyCAMConfig, is_finite
+from hycam.adapter.mixed_batch import RowAdapters, WrapperRows
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
 from hycam.adapter.trainers import calling_trainer, share, shifts_labels, step_average, target_count, traced_trainer
 from hycam.errors import InputError
@@ -62,7 +65,8 @@ class Binding:
         self._told_no_loss = self._told_noise = False
         self._handles: list[RemovableHandle | NormFusion] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            # a call that fails ends too
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
         for name, layer in layers.items():
             layer.calls, layer.layer_name = self.calls, name
@@ -74,19 +78,23 @@ class Binding:
                 norms, kind = fusible_norms(decoder_layer, model_type)
                 self._handles += [NormFusion(norm, kind, layer) for norm in norms]
 
+        mix_rows = WrapperRows(self.calls.row_adapters)
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                self._handles.append(module.register_forward_hook(mix_rows, with_kwargs=True))
+
     def remove(self) -> None:
         """Take the hooks off the model and its layers."""
         for handle in self._handles:
             handle.remove()
         for layer in self.layers.values():
-            layer.calls, layer.residual_tap = None, None
+            layer.calls = None
 
     def _tap_residual(self, model: nn.Module, name: str, layer: HyCAMAttention) -> None:
         norm_name = residual_norm(model_type_of(layer.base_layer) or model_type_of(model))
         decoder_layer = model.get_submodule(name.rpartition(".")[0])
-        layer.residual_tap = ResidualTap()
         norm = decoder_layer.get_submodule(norm_name)
-        self._handles.append(norm.register_forward_pre_hook(layer.residual_tap.record))
+        self._handles.append(norm.register_forward_pre_hook(layer.record_residual))
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)
@@ -136,6 +144,8 @@ class Binding:
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         self.calls.end()
         context = kwargs.get(CONTEXT_KEYWORD, self.calls.context)
+        if output is None:
+            return None
         assert context is not None
         if not (model.training and torch.is_grad_enabled() and self._has_balance_loss()):
             return None
@@ -229,6 +239,17 @@ def uninstall(model: nn.Module) -> None:
         binding.remove()
 
 
+@contextmanager
+def each_row_by(model: nn.Module, row_adapters: RowAdapters) -> Iterator[None]:
+    """Let the calls of the bound `model` in this thread use the adapters of `row_adapters`."""
+    slot = getattr(model, _ATTRIBUTE).calls.row_adapters
+    slot.set(row_adapters)
+    try:
+        yield
+    finally:
+        slot.set(None)
+
+
 def track_loss(model: nn.Module, loss: Tensor, *, share: Tensor | float | None = None) -> Tensor:
     """`loss`, computed outside the model from its last forward, as a tensor whose gradient the balance loss follows.
 
@@ -262,6 +283,9 @@ def track_loss(model: nn.Module, loss: Tensor, *, share: Tensor | float | None =
 def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict[str, RouterStatistics]:
     """Routing of the last forward, by path of the adapted layers, in layer order.
 
+    Where several threads call the model, of the last forward of the thread that asks; a thread that made none gets what
+    each layer keeps of any thread's last one.
+
     Args:
         model: a model with HyCAM layers.
         adapter_name: the adapter; None: the active one.
@@ -279,7 +303,8 @@ def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict
         raise InputError(f"adapter_name: got {adapter_name!r}, want an adapter of the model")
     statistics = {}
     for name, layer in layers.items():
-        kept = layer.statistics.get(adapter_name or "")
+        latest = layer.statistics.get(adapter_name or "")
+        kept = None if latest is None else latest.get()
         if kept is None:
             continue
         tokens = torch.tensor(kept.num_tokens) if kept.token_mask is None else kept.token_mask.sum()
@@ -288,7 +313,7 @@ def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict
 
 
 def check_forward_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse PEFT's per-sample arguments, which would otherwise go unheeded."""
+    """Refuse PEFT's per-sample arguments where they would go unheeded."""
     for name in ("adapter_names", "task_ids"):
         if arguments.get(name) is not None:
             raise InputError(f"{name}: got a value, want none: the active adapters apply to the whole batch")

@@ -8,6 +8,8 @@ import torch
 
 from hycam.adapter.balance import ForwardContext
 from hycam.adapter.config import HyCAMConfig
+from hycam.adapter.mixed_batch import RowAdapters
+from hycam.adapter.threads import Latest, PerThread
 
 
 class AdaptedLayer(Protocol):
@@ -23,33 +25,49 @@ class ModelCalls:
         tensor_parallel_size: processes that see the same tokens.
 
     Attributes:
-        context: that of the model's last call.
+        row_adapters: what the calls of this thread use for each row, until it is reset.
+
+    Several threads may call the model at once: each sees its own calls.
     """
 
     def __init__(self, layers: Iterable[AdaptedLayer], *, takes_keywords: bool, tensor_parallel_size: int) -> None:
-        self.context: ForwardContext | None = None
+        self.row_adapters: PerThread[RowAdapters] = PerThread()
         self._layers = list(layers)
         self._hands_keywords_on = takes_keywords
         self._tensor_parallel_size = tensor_parallel_size
-        self._is_running = False
+        self._last: Latest[ForwardContext] = Latest()
+        self._running: PerThread[ForwardContext] = PerThread()
+
+    @property
+    def context(self) -> ForwardContext | None:
+        """That of the model's last call in this thread; in any, where this one made none."""
+        return self._last.get()
 
     def begin(self, context: ForwardContext) -> None:
-        self.context, self._is_running = context, True
+        context.row_adapters = self.row_adapters.get()
+        self._last.set(context)
+        self._running.set(context)
 
     def end(self) -> None:
-        self._is_running = False
+        self._running.set(None)
 
     def context_without_keyword(self) -> ForwardContext:
         """The context for a layer that no keyword reached; a new one for a layer that is called outside its model.
 
-        A model that doesn't hand keywords on to its attentions gets the context of its last call. Where it checkpoints
-        its layers, it must go backward before its next forward.
+        A model that doesn't hand keywords on to its attentions gets the context of the call that runs, and for a layer
+        that runs again in the backward pass that of its last call. So where it checkpoints its layers, it must go
+        backward before its next forward, and train in one thread.
         """
-        if self._is_running:
+        running = self._running.get()
+        if running is not None:
             self._hands_keywords_on = False
-        if self._hands_keywords_on or self.context is None:
-            return ForwardContext(self.layer_counts())
-        return self.context
+            return running
+        last = self.context
+        if self._hands_keywords_on or last is None:
+            context = ForwardContext(self.layer_counts())
+            context.row_adapters = self.row_adapters.get()
+            return context
+        return last
 
     def layer_counts(self) -> dict[str, int]:
         """Adapter name -> number of layers that it adapts."""

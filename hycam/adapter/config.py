@@ -48,6 +48,23 @@ _CHOICES = {
     "modulation": Modulation,
     "backend": Backend,
 }
+# What PEFT's configurations have for LoRA, and tools read or set, but HyCAM gives no meaning.
+_REFUSED = {
+    "target_parameters": "it modulates what attention modules return, no parameters",
+    "rank_pattern": "every layer has rank r",
+    "alpha_pattern": "every layer has the scale lora_alpha / r",
+    "ensure_weight_tying": "trained copies of tied modules are trained and saved apart",
+}
+# Fields that say nothing about the computation, or are filled in by PEFT.
+_FREE_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fuse_norm",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 _FLAGS = ("train_router", "bias", "train_norms", "recompute", "fuse_norm")
 
 
@@ -77,10 +94,17 @@ class HyCAMConfig(PeftConfig):
             experts' projections and the router's logits in the same pass (known architectures; low-rank experts without
             biases). It changes no parameter and no name: an adapter trained with it runs without it, and the reverse.
         layers_to_transform: the decoder layers, by index, that get the adapter; None: all.
+        layers_pattern: with `layers_to_transform`, name of the list of layers that the indices are about (a regular
+            expression or a list of them), where a model has several; None: any.
         target_modules: names of the attention modules (a suffix, a list of suffixes, or one regular expression that
             matches whole names); None: every self-attention of the decoder, as `docs/architectures.md` says.
+        exclude_modules: names of modules that get no adapter though they are targets (a suffix, a list of suffixes, or
+            one regular expression that matches whole names).
         backend: the op's backend.
         modules_to_save: other modules to train and to save with the adapter.
+        trainable_token_indices: ids of tokens whose embeddings are trained and saved with the adapter: a list for the
+            input embedding, or lists by the embeddings' names.
+        target_parameters, rank_pattern, alpha_pattern, ensure_weight_tying: refused; there for tools that read them.
 
     Raises:
         InputError: (a ValueError) for a value that can't be used; it names the field.
@@ -103,16 +127,25 @@ class HyCAMConfig(PeftConfig):
     recompute: bool = False
     fuse_norm: bool = False
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     backend: Backend = "auto"
     modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: None = None
+    rank_pattern: None = None
+    alpha_pattern: None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = HYCAM
-        self._check()
+        self.check()
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "HyCAMConfig":
@@ -130,12 +163,25 @@ class HyCAMConfig(PeftConfig):
         """The factor inside the experts' SiLU."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
+    def differing(self, other: "HyCAMConfig") -> dict[str, tuple[Any, Any]]:
+        """Name -> both values of the fields in which the computation or the parameters of `other` differ, sorted."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return {
+            name: (ours[name], theirs[name])
+            for name in sorted(ours)
+            if name not in _FREE_FIELDS and _comparable(ours[name]) != _comparable(theirs[name])
+        }
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write adapter_config.json as PEFT does, and into the folder's model card what a reader must import first."""
         super().save_pretrained(str(save_directory), **kwargs)
         write_usage(save_directory, "HyCAM", HYCAM)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse values that can't be used. Raises `InputError`."""
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise InputError(f"{name}: got {getattr(self, name)!r}, want none: {reason}")
         for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal):
                 raise InputError(f"{name}: got {getattr(self, name)!r}, want one of {', '.join(get_args(literal))}")
@@ -161,14 +207,21 @@ class HyCAMConfig(PeftConfig):
         if self.fuse_norm and self.bias:
             raise InputError("fuse_norm: got True with bias=True, want False, or bias=False: its projections have none")
         check_targets(self.target_modules, self.layers_to_transform)
+        if self.exclude_modules is not None:
+            _check_names("exclude_modules", self.exclude_modules)
+        if self.layers_pattern is not None:
+            _check_names("layers_pattern", self.layers_pattern)
+            if self.layers_to_transform is None:
+                raise InputError(
+                    f"layers_pattern: got {self.layers_pattern!r} without layers_to_transform, want both or neither"
+                )
+        check_tokens(self.trainable_token_indices)
 
 
 def check_targets(targets: Any, layers: Any) -> None:
     """Refuse `target_modules` and `layers_to_transform` that PEFT would take wrongly. Raises `InputError`."""
     if targets is not None:
-        names = [targets] if isinstance(targets, str) else targets
-        if not isinstance(names, list | tuple | set) or not names or not all(isinstance(n, str) and n for n in names):
-            raise InputError(f"target_modules: got {targets!r}, want a module name or a non-empty list of them")
+        _check_names("target_modules", targets)
     if layers is not None:
         indices = layers if isinstance(layers, list | tuple) else [layers]
         if not indices or not all(is_int(index) and index >= 0 for index in indices):
@@ -179,6 +232,26 @@ def check_targets(targets: Any, layers: Any) -> None:
             raise InputError(
                 f"layers_to_transform: got {layers!r} with target_modules={targets!r}, want a list of names in "
                 "target_modules, or the layers in its regular expression"
+            )
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | list | tuple) else value
+
+
+def _check_names(field_name: str, given: Any) -> None:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list | tuple | set) or not names or not all(isinstance(n, str) and n for n in names):
+        raise InputError(f"{field_name}: got {given!r}, want a module name or a non-empty list of them")
+
+
+def check_tokens(given: Any) -> None:
+    """Refuse `trainable_token_indices` that PEFT would take wrongly. Raises `InputError`."""
+    lists = list(given.values()) if isinstance(given, dict) else [] if given is None else [given]
+    for ids in lists:
+        if not isinstance(ids, list | tuple) or not ids or not all(is_int(token) and token >= 0 for token in ids):
+            raise InputError(
+                f"trainable_token_indices: got {given!r}, want a list of token ids, or such lists by embeddings' names"
             )
 
 

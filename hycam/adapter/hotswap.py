@@ -9,17 +9,6 @@ from torch import Tensor, nn
 from hycam.adapter.config import HyCAMConfig
 from hycam.errors import InputError
 
-# Fields that say nothing about the computation, or are filled in by PEFT.
-_FREE_FIELDS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fuse_norm",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-}
-
 
 def hotswap_adapter(
     model: nn.Module,
@@ -58,17 +47,10 @@ def hotswap_adapter(
 def _check_same_settings(loaded: HyCAMConfig, saved: object) -> None:
     if not isinstance(saved, HyCAMConfig):
         raise InputError(f"model_name_or_path: got a {type(saved).__name__}, want a saved HyCAM adapter")
-    ours, theirs = loaded.to_dict(), saved.to_dict()
-    differing = sorted(
-        name for name in ours if name not in _FREE_FIELDS and _comparable(ours[name]) != _comparable(theirs[name])
-    )
+    differing = loaded.differing(saved)
     if differing:
-        shown = ", ".join(f"{name} ({ours[name]!r} loaded, {theirs[name]!r} saved)" for name in differing)
+        shown = ", ".join(f"{name} ({ours!r} loaded, {theirs!r} saved)" for name, (ours, theirs) in differing.items())
         raise InputError(f"model_name_or_path: got an adapter that differs in {shown}, want the loaded one's settings")
-
-
-def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | list | tuple) else value
 
 
 def _as_named_in(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from hycam.adapter.peft_type import ForeignPeftType
+
 _USAGE = """{heading}
 
 The method lives outside PEFT: install it with `pip install hycam-kernels` and import `hycam` before PEFT loads the
@@ -19,7 +21,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
 """
 
 
-def write_usage(folder: str | os.PathLike, name: str, peft_type: str) -> None:
+def write_usage(folder: str | os.PathLike, name: str, peft_type: ForeignPeftType) -> None:
     """Add the section on the method `name` to `folder`/README.md where it is missing; make the card if there is none.
 
     Args:
@@ -31,6 +33,6 @@ def write_usage(folder: str | os.PathLike, name: str, peft_type: str) -> None:
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(library_name="peft"))
     heading = f"## Loading this {name} adapter"
     if heading not in card.text:
-        usage = _USAGE.format(heading=heading, name=name, peft_type=peft_type)
+        usage = _USAGE.format(heading=heading, name=name, peft_type=peft_type.value)
         card.text = f"{card.text.rstrip()}\n\n{usage}"
         card.save(path)

@@ -26,21 +26,27 @@ class NormFusion:
         self.norm, self.kind, self.layer = norm, kind, layer
         self.eps = _epsilon(norm)
         # perhaps another package's, such as accelerate's, which loads the weights first
-        self.own_forward = norm.forward
         self._replaced = norm.__dict__.get("forward")
         norm.__dict__["forward"] = self.forward
 
     def forward(self, hidden_in: Tensor) -> Tensor:
         adapter_name = self.layer.fused_adapter()
         if adapter_name is None:
-            return self.own_forward(hidden_in)
+            return self._own_forward(hidden_in)
         # fetched anew: sharded training swaps them between forwards
         weight: Any = self.norm.weight
         bias = getattr(self.norm, "bias", None)
-        hidden, self.layer.projections = self.layer.project(
+        hidden, projections = self.layer.project(
             adapter_name, hidden_in, weight, norm_bias=bias, eps=self.eps, kind=self.kind
         )
+        self.layer.projections.set(projections)
         return hidden
+
+    def _own_forward(self, hidden_in: Tensor) -> Tensor:
+        if self._replaced is not None:
+            return self._replaced(hidden_in)
+        # not kept as a bound method, which a pickle would bind to this class's forward
+        return type(self.norm).forward(self.norm, hidden_in)
 
     def remove(self) -> None:
         """Give the norm its own forward back, unless another has taken this one's place."""

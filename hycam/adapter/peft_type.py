@@ -2,14 +2,20 @@
 
 
 class ForeignPeftType(str):
-    """A PEFT type from outside PEFT's closed enum: equal to its string, with the two attributes that PEFT reads."""
+    """A PEFT type from outside PEFT's closed enum: equal to its string, with what PEFT reads off a member of the enum.
+
+    Those are two attributes, and "PeftType.NAME" where it is written out.
+    """
 
     __slots__ = ()
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
 
     @property
     def name(self) -> str:
-        return str(self)
+        return self.value
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"

@@ -1,12 +1,15 @@
 """HyCAM as a PEFT tuner."""
 
+import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import nn
 
 from hycam.adapter.architectures import (
@@ -17,9 +20,11 @@ from hycam.adapter.architectures import (
 )
 from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.base_tuner import AdapterTuner
-from hycam.adapter.binding import install, uninstall
+from hycam.adapter.binding import each_row_by, install, uninstall
+from hycam.adapter.combination import check_combination, weighted_sum
 from hycam.adapter.config import HyCAMConfig
 from hycam.adapter.discovery import self_attention_names
+from hycam.adapter.mixed_batch import row_adapters_of
 from hycam.adapter.norm_fusion import fusible_norms
 from hycam.errors import InputError
 
@@ -46,6 +51,46 @@ class HyCAMModel(AdapterTuner):
                 self.model.set_submodule(name, module.original_module)
         return super().unload()
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with super()._enable_peft_forward_hooks(*args, **kwargs | {"adapter_names": None}):
+            if kwargs.get("adapter_names") is None:
+                yield
+                return
+            if self.training:
+                raise InputError("adapter_names: got names in training mode, want model.eval(), or one adapter a batch")
+            defaults = getattr(self.model, "generation_config", None)
+            with each_row_by(self.model, row_adapters_of(kwargs, list(self.peft_config), defaults)):
+                yield
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose every parameter is the weighted sum of the given adapters' parameters.
+
+        With weights that sum to 1 this averages adapters that were trained from one start. What the adapters do isn't
+        linear in their parameters, so weights don't scale it. What is trained with them (`train_norms`,
+        `modules_to_save`, `trainable_token_indices`) is summed too. The new adapter is frozen and not active.
+
+        Args:
+            adapters: names of loaded adapters with the same settings.
+            weights: one number for each; they may be negative.
+            adapter_name: the new adapter's name.
+            combination_type: "linear"; PEFT's others are about LoRA's products.
+
+        Raises:
+            InputError: (a ValueError), before anything is added, for another value of these.
+        """
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        self.peft_config[adapter_name].inference_mode = True
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        set_peft_model_state_dict(self, weighted_sum(self, adapters, weights), adapter_name)
+
     def disable_adapter_layers(self) -> None:
         self._enable_adapter_layers(enabled=False)
 
@@ -58,6 +103,8 @@ class HyCAMModel(AdapterTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check all that can be checked before a module is replaced; add the norms to `modules_to_save`."""
+        # trainers set fields after the settings are made
+        peft_config.check()
         targets = self._targets(peft_config, model)
         for name, module in targets.items():
             _check_is_attention(name, module, peft_config)
@@ -74,10 +121,11 @@ class HyCAMModel(AdapterTuner):
     def _targets(self, peft_config: Any, model: nn.Module) -> dict[str, nn.Module]:
         targets = super()._targets(peft_config, model)
         if not targets:
-            layers = peft_config.layers_to_transform
+            layers, excluded = peft_config.layers_to_transform, peft_config.exclude_modules
             raise InputError(
                 f"target_modules: got {_shown(peft_config.target_modules)}"
-                f"{'' if layers is None else f' with layers_to_transform={layers}'}, which matches no module of "
+                f"{'' if layers is None else f' with layers_to_transform={layers}'}"
+                f"{f' and exclude_modules={_shown(excluded)}' if excluded else ''}, which matches no module of "
                 f"{type(model).__name__}, want its self-attention modules"
             )
         return targets

@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hycam.adapter.base_tuner import AdapterTuner
-from hycam.adapter.config import check_targets, is_finite, is_int
+from hycam.adapter.config import check_targets, check_tokens, is_finite, is_int
 from hycam.adapter.model_card import write_usage
 from hycam.adapter.parameters import AdapterLayer, AdapterParameter, AdapterParameters, placement
+from hycam.adapter.peft_type import ForeignPeftType
 from hycam.errors import InputError
 
 ALL_LINEAR = "all-linear"
@@ -36,6 +37,8 @@ class LowRankConfig(PeftConfig):
             in `target_modules`.
         layers_pattern: name of the list of decoder layers, where PEFT can't find it.
         modules_to_save: other modules to train and to save with the adapter.
+        trainable_token_indices: ids of tokens whose embeddings are trained and saved with the adapter: a list for the
+            input embedding, or lists by the embeddings' names.
 
     Raises:
         InputError: (a ValueError) for a value that can't be used; it names the field.
@@ -49,6 +52,7 @@ class LowRankConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     method_name: ClassVar[str]
 
@@ -58,6 +62,7 @@ class LowRankConfig(PeftConfig):
         if self.target_modules is None:
             raise InputError(f"target_modules: got None, want {ALL_LINEAR!r} or names of linear layers")
         check_targets(self.target_modules, self.layers_to_transform)
+        check_tokens(self.trainable_token_indices)
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
 
@@ -69,7 +74,7 @@ class LowRankConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write adapter_config.json as PEFT does, and into the folder's model card what a reader must import first."""
         super().save_pretrained(str(save_directory), **kwargs)
-        write_usage(save_directory, self.method_name, str(self.peft_type))
+        write_usage(save_directory, self.method_name, cast(ForeignPeftType, self.peft_type))
 
 
 def check_low_rank(r: Any, lora_alpha: Any, lora_dropout: Any) -> None:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 
 import hycam
-from hycam import router_statistics
-from tests.adapter.builders import adapted_model, batch, gradients, largest_error
+from hycam import hotswap_adapter, router_statistics
+from tests.adapter.builders import adapted_model, batch, config, gradients, largest_error, randomise
+from tests.models import tiny_model
 
 TOLERANCE = 1e-5
 
@@ -88,3 +90,33 @@ def test_without_labels_the_scale_is_one_and_cannot_follow_a_loss():
         hycam.track_loss(model, loss)
     loss.backward()
     assert largest_error(gradients(model), want) < TOLERANCE
+
+
+def test_hotswap_and_switching(tmp_path):
+    """The next tokens are those of the new adapter; swapped in place, without another compilation."""
+
+    def trained(seed):
+        model = get_peft_model(tiny_model(num_hidden_layers=1), config(modulation="residual", noise="never")).eval()
+        randomise(model, seed=seed)
+        return model
+
+    @torch.no_grad()
+    def tokens(run):
+        return run(**batch()).logits.argmax(-1)
+
+    model, other = trained(2), trained(9)
+    other.save_pretrained(tmp_path)
+    first, second = tokens(model), tokens(other)
+    assert not torch.equal(first, second)
+    model.add_adapter("other", config(modulation="residual", noise="never"))
+    run = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(tokens(run), first)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        hotswap_adapter(model, tmp_path)
+        assert torch.equal(tokens(run), second)
+    model.set_adapter("other")
+    with model.disable_adapter():
+        base = tokens(model)
+    assert torch.equal(tokens(run), base)
+    hotswap_adapter(model, tmp_path, adapter_name="other")
+    assert torch.equal(tokens(run), second)

@@ -258,7 +258,7 @@ def test_nothing_is_kept_beside_the_parameters():
     model = adapted_model().eval()
 
     def held(layer) -> int:
-        kept = [value for statistics in layer.statistics.values() for value in vars(statistics.means).values()]
+        kept = [value for latest in layer.statistics.values() for value in vars(latest.get().means).values()]
         return sum(value.numel() for value in kept if isinstance(value, torch.Tensor))
 
     state, count = set(model.state_dict()), sum(p.numel() for p in model.parameters())
@@ -284,7 +284,7 @@ def test_the_routers_means_are_made_when_they_are_read():
         model(**inputs)
     layers = layers_of(model)
     for layer in layers.values():
-        means = layer.statistics["default"].means
+        means = layer.statistics["default"].get().means
         assert isinstance(means, DeferredRouterMeans)
         assert "load" not in vars(means)
     # what the caller does with its mask afterwards is no matter

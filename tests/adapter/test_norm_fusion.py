@@ -116,7 +116,7 @@ def test_checkpointing(use_reentrant, projected):
     model.enable_input_require_grads()
     assert largest_error(step(model), want) < 1e-12
     assert len(projected) == 6
-    assert not any(layer.projections for layer in layers_of(model).values())
+    assert not any(layer.projections.get() for layer in layers_of(model).values())
 
 
 @pytest.mark.parametrize("train_norms", [False, True])

@@ -287,14 +287,9 @@ def test_mixed_models_are_refused():
         get_peft_model(tiny_model(), config(), mixed=True)
 
 
-def test_per_sample_adapters_are_refused():
-    model = adapted_model()
-    with pytest.raises(ValueError, match="adapter_names: got a value, want none"):
-        model(**batch(), adapter_names=["default"] * 3)
-    with pytest.raises(ValueError, match="adapter_names: got a value, want none"):
-        model.generate(input_ids=batch()["input_ids"], adapter_names=["default"] * 3)
+def test_task_ids_are_refused():
     with pytest.raises(ValueError, match="task_ids: got a value, want none"):
-        model.get_base_model()(**batch(), task_ids=torch.zeros(3))
+        adapted_model().get_base_model()(**batch(), task_ids=torch.zeros(3))
 
 
 def test_unload_restores_the_backbones_norms():
