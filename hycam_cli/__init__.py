@@ -50,6 +50,11 @@ Sections: backbone, method, tasks, data, trainer (any field of transformers.Trai
 early_stopping, evaluation; and the plain fields seed and output_dir.
 """
 
+_EXEC_HELP = """\
+It loads adapters where nothing imports hycam:
+  hycam exec lm-eval --model hf --model_args pretrained=BACKBONE,peft=ADAPTER --tasks TASKS
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line."""
@@ -133,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--hide-text", action="store_true", help="no text of the study's rows in any figure")
 
+    other = _add(
+        commands, "exec", "run another package's command with HyCAM's adapters known to PEFT in it", epilog=_EXEC_HELP
+    )
+    other.add_argument("tool", metavar="TOOL", help="the command, as one would call it by itself")
+    other.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its own arguments, unchanged")
+
     env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
     env.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -215,8 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         number for a run that a signal stopped, 1 for one that stopped by itself.
     """
     parser = _parser()
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+        # what follows a tool's name is the tool's
+        own, overrides = (given, []) if given[:1] == ["exec"] else split_overrides(given)
     except _UsageError as error:
         parser.error(str(error))
     options = parser.parse_args(own)
