@@ -1,14 +1,11 @@
 """The settings of a HyCAM adapter."""
 
 import math
-import os
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from peft.config import PeftConfig
-
-from hycam.adapter.model_card import write_usage
 from hycam.adapter.peft_type import ForeignPeftType
+from hycam.adapter.saved_config import SavedConfig
 from hycam.errors import InputError
 
 HYCAM = ForeignPeftType("HYCAM")
@@ -52,7 +49,7 @@ _FLAGS = ("train_router", "bias", "train_norms", "recompute", "fuse_norm")
 
 
 @dataclass
-class HyCAMConfig(PeftConfig):
+class HyCAMConfig(SavedConfig):
     """Settings of a HyCAM adapter; the defaults are the paper's.
 
     Args:
@@ -107,6 +104,8 @@ class HyCAMConfig(PeftConfig):
     backend: Backend = "auto"
     modules_to_save: list[str] | None = field(default=None)
 
+    method_name: ClassVar[str] = "HyCAM"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = HYCAM
@@ -129,11 +128,6 @@ class HyCAMConfig(PeftConfig):
     def scale(self) -> float:
         """The factor inside the experts' SiLU."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write adapter_config.json as PEFT does, and into the folder's model card what a reader must import first."""
-        super().save_pretrained(str(save_directory), **kwargs)
-        write_usage(save_directory, "HyCAM", HYCAM)
 
     def _check(self) -> None:
         for name, literal in _CHOICES.items():

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from peft import PeftConfig
 from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from hycam.errors import InputError
 _FREE_FIELDS = {
     "auto_mapping",
     "base_model_name_or_path",
+    "format_version",
     "fuse_norm",
     "inference_mode",
     "peft_version",
@@ -58,13 +60,20 @@ def hotswap_adapter(
 def _check_same_settings(loaded: HyCAMConfig, saved: object) -> None:
     if not isinstance(saved, HyCAMConfig):
         raise InputError(f"model_name_or_path: got a {type(saved).__name__}, want a saved HyCAM adapter")
-    ours, theirs = loaded.to_dict(), saved.to_dict()
-    differing = sorted(
-        name for name in ours if name not in _FREE_FIELDS and _comparable(ours[name]) != _comparable(theirs[name])
-    )
+    differing = differing_settings(loaded, saved)
     if differing:
-        shown = ", ".join(f"{name} ({ours[name]!r} loaded, {theirs[name]!r} saved)" for name in differing)
+        shown = ", ".join(f"{name} ({ours!r} loaded, {theirs!r} saved)" for name, (ours, theirs) in differing.items())
         raise InputError(f"model_name_or_path: got an adapter that differs in {shown}, want the loaded one's settings")
+
+
+def differing_settings(ours: PeftConfig, theirs: PeftConfig) -> dict[str, tuple[Any, Any]]:
+    """Name -> the two values of the settings that reach the computation and differ."""
+    first, second = ours.to_dict(), theirs.to_dict()
+    return {
+        name: (first[name], second[name])
+        for name in sorted(first)
+        if name not in _FREE_FIELDS and _comparable(first[name]) != _comparable(second[name])
+    }
 
 
 def _comparable(value: Any) -> Any:

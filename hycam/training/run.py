@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 
 from hycam.adapter.config import HyCAMConfig
+from hycam.adapter.init_from import init_from
 from hycam.analysis.modulation import prompt_modulation
 from hycam.analysis.run_plots import write_plots
 from hycam.data.collation import Collator
@@ -123,6 +124,8 @@ def _train(
     model = adapted_backbone(recipe, prepared.backbone)
     if not prepared.arguments.should_save:
         announce = _silent
+    if recipe.method.init_from is not None:
+        announce(init_from(model, Path(recipe.method.init_from).expanduser()))
     trainable, total = _parameter_counts(model)
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     with SaveOnSignal() as on_signal:

@@ -274,6 +274,15 @@ def test_what_eval_and_generate_refuse(run: Path, tmp_path: Path, capsys: pytest
     assert "can't be loaded into" in message
 
 
+def test_an_adapter_of_a_later_version_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = shutil.copytree(run / "adapter", tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 7}))
+    message = _error(capsys, "generate", "--adapter", str(file.parent), "--prompt", "x")
+    assert message.startswith(f"--adapter: {file}: format_version: got 7, which a later version wrote; hycam-kernels")
+
+
 def test_a_prompt_that_is_too_long_is_found_before_the_model_is_loaded(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
