@@ -194,8 +194,11 @@ def _adapter_options(command: argparse.ArgumentParser) -> None:
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Part the recipe's fields (`--section.field VALUE`, `--section.field=VALUE`) from the command's own arguments.
 
-    A `-` in a name without a dot stands for `_`; in a dotted one it may be part of a study's own name of a method.
+    A `-` in a name without a dot stands for `_`; in a dotted one it may be part of a study's own name of a method. All
+    that follows `exec` is another command's.
     """
+    if list(arguments[:1]) == ["exec"]:
+        return list(arguments), []
     own: list[str] = []
     overrides: list[tuple[str, str]] = []
     rest = iter(arguments)
@@ -226,10 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         number for a run that a signal stopped, 1 for one that stopped by itself.
     """
     parser = _parser()
-    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        # what follows a tool's name is the tool's
-        own, overrides = (given, []) if given[:1] == ["exec"] else split_overrides(given)
+        own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     except _UsageError as error:
         parser.error(str(error))
     options = parser.parse_args(own)

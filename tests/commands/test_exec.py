@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hycam_cli import main
 from tests.adapter.builders import config, randomise
@@ -143,3 +144,20 @@ def test_lm_eval_measures_an_adapter(saved, tmp_path):
         (got,) = samples["answer"][number]["filtered_resps"]
         assert got == _answer(model, tokenizer, row["question"])
     assert base != [sample["filtered_resps"][0] for sample in samples["answer"]]
+
+
+def test_transformers_loads_an_adapter_that_lies_in_its_backbones_folder(saved, tmp_path):
+    """As `transformers serve` loads a model: by the class that its config.json names."""
+    folder = shutil.copytree(saved / "backbone", tmp_path / "served")
+    for file in (saved / "adapter").glob("adapter_*"):
+        shutil.copy(file, folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(saved / "backbone"), saved / "adapter"
+    ).eval()
+    with torch.no_grad():
+        want = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, want, atol=0.1)
+        for loader in (LlamaForCausalLM, AutoModelForCausalLM):
+            torch.testing.assert_close(loader.from_pretrained(folder).eval()(ids).logits, want)
