@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -39,7 +40,7 @@ def write_usage(folder: str | os.PathLike, name: str, peft_type: str) -> None:
     path = Path(folder) / "README.md"
     card = read_card(path)
     begin(card, f"{name} adapter")
-    base = card.data.base_model or "BACKBONE"
+    base = card.data.to_dict().get("base_model", "BACKBONE")
     set_section(card, f"Loading this {name} adapter", _LOADING.format(name=name, peft_type=peft_type), replace=False)
     set_section(card, f"Evaluating this {name} adapter", _EVALUATING.format(base=base), replace=False)
     card.save(path)
@@ -56,7 +57,8 @@ def begin(card: ModelCard, title: str) -> None:
     """Put a title, and a licence that is yet to be chosen, in the place of the form that nobody has filled in."""
     if card.text.lstrip().startswith(_FORM):
         card.text = f"# {title}\n"
-    card.data.license = card.data.license or "unknown"
+    data: Any = card.data  # its fields are those of ModelCardData
+    data.license = data.license or "unknown"
 
 
 def set_section(card: ModelCard, heading: str, body: str, *, replace: bool) -> None:

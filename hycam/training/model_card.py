@@ -36,23 +36,24 @@ def write_run_card(recipe: Recipe, results: Mapping[str, Any]) -> None:
     """
     path = trained_folder(recipe) / "README.md"
     card = read_card(path)
+    data: Any = card.data  # its fields are those of ModelCardData
     title = f"{recipe.method.name}, {', '.join(task.name for task in recipe.tasks)}"
     sources = {task.name: origin(task)[1] for task in recipe.tasks}
-    card.data.base_model = results["backbone"]
-    card.data.pipeline_tag = "text-generation"
-    card.data.datasets = sorted({source for source in sources.values() if "/" in source}) or None
+    data.base_model = results["backbone"]
+    data.pipeline_tag = "text-generation"
+    data.datasets = sorted({source for source in sources.values() if "/" in source}) or None
     if recipe.method.name == "full":
-        card.data.library_name = "transformers"
+        data.library_name = "transformers"
     begin(card, title)
     if recipe.method.name in _LOADING:
         code = _LOADING[recipe.method.name].format(path='"path/to/this/folder"')
         set_section(card, "Loading it", f"```python\n{code}\n```", replace=True)
         set_section(card, "Evaluating it", _EVALUATING, replace=True)
-    if card.data.license == "unknown":
+    if data.license == "unknown":
         set_section(card, "License", _LICENSE, replace=True)
     set_section(card, "Training", _training(recipe, results, sources), replace=True)
     if "test" in results:
-        card.data.model_name, card.data.eval_results = title, _eval_results(results["test"]["adapted"], sources)
+        data.model_name, data.eval_results = title, _eval_results(results["test"]["adapted"], sources)
         set_section(card, "Results on the test split", _table(results["test"]), replace=True)
     card.save(path)
 
