@@ -4,6 +4,7 @@ from hycam.adapter.attention import HyCAMAttention
 from hycam.adapter.binding import RouterStatistics, bind, router_statistics, track_loss
 from hycam.adapter.config import HYCAM, HyCAMConfig
 from hycam.adapter.hotswap import hotswap_adapter
+from hycam.adapter.init_from import init_from
 from hycam.adapter.registration import register as _register
 from hycam.adapter.tuner import HyCAMModel
 from hycam.methods.moelora import MOELORA, MoeLoraConfig, MoeLoraModel
@@ -15,6 +16,7 @@ __all__ = [
     "RouterStatistics",
     "bind",
     "hotswap_adapter",
+    "init_from",
     "router_statistics",
     "track_loss",
 ]

@@ -1,6 +1,7 @@
 """The error for what a user gave wrong: the command line prints its one line and exits with status 2."""
 
 import errno
+import importlib.metadata
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # how libraries without an errno of their own write it: the system's words, and torch's zip writer
@@ -12,6 +13,24 @@ class InputError(ValueError):
 
     The message is one line: where (file and line, or field), what was given, what is wanted.
     """
+
+
+def check_format_version(found: object, known: int, where: str) -> None:
+    """Raise `InputError` for the version of a saved format that this package can't read.
+
+    Args:
+        found: the version that the file names.
+        known: the latest that is read, with all before it.
+        where: the file, for the message, with a colon and a space.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise InputError(f"{where}format_version: got {found!r}, want an integer of at least 1")
+    if found > known:
+        installed = importlib.metadata.version("hycam-kernels")
+        raise InputError(
+            f"{where}format_version: got {found}, which a later version wrote; hycam-kernels {installed} reads up to "
+            f"{known}: pip install --upgrade hycam-kernels"
+        )
 
 
 class RunStoppedError(RuntimeError):

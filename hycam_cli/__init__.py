@@ -50,6 +50,11 @@ Sections: backbone, method, tasks, data, trainer (any field of transformers.Trai
 early_stopping, evaluation; and the plain fields seed and output_dir.
 """
 
+_EXEC_HELP = """\
+It loads adapters where nothing imports hycam:
+  hycam exec lm-eval --model hf --model_args pretrained=BACKBONE,peft=ADAPTER --tasks TASKS
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line."""
@@ -133,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--hide-text", action="store_true", help="no text of the study's rows in any figure")
 
+    other = _add(
+        commands, "exec", "run another package's command with HyCAM's adapters known to PEFT in it", epilog=_EXEC_HELP
+    )
+    other.add_argument("tool", metavar="TOOL", help="the command, as one would call it by itself")
+    other.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its own arguments, unchanged")
+
     env = _add(commands, "env", "versions, devices, and which backend of the op would run and why", epilog=None)
     env.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -183,8 +194,11 @@ def _adapter_options(command: argparse.ArgumentParser) -> None:
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Part the recipe's fields (`--section.field VALUE`, `--section.field=VALUE`) from the command's own arguments.
 
-    A `-` in a name without a dot stands for `_`; in a dotted one it may be part of a study's own name of a method.
+    A `-` in a name without a dot stands for `_`; in a dotted one it may be part of a study's own name of a method. All
+    that follows `exec` is another command's.
     """
+    if list(arguments[:1]) == ["exec"]:
+        return list(arguments), []
     own: list[str] = []
     overrides: list[tuple[str, str]] = []
     rest = iter(arguments)

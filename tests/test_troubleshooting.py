@@ -85,6 +85,7 @@ def second_order(folder: Path) -> None:
 
 SCRIPTS: dict[str, Callable[[Path], object]] = {
     "KeyError: 'HYCAM'": load_without_hycam,
+    "format_version: got 2, which a later version wrote": lambda folder: HyCAMConfig(format_version=2),
     "target_modules: got none for": without_attention,
     "modulation: got 'residual' for model_type": lambda folder: adapted("gemma2", modulation="residual"),
     "the model returns no loss whose scale the balance loss could follow": loss_from_logits,

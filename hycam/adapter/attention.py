@@ -214,7 +214,7 @@ class HyCAMAttention(nn.Module, AdapterLayer):
         if config.experts == "none":
             return modulated
         kept = means if isinstance(means, DeferredRouterMeans) else RouterMeans(*(value.detach() for value in means))
-        if context.record(adapter_name, self.layer_name, kept):
+        if context.record(adapter_name, self.layer_name, kept) and not _is_exported():
             self.statistics[adapter_name].set(LayerStatistics(kept, token_mask, hidden.shape[:-1].numel()))
         if self.training and config.balance_coef > 0:
             routing = Routing(means.load, means.router_prob)
@@ -346,3 +346,8 @@ def _tell_unbound(owner: Any) -> None:
             "follow the scale of the model's loss",
             stacklevel=2,
         )
+
+
+def _is_exported() -> bool:
+    """Whether the forward is traced by `torch.export`, whose tensors have no values and end with it."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -1,14 +1,11 @@
 """The settings of a HyCAM adapter."""
 
 import math
-import os
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from peft.config import PeftConfig
-
-from hycam.adapter.model_card import write_usage
 from hycam.adapter.peft_type import ForeignPeftType
+from hycam.adapter.saved_config import SavedConfig
 from hycam.errors import InputError
 
 HYCAM = ForeignPeftType("HYCAM")
@@ -55,21 +52,11 @@ _REFUSED = {
     "alpha_pattern": "every layer has the scale lora_alpha / r",
     "ensure_weight_tying": "trained copies of tied modules are trained and saved apart",
 }
-# Fields that say nothing about the computation, or are filled in by PEFT.
-_FREE_FIELDS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fuse_norm",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-}
 _FLAGS = ("train_router", "bias", "train_norms", "recompute", "fuse_norm")
 
 
 @dataclass
-class HyCAMConfig(PeftConfig):
+class HyCAMConfig(SavedConfig):
     """Settings of a HyCAM adapter; the defaults are the paper's.
 
     Args:
@@ -138,6 +125,8 @@ class HyCAMConfig(PeftConfig):
     alpha_pattern: None = None
     ensure_weight_tying: bool = False
 
+    method_name: ClassVar[str] = "HyCAM"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = HYCAM
@@ -162,20 +151,6 @@ class HyCAMConfig(PeftConfig):
     def scale(self) -> float:
         """The factor inside the experts' SiLU."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
-
-    def differing(self, other: "HyCAMConfig") -> dict[str, tuple[Any, Any]]:
-        """Name -> both values of the fields in which the computation or the parameters of `other` differ, sorted."""
-        ours, theirs = self.to_dict(), other.to_dict()
-        return {
-            name: (ours[name], theirs[name])
-            for name in sorted(ours)
-            if name not in _FREE_FIELDS and _comparable(ours[name]) != _comparable(theirs[name])
-        }
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write adapter_config.json as PEFT does, and into the folder's model card what a reader must import first."""
-        super().save_pretrained(str(save_directory), **kwargs)
-        write_usage(save_directory, "HyCAM", HYCAM)
 
     def check(self) -> None:
         """Refuse values that can't be used. Raises `InputError`."""
@@ -233,10 +208,6 @@ def check_targets(targets: Any, layers: Any) -> None:
                 f"layers_to_transform: got {layers!r} with target_modules={targets!r}, want a list of names in "
                 "target_modules, or the layers in its regular expression"
             )
-
-
-def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | list | tuple) else value
 
 
 def _check_names(field_name: str, given: Any) -> None:

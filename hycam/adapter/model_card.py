@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from hycam.adapter.peft_type import ForeignPeftType
 
-_USAGE = """{heading}
+# The first line of the form that PEFT saves beside an adapter, for people to fill in.
+_FORM = "# Model Card for Model ID"
 
+_LOADING = """\
 The method lives outside PEFT: install it with `pip install hycam-kernels` and import `hycam` before PEFT loads the
 adapter. Without the import PEFT stops with `KeyError: '{peft_type}'`.
 
@@ -17,12 +20,19 @@ import hycam  # makes {name} known to PEFT
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
-```
-"""
+```"""
+
+_EVALUATING = """\
+```bash
+hycam eval --adapter path/to/this/adapter --task NAME=FILE  # perplexity, BLEU-4 and ROUGE-L of rows in a file
+hycam exec lm-eval --model hf --model_args pretrained={base},peft=path/to/this/adapter --tasks TASKS
+```"""
 
 
 def write_usage(folder: str | os.PathLike, name: str, peft_type: ForeignPeftType) -> None:
-    """Add the section on the method `name` to `folder`/README.md where it is missing; make the card if there is none.
+    """Say in `folder`/README.md how to load and evaluate the method's adapter.
+
+    The form that PEFT makes, with nothing filled in, gives way to a short card; what people wrote stays.
 
     Args:
         folder: the saved adapter's.
@@ -30,9 +40,36 @@ def write_usage(folder: str | os.PathLike, name: str, peft_type: ForeignPeftType
         peft_type: the method's key in PEFT's registry.
     """
     path = Path(folder) / "README.md"
-    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(library_name="peft"))
-    heading = f"## Loading this {name} adapter"
-    if heading not in card.text:
-        usage = _USAGE.format(heading=heading, name=name, peft_type=peft_type.value)
-        card.text = f"{card.text.rstrip()}\n\n{usage}"
-        card.save(path)
+    card = read_card(path)
+    begin(card, f"{name} adapter")
+    base = card.data.to_dict().get("base_model", "BACKBONE")
+    set_section(
+        card, f"Loading this {name} adapter", _LOADING.format(name=name, peft_type=peft_type.value), replace=False
+    )
+    set_section(card, f"Evaluating this {name} adapter", _EVALUATING.format(base=base), replace=False)
+    card.save(path)
+
+
+def read_card(path: Path) -> ModelCard:
+    """The card in a file, or one that is yet to be written."""
+    if path.exists():
+        return ModelCard.load(path)
+    return ModelCard(f"---\n{ModelCardData(library_name='peft').to_yaml()}\n---\n\n{_FORM}\n")
+
+
+def begin(card: ModelCard, title: str) -> None:
+    """Put a title, and a licence that is yet to be chosen, in the place of the form that nobody has filled in."""
+    if card.text.lstrip().startswith(_FORM):
+        card.text = f"# {title}\n"
+    data: Any = card.data  # its fields are those of ModelCardData
+    data.license = data.license or "unknown"
+
+
+def set_section(card: ModelCard, heading: str, body: str, *, replace: bool) -> None:
+    """Give the card a section at its end, or another body to the one that it has where that is to be replaced."""
+    title = f"## {heading}\n"
+    before, found, after = f"{card.text.rstrip()}\n".partition(title)
+    if found and not replace:
+        return
+    _, next_section, rest = after.partition("\n## ")
+    card.text = f"{before.rstrip()}\n\n{title}\n{body}\n{next_section}{rest}"

@@ -8,5 +8,6 @@ from hycam.training.progress import keep_others_quiet
 
 def run_command(name: str, options: Namespace) -> None:
     """Run one command."""
-    keep_others_quiet()
+    if name != "exec":  # another package's command speaks as it does by itself
+        keep_others_quiet()
     importlib.import_module(f"hycam.commands.{name}").run(options)

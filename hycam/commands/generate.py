@@ -4,6 +4,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def run(options: Namespace) -> None:
         raise InputError(f"--file: {options.file}: no prompt can be answered")
     model = load_selected_model(selection, name)
     set_seed(recipe.seed)
+    streams = options.file is None and output is None and sys.stdout.isatty()
     with training_precision(recipe, model.device):
         responses = generate_responses(
             model,
@@ -60,13 +62,14 @@ def run(options: Namespace) -> None:
             max_new_tokens=max_new_tokens,
             batch_size=recipe.evaluation.batch_size,
             sampling=sampling or None,
+            on_text=partial(print, end="", flush=True) if streams else None,
         )
     answered = [rows[place] | {"response": response} for place, response in zip(prompts, responses, strict=True)]
     if output is not None:
         output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered), encoding="utf-8")
         print(f"{len(answered)} responses written to {output}")
     elif options.file is None:
-        print(responses[0])
+        print("" if streams else responses[0])
     else:
         for row in answered:
             print(json.dumps(row, ensure_ascii=False))

@@ -1,6 +1,6 @@
 """Responses, greedy unless sampling is asked for, and BLEU-4 and ROUGE-L of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
 from hycam.data.tokenization import encode_prompt
 from hycam.errors import InputError
@@ -23,6 +23,7 @@ def generate_responses(
     max_new_tokens: int,
     batch_size: int = 8,
     sampling: Mapping[str, float] | None = None,
+    on_text: Callable[[str], object] | None = None,
 ) -> list[str]:
     """The model's continuation of each prompt, up to its end-of-sequence token: greedy, or sampled.
 
@@ -33,14 +34,17 @@ def generate_responses(
         prompts: texts, in which special tokens are meant as such, or token ids.
         sampling: draw each token from the model's distribution, changed by these: `temperature`, `top_p`, `top_k`; by
             none of them where it is empty. None: greedy.
+        on_text: is told the response to the only prompt as it is made, a few words at a time.
 
     Raises:
-        InputError: an option below 1, an empty prompt, no end-of-sequence token, or a prompt that with
-            `max_new_tokens` exceeds the model's positions; all before the first token is generated.
+        InputError: an option below 1, `on_text` with several prompts, an empty prompt, no end-of-sequence token, or a
+            prompt that with `max_new_tokens` exceeds the model's positions; all before the first token is generated.
     """
     for option, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{option}: {value} given, at least 1 is wanted")
+    if on_text is not None and len(prompts) != 1:
+        raise InputError(f"on_text: given with {len(prompts)} prompts, wanted one prompt, whose response it is told")
     bare = unwrap(model)
     encoded = encode_prompts(prompts, tokenizer, bare.config, max_new_tokens)
     ends = _end_tokens(bare, tokenizer)
@@ -51,17 +55,35 @@ def generate_responses(
     else:
         # transformers' own default keeps the 50 likeliest tokens
         settings.update(do_sample=True, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0} | dict(sampling))
+    streamer = None if on_text is None else _Pieces(tokenizer, ends, on_text)
     responses = [""] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
     with evaluation_mode(bare), _own_settings(bare, settings):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = _pad_left([encoded[row] for row in rows], pad, device_of(bare))
-            output = bare.generate(**inputs, generation_config=settings)
+            output = bare.generate(**inputs, generation_config=settings, streamer=streamer)
             new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
             for row, ids in zip(rows, new_tokens, strict=True):
                 responses[row] = str(tokenizer.decode(_until(ids, ends), skip_special_tokens=True))
     return responses
+
+
+class _Pieces(TextStreamer):
+    """Hands on the response as it is made, without its end token, special or not."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], on_text: Callable[[str], object]
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ends, self._on_text = ends, on_text
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt or int(value) not in self._ends:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
 
 
 @contextmanager

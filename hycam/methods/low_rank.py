@@ -1,29 +1,26 @@
 """What MultiLoRA and MoE-LoRA share: the settings, the tuner, and a linear layer with stacked low-rank products."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.config import PeftConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hycam.adapter.base_tuner import AdapterTuner
 from hycam.adapter.config import check_targets, check_tokens, is_finite, is_int
-from hycam.adapter.model_card import write_usage
 from hycam.adapter.parameters import AdapterLayer, AdapterParameter, AdapterParameters, placement
-from hycam.adapter.peft_type import ForeignPeftType
+from hycam.adapter.saved_config import SavedConfig
 from hycam.errors import InputError
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass
-class LowRankConfig(PeftConfig):
+class LowRankConfig(SavedConfig):
     """Settings that MultiLoRA and MoE-LoRA share, in PEFT's vocabulary.
 
     Args:
@@ -54,8 +51,6 @@ class LowRankConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
-    method_name: ClassVar[str]
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_low_rank(self.r, self.lora_alpha, self.lora_dropout)
@@ -70,11 +65,6 @@ class LowRankConfig(PeftConfig):
     def scaling(self) -> float:
         """The factor of the products."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write adapter_config.json as PEFT does, and into the folder's model card what a reader must import first."""
-        super().save_pretrained(str(save_directory), **kwargs)
-        write_usage(save_directory, self.method_name, cast(ForeignPeftType, self.peft_type))
 
 
 def check_low_rank(r: Any, lora_alpha: Any, lora_dropout: Any) -> None:

@@ -270,7 +270,9 @@ def _grouped(entry: Any) -> Any:
 
 
 def _check_own_fields(reader: Reader, study: Study, name: str, method: StudyMethod) -> None:
-    """Refuse what would give one method other tokens, another order or number of steps than the rest."""
+    """Refuse what would give one method other tokens, another start, order or number of steps than the rest."""
+    if "init_from" in method.section:
+        reader.fail(f"methods.{name}.init_from", "every run of a study starts anew: wanted none")
     for section, known in (("trainer", _OWN_TRAINER_FIELDS), ("data", _OWN_DATA_FIELDS)):
         for key in getattr(method, section):
             if key not in known:

@@ -20,6 +20,8 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     """The settings of the adapter in a folder. Raises `InputError` where they can't be read."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
+    except InputError as error:
+        raise InputError(f"--adapter: {folder / CONFIG_FILE}: {str(error).removeprefix(f'{CONFIG_FILE}: ')}") from error
     except Exception as error:  # PEFT's kinds are as many as the ways in which its file can be broken
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--adapter: {folder / CONFIG_FILE}: not an adapter's settings: {reason}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hycam.environment import package_versions
-from hycam.errors import InputError, RunStoppedError, is_disk_full
+from hycam.errors import InputError, RunStoppedError, check_format_version, is_disk_full
 from hycam.locks import claim
 from hycam.training.callbacks import PARTIAL_SUFFIX, write_whole
 from hycam.training.engines import find_deepspeed_settings
@@ -28,6 +28,8 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
+# Of what a run writes to be opened again; a record without it is of version 1.
+FORMAT_VERSION = 1
 # What parted rows before this and makes older runs' parts other ones.
 SPLIT_SINCE = "by another fold or split_by, or by a version before rows were split by their instruction alone"
 
@@ -221,10 +223,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_format_version(record.get("format_version", 1), FORMAT_VERSION, f"{path}: ")
         if isinstance(record["data"], dict) and isinstance(record["processes"], int):
             return record
         reason = "data or processes are not what a run writes"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise InputError(f"{path}: not a run's record, wanted it as the run wrote it ({reason})")
 
@@ -255,6 +260,7 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     # the id tells this folder from another node's with an equal run in it
     record = {
+        "format_version": FORMAT_VERSION,
         "id": uuid.uuid4().hex,
         "data": {name: task.fingerprint() for name, task in rows.items()},
         "settings": settings_files(recipe.trainer),

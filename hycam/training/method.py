@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hycam.adapter.config import HyCAMConfig, check_targets, is_int
+from hycam.adapter.saved_config import SavedConfig
 from hycam.errors import InputError
 from hycam.methods import MoeLoraConfig, MultiLoraConfig, RiemannianPreconditioner, set_gate_learning_rate
 from hycam.methods.low_rank import ALL_LINEAR, check_low_rank
@@ -56,12 +57,14 @@ class MethodConfig:
         name: `hycam`; `full`: the backbone itself; or an adapter that HyCAM is compared with.
         preset: of `HyCAMConfig` or `MultiLoraConfig`; the other methods have none.
         autocast_adapter_dtype: keep the adapter in float32 beside a backbone of bfloat16 or float16; `full` has none.
+        init_from: folder of a trained adapter of the method, from whose weights this one starts; `full` has none.
         options: fields of the method that differ from the preset or the defaults.
     """
 
     name: MethodName = "hycam"
     preset: str | None = None
     autocast_adapter_dtype: bool = True
+    init_from: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,14 +149,15 @@ class MethodConfig:
         """Plain values, as a recipe has them."""
         preset = {} if self.preset is None else {"preset": self.preset}
         dtype = {} if self.autocast_adapter_dtype else {"autocast_adapter_dtype": False}
-        return {"name": self.name, **preset, **dtype, **self.options}
+        start = {} if self.init_from is None else {"init_from": self.init_from}
+        return {"name": self.name, **preset, **dtype, **start, **self.options}
 
 
 def method_fields(name: str) -> dict[str, Any]:
     """Name -> type of the fields that a recipe's section of this method may have, beside `name`."""
     if name == "full":
         return {}
-    fields: dict[str, Any] = {"autocast_adapter_dtype": bool}
+    fields: dict[str, Any] = {"autocast_adapter_dtype": bool, "init_from": str | None}
     if name == "lora":
         hints = typing.get_type_hints(LoraConfig)
         return fields | {name: hints[name] for name in _LORA_FIELDS} | {"lora_alpha": float | None}
@@ -168,13 +172,14 @@ def method_section(reader: Reader, value: Any) -> dict[str, Any]:
     name = value.get("name", "hycam") if isinstance(value, Mapping) else "hycam"
     reader.convert(name, MethodName, "method.name")
     options = reader.fields(value, {"name": MethodName, **method_fields(name)}, "method")
-    head = {key: options.pop(key) for key in ("name", "preset", "autocast_adapter_dtype") if key in options}
+    own = ("name", "preset", "autocast_adapter_dtype", "init_from")
+    head = {key: options.pop(key) for key in own if key in options}
     return head | {"options": options}
 
 
 def _own_fields(config: type[PeftConfig]) -> dict[str, Any]:
     hints = typing.get_type_hints(config)
-    inherited = {base_field.name for base_field in dataclasses.fields(PeftConfig)}
+    inherited = {base_field.name for base_field in dataclasses.fields(SavedConfig)}
     return {item.name: hints[item.name] for item in dataclasses.fields(config) if item.name not in inherited}
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
+from hycam.adapter.init_from import check_init
 from hycam.data.config import DataConfig
 from hycam.errors import InputError
 from hycam.training.backbone import (
@@ -31,7 +33,7 @@ from hycam.training.backbone import (
     num_embeddings,
 )
 from hycam.training.engines import check_gpus, check_launcher
-from hycam.training.folder import check_folder
+from hycam.training.folder import check_folder, check_held_out
 from hycam.training.method import MethodConfig
 from hycam.training.recipe import Recipe
 from hycam.training.resume import check_record, check_same_recipe, check_undamaged
@@ -100,6 +102,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
         check_same_recipe(recipe)
     with _first_of_machine(recipe, arguments):
         rows = load_rows(recipe.tasks, recipe.data)
+    if recipe.method.init_from is not None:
+        check_held_out(Path(recipe.method.init_from).expanduser().parent, rows)
     with arguments.main_process_first(local=False, desc="training the backbone"):
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
     config = load_backbone_config(recipe.backbone, name)
@@ -208,6 +212,10 @@ def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None
         raise InputError(
             "method.name: riemoe preconditions whole gradients, wanted no trainer.deepspeed or trainer.fsdp"
         )
+    if method.init_from is not None and parted:
+        raise InputError(
+            "method.init_from: it is read into whole weights, wanted no ZeRO-3 in trainer.deepspeed and no trainer.fsdp"
+        )
     if method.name == "full" and parted:
         raise InputError(
             "method.name: full is measured before its training too, wanted no ZeRO-3 in trainer.deepspeed and no "
@@ -220,6 +228,11 @@ def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
     if is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
         return
     model = adapted(build_model(recipe.backbone, config), recipe.method)
+    if recipe.method.init_from is not None:
+        try:
+            check_init(model, Path(recipe.method.init_from).expanduser())
+        except InputError as error:
+            raise InputError(f"method.{error}") from error
     wanted = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # where they are made, wherever they are trained
     if wanted > memory:

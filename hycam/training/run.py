@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 
 from hycam.adapter.config import HyCAMConfig
+from hycam.adapter.init_from import init_from
 from hycam.analysis.modulation import prompt_modulation
 from hycam.analysis.run_plots import write_plots
 from hycam.data.collation import Collator
@@ -43,6 +44,7 @@ from hycam.training.folder import (
     trained_folder,
 )
 from hycam.training.measure import measure, own_draws, training_precision
+from hycam.training.model_card import write_run_card
 from hycam.training.prepare import PreparedRun, adapted_backbone, prepare
 from hycam.training.recipe import Recipe
 from hycam.training.rehearsal import rehearse
@@ -123,6 +125,8 @@ def _train(
     model = adapted_backbone(recipe, prepared.backbone)
     if not prepared.arguments.should_save:
         announce = _silent
+    if recipe.method.init_from is not None:
+        announce(init_from(model, Path(recipe.method.init_from).expanduser()))
     trainable, total = _parameter_counts(model)
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     with SaveOnSignal() as on_signal:
@@ -157,7 +161,7 @@ def _train(
         with training_precision(recipe, prepared.arguments.device):
             results["untested"] = _measure(recipe, prepared, model, prepared.untested, "validation, untested rows")
         if prepared.arguments.should_save:
-            _write_json(recipe.output_path / RESULTS_FILE, results)
+            _write_results(recipe, results)
         return results
     row = next(iter(prepared.tokenized["test"].values()))[0]["input_ids"][:_PLOTTED_TOKENS]
     is_hycam = recipe.method.name == "hycam"
@@ -166,7 +170,7 @@ def _train(
         # every process takes part in a forward of a model that is in parts
         modulation = prompt_modulation(model, row, max_layers=_PLOTTED_LAYERS) if is_hycam else None
     if prepared.arguments.should_save:
-        _write_json(recipe.output_path / RESULTS_FILE, results)
+        _write_results(recipe, results)
         _draw(recipe, prepared.tokenizer, row, modulation, results)
     return results
 
@@ -355,5 +359,7 @@ def _draw(
     )
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+def _write_results(recipe: Recipe, results: dict[str, Any]) -> None:
+    write_run_card(recipe, results)
+    text = json.dumps(finite(results), indent=2, allow_nan=False) + "\n"
+    write_whole(recipe.output_path / RESULTS_FILE, text)

@@ -1,6 +1,6 @@
 """Adapted tiny models, batches with padding, and the plain loop that the injected balance loss is measured against."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ def randomise(model: nn.Module, seed: int = 2) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-def adapted_model(family: str = "llama", *, dtype=torch.float32, **settings) -> PeftModel:
-    """A tiny model with a randomised adapter, in training mode."""
+def adapted_model(
+    family: str = "llama", *, dtype=torch.float32, sizes: Mapping[str, Any] | None = None, **settings
+) -> PeftModel:
+    """A tiny model, some of whose `sizes` may be others, with a randomised adapter, in training mode."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = get_peft_model(tiny_model(family, dtype=dtype), config(**settings))
+        model = get_peft_model(tiny_model(family, dtype=dtype, **sizes or {}), config(**settings))
     randomise(model)
     return model.train()
 

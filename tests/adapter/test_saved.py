@@ -1,6 +1,8 @@
-"""Adapters saved by version 0.1.0, before `hycam.adapter` was a package, load unchanged."""
+"""Adapters saved by version 0.1.0, before `hycam.adapter` was a package, load unchanged; later formats are refused."""
 
+import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import hycam  # noqa: F401 (makes the methods known to PEFT)
+import hycam
 from hycam.adapter.parameters import AdapterLayer
 from tests.adapter.builders import batch
 from tests.models import tiny_model
@@ -27,6 +29,7 @@ def test_an_adapter_saved_before_is_loaded_and_saved_again_unchanged(method, tmp
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (SAVED / method, tmp_path)]
+    assert configs[1].pop("format_version") == 1, "which a file without it has"
     for config in configs:
         del config["peft_version"], config["base_model_name_or_path"]
     assert {name: configs[1][name] for name in configs[0]} == configs[0]
@@ -61,3 +64,21 @@ def test_an_adapter_is_copied_by_its_parameters_names(method):
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
     model.set_adapter("ref")
     assert torch.equal(model(**batch()).logits, want)
+
+
+@pytest.mark.parametrize("method", ["hycam", "multilora", "moelora"])
+def test_a_later_format_is_refused_by_name(method, tmp_path):
+    """Whatever else is new in it."""
+    folder = shutil.copytree(SAVED / method, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2, "r": "sixty-four", "shape": "new"}))
+    installed = importlib.metadata.version("hycam-kernels")
+    with pytest.raises(ValueError, match=r"^adapter_config\.json: format_version: got 2, which a later") as error:
+        PeftModel.from_pretrained(tiny_model(), str(folder))
+    assert str(error.value).endswith(f"hycam-kernels {installed} reads up to 1: pip install --upgrade hycam-kernels")
+
+
+@pytest.mark.parametrize("version", [0, "1", True, None])
+def test_a_format_that_is_no_number_is_refused(version):
+    with pytest.raises(ValueError, match=r"format_version: got .*, want an integer of at least 1"):
+        hycam.HyCAMConfig(format_version=version)

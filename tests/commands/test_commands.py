@@ -20,7 +20,7 @@ from hycam.commands.tables import metrics_table, show
 from hycam_cli import main, split_overrides
 from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows
 
-COMMANDS = ["train", "eval", "generate", "plan", "report", "env"]
+COMMANDS = ["train", "eval", "generate", "plan", "report", "exec", "env"]
 
 
 def _python(code: str, *arguments: str) -> list[str]:
@@ -312,6 +312,15 @@ def test_a_perplexity_is_shown_in_the_digits_that_say_something(
     assert capsys.readouterr().out.count(f" {shown} ") == 2
 
 
+def test_an_adapter_of_a_later_version_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = shutil.copytree(run / "adapter", tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 7}))
+    message = _error(capsys, "generate", "--adapter", str(file.parent), "--prompt", "x")
+    assert message.startswith(f"--adapter: {file}: format_version: got 7, which a later version wrote; hycam-kernels")
+
+
 def test_a_prompt_that_is_too_long_is_found_before_the_model_is_loaded(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -420,6 +429,25 @@ def test_generate_samples_where_it_is_asked_to(run: Path, capsys: pytest.Capture
     assert answer("--max-new-tokens", "8", "--top-k", "1") == greedy
     drawn = [answer("--max-new-tokens", "8", "--temperature", "5", "--seed", str(seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_streams_to_a_terminal(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same text, written piece by piece; a file gets it whole."""
+    prompt = ["generate", str(run), "--prompt", "Say the colour of cat 1", "--max-new-tokens", "12"]
+    assert main(prompt) == 0
+    whole = capsys.readouterr().out
+    pieces: list[str] = []
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys.stdout, "isatty", lambda: True)
+        write = sys.stdout.write
+        terminal.setattr(sys.stdout, "write", lambda text: (pieces.append(text), write(text))[1])
+        assert main(prompt) == 0
+        assert capsys.readouterr().out == whole == "".join(pieces)
+        assert len([piece for piece in pieces if piece.strip()]) > 1
+        assert main([*prompt, "--output", str(tmp_path / "answer.jsonl")]) == 0
+        assert capsys.readouterr().out.startswith("1 responses written to")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,21 @@ def test_stops_at_each_end_token(tokenizer, owner):
     assert stopped == tokenizer.decode(tokens[: tokens.index(end)])
 
 
+def test_text_is_told_as_it_is_made(tokenizer):
+    """In pieces, without an end token that is no special one."""
+    model = tiny_model()
+    tokens = greedy_tokens(model, tokenizer, PROMPTS[0], 12)
+    model.generation_config.eos_token_id = end = next(token for token in tokens[4:] if token not in tokens[:4])
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.decoder = decoders.Replace(tokenizer.decode([tokens[1]]), " ")  # pieces end at blanks
+    pieces = []
+    (whole,) = generate_responses(model, tokenizer, PROMPTS[:1], max_new_tokens=12, on_text=pieces.append)
+    assert whole == tokenizer.decode(tokens[: tokens.index(end)])
+    assert "".join(pieces) == whole and len([piece for piece in pieces if piece]) > 1
+    with pytest.raises(InputError, match="on_text: given with 5 prompts, wanted one"):
+        generate_responses(model, tokenizer, PROMPTS, max_new_tokens=3, on_text=pieces.append)
+
+
 def test_the_model_s_sampling_settings_do_not_matter(tokenizer):
     model = tiny_model()
     expected = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12)

@@ -181,6 +181,16 @@ def test_a_damaged_record_is_named(tmp_path: Path, backbone: Path, straight: Pat
         train(run_recipe(tmp_path, backbone), resume=True)
 
 
+def test_a_record_of_a_later_version_is_no_damaged_one(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    assert record["format_version"] == 1
+    file.write_text(json.dumps({"format_version": 2, "rows": record["data"]}))
+    with pytest.raises(InputError, match=r"run\.json: format_version: got 2, which a later version wrote"):
+        train(run_recipe(tmp_path, backbone), resume=True)
+
+
 def test_a_run_that_has_ended_is_not_trained_again(
     tmp_path: Path, backbone: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
