@@ -50,7 +50,7 @@ def run(options: Namespace) -> None:
             print(f"hycam: left out: {place}: the prompt{reason}", file=sys.stderr)
     if not prompts:
         raise InputError(f"--file: {options.file}: no prompt can be answered")
-    model = load_selected_model(selection, name)
+    model = load_selected_model(selection, name, tokenizer)
     set_seed(recipe.seed)
     with training_precision(recipe, model.device):
         responses = generate_responses(
