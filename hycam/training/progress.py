@@ -68,6 +68,8 @@ def keep_others_quiet() -> None:
         huggingface_hub.utils.logging.set_verbosity_error()
     # what transformers and PEFT will rename some day is no matter of the user's
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
+    # PEFT looks there for the size of the vocabulary, which no adapter of ours changes
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf", category=UserWarning)
     # where it is installed accelerate imports it, used or not
     logging.getLogger("DeepSpeed").addFilter(lambda record: os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
 

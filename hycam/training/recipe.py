@@ -33,6 +33,8 @@ RESERVED_TRAINER_FIELDS = {
     "save_on_each_node": "output_dir must lie where every node sees it",
 }
 
+GGUF_SUFFIX = ".gguf"
+
 # What a recipe's `trainer` section starts from, where that differs from transformers' defaults.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-5,
@@ -54,10 +56,11 @@ class BackboneConfig:
     """The frozen model: one of the hub or a folder, or one that the run first trains from scratch.
 
     Attributes:
-        name_or_path: hub id or folder; exactly one of this and `scratch` is given.
+        name_or_path: hub id, folder or GGUF file; exactly one of this and `scratch` is given.
         scratch: a small Llama trained on general text before it is adapted.
+        gguf_file: the GGUF file in that folder or hub repository; its weights, quantised or not, are read into `dtype`.
         revision: branch, tag or commit on the hub.
-        dtype: of the frozen weights; `auto` is the checkpoint's own.
+        dtype: of the frozen weights; `auto` is the checkpoint's own, float32 for a GGUF file.
         attn_implementation: None leaves transformers' choice for the architecture.
         liger: Liger's Triton kernels in the backbone's own layers.
         trust_remote_code: run code that the hub's repository brings.
@@ -68,6 +71,7 @@ class BackboneConfig:
 
     name_or_path: str | None = None
     scratch: ScratchConfig | None = None
+    gguf_file: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -80,6 +84,23 @@ class BackboneConfig:
         if (self.name_or_path is None) == (self.scratch is None):
             given = "neither" if self.scratch is None else "both"
             raise ValueError(f"got {given} of name_or_path and scratch, wanted one (set the other to null)")
+        if not self.is_gguf:
+            return
+        if self.name_or_path is None:
+            raise ValueError(f"gguf_file: got {self.gguf_file!r} with scratch, wanted it with name_or_path")
+        if self.gguf_file is not None and Path(self.name_or_path).suffix == GGUF_SUFFIX:
+            raise ValueError(
+                f"gguf_file: got {self.gguf_file!r} beside the file {self.name_or_path}, wanted one of them"
+            )
+        if self.quantization is not None:
+            raise ValueError(
+                f"quantization: got {self.quantization!r}, wanted null for a GGUF file: its weights become dtype"
+            )
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights, the configuration and the tokenizer lie in one GGUF file."""
+        return self.gguf_file is not None or Path(self.name_or_path or "").suffix == GGUF_SUFFIX
 
 
 @dataclass

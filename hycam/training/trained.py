@@ -59,7 +59,9 @@ def load_selected_model(
         InputError: an adapter, or a backbone, that is damaged or doesn't fit the other.
     """
     if selection.adapter is not None and holds_model(selection.adapter):
-        trained = dataclasses.replace(selection.recipe.backbone, revision=None)
+        trained = dataclasses.replace(
+            selection.recipe.backbone, name_or_path=str(selection.adapter), scratch=None, gguf_file=None, revision=None
+        )
         return _ready(selection, load_model(trained, str(selection.adapter)), tokenizer)
     config = load_backbone_config(selection.recipe.backbone, name)
     if selection.adapter is not None:
