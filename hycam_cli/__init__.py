@@ -226,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # On busy cores, OpenMP threads that spin while they wait slow small models down tenfold; asleep they do no harm.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not sys.stderr.isatty():  # a bar's carriage returns would be one endless line
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # these import torch, which takes seconds
     from hycam.commands import run_command
     from hycam.errors import InputError, RunStoppedError, is_disk_full

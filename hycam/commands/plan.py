@@ -10,6 +10,7 @@ from hycam.commands.tables import show
 from hycam.planning.engines import engine_of
 from hycam.planning.plan import Plan, plan_memory
 from hycam.training.backbone import load_backbone_config
+from hycam.training.known_backbones import known_config
 from hycam.training.recipe import Recipe, load_recipe
 from hycam.training.scratch import scratch_model_config
 
@@ -45,7 +46,8 @@ def backbone_config(recipe: Recipe) -> PretrainedConfig:
     if recipe.backbone.scratch is not None:
         return scratch_model_config(recipe.backbone.scratch)
     assert recipe.backbone.name_or_path is not None
-    return load_backbone_config(recipe.backbone, recipe.backbone.name_or_path)
+    known = known_config(recipe.backbone.name_or_path)
+    return load_backbone_config(recipe.backbone, recipe.backbone.name_or_path) if known is None else known
 
 
 def memory_table(plans: list[Plan]) -> Table:

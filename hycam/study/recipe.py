@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hycam.errors import InputError
+from hycam.training.known_backbones import leave_other_backbone
 from hycam.training.recipe import BackboneConfig, Recipe, backbone_section, parse_recipe
 from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader
@@ -220,9 +221,15 @@ def parse_study(values: Any, source: str, overrides: Sequence[tuple[str, str]] =
     if not isinstance(values, dict):
         reader.fail("", f"got {type(values).__name__}, wanted a mapping of the study's sections")
     _name_backbones(reader, values)
+    given = {name for name, _ in overrides}
     for name, text in overrides:
         _check_named(values, name)
-        set_field(values, name, parse_yaml(text, f"--{name}"))
+        value = parse_yaml(text, f"--{name}")
+        section, _, field = name.rpartition(".")
+        if section.startswith("backbones.") and isinstance(values.get("backbones"), dict):
+            of_backbone = values["backbones"].get(section.removeprefix("backbones."))
+            leave_other_backbone(of_backbone, section, field, value, given)
+        set_field(values, name, value)
     _name_backbones(reader, values)
     sections = reader.mapping(values, "", [item.name for item in dataclasses.fields(Study) if item.init])
     for name in _SET_BY_STUDY:

@@ -1,7 +1,6 @@
 """Recipes: one YAML file, with overrides from the command line, read strictly into a tree of dataclasses."""
 
 import dataclasses
-import importlib.resources
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from hycam.data.config import DataConfig, TaskConfig
 from hycam.errors import InputError
 from hycam.training.engines import check_checkpointing, deepspeed_settings, fsdp_backend, join_processes
+from hycam.training.known_backbones import leave_other_backbone, named_section, packaged_backbones
 from hycam.training.method import MethodConfig, method_fields, method_section
 from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader, suggest
@@ -222,11 +222,6 @@ def packaged_recipes() -> dict[str, Path]:
     return packaged_yaml("recipes")
 
 
-def packaged_backbones() -> dict[str, dict[str, Any]]:
-    """Name -> section of the backbones that ship, which a recipe's `backbone` may name."""
-    return read_yaml(Path(str(importlib.resources.files("hycam") / "backbones.yaml")))
-
-
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe: a YAML file, a run's folder, or the bare name of one that ships.
 
@@ -257,8 +252,11 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     reader = Reader(source, frozenset(name for name, _ in overrides))
     if "backbone" in values:
         values["backbone"] = backbone_section(reader, values["backbone"], "backbone")
+    given = {name for name, _ in overrides}
     for name, text in overrides:
         value = parse_yaml(text, f"--{name}")
+        if name.startswith("backbone."):
+            leave_other_backbone(values.get("backbone"), "backbone", name.removeprefix("backbone."), value, given)
         set_field(values, name, backbone_section(reader, value, name) if name == "backbone" else value)
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
@@ -282,7 +280,7 @@ def backbone_section(reader: Reader, value: Any, path: str) -> Any:
     known = packaged_backbones()
     if value not in known:
         reader.fail(path, f"got {value!r}, wanted fields, or a name that ships{suggest(value, known)}")
-    return known[value]
+    return named_section(value)
 
 
 def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:
