@@ -31,6 +31,7 @@ STUDY_FIELDS = (
     "backbones",
     "methods",
     "learning_rates",
+    "widen_rates",
     "reference",
     "baselines",
     "families",
@@ -48,6 +49,16 @@ Every field of the recipe can be set here too, as --section.field VALUE, VALUE b
   --tasks '[{name: dolly}, {name: mine, source: mine.jsonl}]'
 Sections: backbone, method, tasks, data, trainer (any field of transformers.TrainingArguments),
 early_stopping, evaluation; and the plain fields seed and output_dir.
+"""
+
+
+_STUDY_OVERRIDES = """\
+Every field of the study can be set here too, as --section.field VALUE, VALUE being YAML:
+  --seeds '[0, 1, 2]'   --output_dir runs/x   --learning_rates '[1e-4, 1e-3]'   --widen_rates 2
+  --methods.lora.r 8   --backbones.small.dtype float32   --trainer.max_steps 200
+Sections: backbones, methods, families, tasks, data, trainer (any field of transformers.TrainingArguments),
+early_stopping, evaluation; and the plain fields seeds, folds, learning_rates, widen_rates, reference, baselines,
+keep and output_dir. Of backbones and methods, those that the study has.
 """
 
 
@@ -109,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", metavar="FILE", help="write the responses here as JSON lines")
 
     plan = _add(commands, "plan", "the memory of a run per GPU, before anything is loaded")
-    plan.add_argument("recipe", help=_RECIPE_HELP)
+    plan.add_argument("recipe", help=f"{_RECIPE_HELP}; or a study: each of its methods on each of its backbones")
     plan.add_argument(
         "--world-size", type=_count, nargs="+", default=[1], metavar="N", help="numbers of GPUs (default: 1)"
     )
@@ -117,7 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of a table")
 
     compare = _add(
-        commands, "compare", "train and measure several methods under equal conditions, and write the tables"
+        commands,
+        "compare",
+        "train and measure several methods under equal conditions, and write the tables",
+        epilog=_STUDY_OVERRIDES,
     )
     compare.add_argument(
         "study", help="study: a YAML file, the folder of a study, or the name of one that ships (study_small, study_7b)"

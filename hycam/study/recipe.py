@@ -77,6 +77,8 @@ class Study:
         seeds, folds: every method runs once with each pair of them.
         learning_rates: the grid; a method takes the rate with the lowest loss on the first fold's validation rows that
             no fold tests, with the first seed.
+        widen_rates: how many rates beyond a grid's edge are tried, one after another, while the best is the edge; each
+            is as far from the edge as that from its neighbour, as a ratio.
         reference: the method that the baselines are tested against, and that ablations and sweeps vary.
         baselines: methods among which the best is tested; None: the PEFT methods that are no variant of HyCAM.
         families: title -> names of backbones whose results stand side by side in a table.
@@ -90,6 +92,7 @@ class Study:
     seeds: list[int] = field(default_factory=lambda: [0])
     folds: list[int] = field(default_factory=lambda: [0])
     learning_rates: list[float] = field(default_factory=lambda: [2e-5])
+    widen_rates: int = 0
     reference: str = "hycam"
     baselines: list[str] | None = None
     families: dict[str, list[str]] = field(default_factory=dict)
@@ -107,6 +110,8 @@ class Study:
         for name in ("seeds", "folds"):
             _check_distinct(name, getattr(self, name))
         _check_rates("learning_rates", self.learning_rates)
+        if self.widen_rates < 0:
+            raise ValueError(f"widen_rates: got {self.widen_rates}, wanted 0 or more")
         for section in ("backbones", "methods"):
             for name in getattr(self, section):
                 if not (isinstance(name, str) and _NAME.fullmatch(name)):
