@@ -6,13 +6,13 @@ where the hub answers. Else it takes the synthetic tasks of the recipe. Further 
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from hycam.data.formats import KNOWN_SETS
-from hycam_cli import main
 
 SETS = ("auto_cot", "dolly", "code_alpaca", "icliniq")
 ROWS = 160
@@ -40,4 +40,5 @@ if __name__ == "__main__":
         "tasks:", ", ".join(str(task["name"]) for task in tasks) if tasks else "synthetic, for no real set is at hand"
     )
     given = ["--tasks", json.dumps(tasks)] if tasks else []
-    sys.exit(main(["train", "laptop", "--overwrite", *given, *sys.argv[1:]]))
+    hycam = str(Path(sys.executable).with_name("hycam"))
+    sys.exit(subprocess.call([hycam, "train", "laptop", "--overwrite", *given, *sys.argv[1:]]))
