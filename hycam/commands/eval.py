@@ -44,7 +44,7 @@ def run(options: Namespace) -> None:
     prompts = None
     if not options.no_generation:
         prompts = prompts_that_fit(rows, options.split, tokenizer, config, recipe.data, recipe.evaluation)
-    model = load_selected_model(selection, name)
+    model = load_selected_model(selection, name, tokenizer)
     with training_precision(recipe, model.device):
         report = measure(
             model, tokenizer, tokenized, prompts, recipe.evaluation, seed=recipe.seed, description=options.split

@@ -51,7 +51,7 @@ def run(options: Namespace) -> None:
             print(f"hycam: left out: {place}: the prompt{reason}", file=sys.stderr)
     if not prompts:
         raise InputError(f"--file: {options.file}: no prompt can be answered")
-    model = load_selected_model(selection, name)
+    model = load_selected_model(selection, name, tokenizer)
     set_seed(recipe.seed)
     streams = options.file is None and output is None and sys.stdout.isatty()
     with training_precision(recipe, model.device):

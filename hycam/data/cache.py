@@ -23,7 +23,7 @@ from hycam.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Part of every key: another number wherever the code makes other rows of the same content.
-_VERSION = 2
+_VERSION = 3
 _CHUNK = 1 << 20
 
 

@@ -25,7 +25,7 @@ def prompt_text(row: Mapping[str, str], style: str, tokenizer: PreTrainedTokeniz
 
     `alpaca`: the Stanford-Alpaca template, in the form with or without input, up to `### Response:`.
     `chat`: the tokenizer's chat template of one user message (instruction, blank line, input) with its generation
-    prompt.
+    prompt, and without thoughts where the template knows `enable_thinking`.
 
     Raises:
         InputError: for an unknown style, and a tokenizer without a chat template or with one that refuses the row.
@@ -62,7 +62,10 @@ def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
     if not tokenizer.chat_template:
         raise InputError("tokenizer: no chat template, wanted one for prompt: chat (or the data option prompt: alpaca)")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        # a template that lets a model think before it answers would have thoughts in training rows, which have none
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
     except Exception as error:  # a template is a program: it may fail in any way
         raise InputError(f"tokenizer: chat template: {error}, wanted one that takes a user's message") from error
     assert isinstance(text, str)  # tokenize=False

@@ -1,11 +1,10 @@
 """From text to token ids and labels.
 
 A row is `prefix, prompt, response`: the prefix is what the tokenizer puts before a text (mostly BOS, once; a chat
-template has its own, or none), the response ends in its closing: the eos token, or what the chat template adds after an
-answer. A special token in a row's text is text.
+template has its own, or none), the response ends in the token that closes an answer (`hycam.data.closing`), unless the
+row is cut. A special token in a row's text is text.
 """
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,14 @@ from datasets import List as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from hycam.data.cache import RowCache, digest, file_digest, in_memory, rows_digest
+from hycam.data.closing import Closing, closing_of
 from hycam.data.config import UNIFIED_FIELDS, DataConfig
-from hycam.data.prompts import chat_response_text, prompt_text
+from hycam.data.prompts import prompt_text
 from hycam.data.special_tokens import Quoted, SpecialTokens, encode_plain
 from hycam.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 IGNORED_LABEL = -100
 _BATCH = 1000
-_PROBE = {"instruction": "question", "input": "", "output": "hycam-probe"}
 
 _FEATURES = Features(
     {
@@ -100,8 +97,8 @@ def tokenize_dataset(
 ) -> TokenizedTask:
     """Token rows of at most `max_length`, with the loss on the response (or, as an option, on all tokens).
 
-    A row over `max_length` loses the end of its response, never its closing (eos). Where that would leave no token of
-    the response itself, the row is dropped. Both are counted.
+    A row over `max_length` loses the end of its response with the token that closes it: an end in mid-sentence would be
+    learnt and scored. A row whose prompt leaves no room for a response is dropped. Both are counted.
 
     Args:
         dataset: columns `instruction`, `input`, `output`.
@@ -137,7 +134,7 @@ def tokenize_dataset(
         key: dict[str, Any] = {
             "tokens of": content or rows_digest(dataset),
             "tokenizer": tokenizer_digest(tokenizer),
-            "rendered": _rendered_probe(data_config.prompt, tokenizer),
+            "rendered": closing_of(data_config.prompt, tokenizer).probe,
         }
         cached = cache.rows(key | settings | {"task_id": task_id}, _FEATURES, make)
         tokenized, notes = cached.dataset, cached.notes
@@ -160,8 +157,8 @@ def batch_tokenizer(
         InputError: for a tokenizer without eos, pad or (prompt: chat) chat template.
     """
     check_tokenizer(tokenizer)
-    encoder, closing = _RowEncoder(tokenizer, config.prompt), _closing_ids(tokenizer, config.prompt)
-    return partial(_tokenize_batch, config=config, encoder=encoder, closing=closing)
+    closing = closing_of(config.prompt, tokenizer)
+    return partial(_tokenize_batch, config=config, encoder=_RowEncoder(tokenizer, config.prompt), closing=closing)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -203,24 +200,26 @@ class _RowEncoder:
 
 
 def _tokenize_batch(
-    batch: Mapping[str, list[str]], config: DataConfig, encoder: _RowEncoder, closing: list[int]
+    batch: Mapping[str, list[str]], config: DataConfig, encoder: _RowEncoder, closing: Closing
 ) -> Iterator[tuple[list[int], list[int], bool]]:
-    for prompt, response in _encode_rows(batch, encoder):
+    for prompt, response in _encode_rows(batch, encoder, closing):
         room = config.max_length - len(prompt)
+        if room < 1:
+            continue
         truncated = len(response) > room
-        if truncated:
-            if room <= len(closing):
-                continue
-            response = response[: room - len(closing)] + closing
-        input_ids = prompt + response
-        yield input_ids, input_ids if config.train_on_prompt else [IGNORED_LABEL] * len(prompt) + response, truncated
+        input_ids = prompt + response[:room]
+        labels = input_ids if config.train_on_prompt else [IGNORED_LABEL] * len(prompt) + response[:room]
+        yield input_ids, labels, truncated
 
 
-def _encode_rows(batch: Mapping[str, list[str]], encoder: _RowEncoder) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt ids as in generation, and the response's ids, read in the prompt's context where the border allows it.
+def _encode_rows(
+    batch: Mapping[str, list[str]], encoder: _RowEncoder, closing: Closing
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt ids as in generation, and the response's ids with the token that closes it.
 
-    SentencePiece puts a blank before a text of its own, so a response tokenised alone would gain one. Where a token
-    would reach over the border between prompt and response, the response is tokenised alone all the same.
+    The response is read in the prompt's context where the border allows it: SentencePiece puts a blank before a text of
+    its own, so a response tokenised alone would gain one. Where a token would reach over the border between prompt and
+    response, the response is tokenised alone all the same.
     """
     tokenizer, style = encoder.tokenizer, encoder.style
     rows = [dict(zip(UNIFIED_FIELDS, row, strict=True)) for row in zip(*map(batch.get, UNIFIED_FIELDS), strict=True)]
@@ -228,11 +227,9 @@ def _encode_rows(batch: Mapping[str, list[str]], encoder: _RowEncoder) -> Iterat
     rows = [row if quoted is None else quoted.row for row, quoted in zip(rows, quotes, strict=True)]
     prompts = [prompt_text(row, style, tokenizer) for row in rows]
     if style == "chat":
-        responses = [chat_response_text(row, prompt, tokenizer) for row, prompt in zip(rows, prompts, strict=True)]
-        end = []
+        responses = [closing.answer(row, prompt, tokenizer) for row, prompt in zip(rows, prompts, strict=True)]
     else:
         responses = batch["output"]
-        end = [tokenizer.eos_token_id]
     joint_texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     encoded = encoder.encode_all(prompts, quotes), encoder.encode_all(joint_texts, quotes)
     for prompt_ids, joint_ids, response, quoted in zip(*encoded, responses, quotes, strict=True):
@@ -240,7 +237,7 @@ def _encode_rows(batch: Mapping[str, list[str]], encoder: _RowEncoder) -> Iterat
             response_ids = joint_ids[len(prompt_ids) :]
         else:
             response_ids = encoder.encode(response, quoted, begins=False)
-        yield prompt_ids, response_ids + end
+        yield prompt_ids, [*response_ids, closing.token_id]
 
 
 def _encode_marked(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -254,30 +251,3 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x")["input_ids"]
     return next(whole[:i] for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
-
-
-def _rendered_probe(style: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Prompt and response of a row, as they are rendered now: a chat template may write the day's date."""
-    prompt = prompt_text(_PROBE, style, tokenizer)
-    return prompt, chat_response_text(_PROBE, prompt, tokenizer) if style == "chat" else _PROBE["output"]
-
-
-def _closing_ids(tokenizer: PreTrainedTokenizerBase, style: str) -> list[int]:
-    """What follows an answer: the eos token, or the chat template's end of a turn."""
-    if style == "alpaca":
-        return [tokenizer.eos_token_id]
-    _, response = _rendered_probe(style, tokenizer)
-    _, found, closing = response.rpartition(_PROBE["output"])
-    if not found:
-        raise InputError(
-            f"tokenizer: chat template: makes {response!r} of the answer {_PROBE['output']!r}, wanted the answer in it"
-        )
-    (closing_ids,) = _encode_marked([closing], tokenizer)
-    if tokenizer.eos_token_id not in closing_ids:
-        logger.warning(
-            "the chat template closes an answer with %r, without the eos token %r: generation ends there only if the "
-            "model's generation settings say so",
-            closing,
-            tokenizer.eos_token,
-        )
-    return closing_ids

@@ -1,7 +1,11 @@
 """Responses, greedy unless sampling is asked for, and BLEU-4 and ROUGE-L of them."""
 
+import copy
+import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +13,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from hycam.data.closing import closing_of
 from hycam.data.tokenization import encode_prompt
 from hycam.errors import InputError
 from hycam.evaluation.batches import device_of, evaluation_mode, unwrap
+
+logger = logging.getLogger(__name__)
 
 
 def generate_responses(
@@ -86,10 +94,37 @@ class _Pieces(TextStreamer):
         self._on_text(text)
 
 
+def end_with_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, style: str) -> None:
+    """Add the token that closes an answer in a prompt style to the end tokens of the model's generation settings.
+
+    A base model's settings end its texts at the tokenizer's eos token, which a chat template need not write.
+
+    Raises:
+        InputError: as `closing_of`.
+    """
+    closing = closing_of(style, tokenizer)
+    if closing.replaces:
+        logger.warning(
+            "the chat template closes an answer with %r, in which there is no token of its own: %r is trained, and "
+            "ends a generation, in its place",
+            closing.rendered,
+            tokenizer.eos_token,
+        )
+    bare = unwrap(model)
+    settings = copy.deepcopy(bare.generation_config)
+    settings.eos_token_id = list(dict.fromkeys([*_end_tokens(bare, tokenizer), closing.token_id]))
+    with tempfile.TemporaryDirectory() as folder:
+        # read from a file: transformers refuses to save changed settings for flaws that it bears with in published ones
+        settings.to_json_file(str(Path(folder, GENERATION_CONFIG_NAME)))
+        settings = type(settings).from_pretrained(folder)
+    for owner in _settings_owners(bare):
+        owner.generation_config = settings
+
+
 @contextmanager
 def _own_settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
     """Put `settings` in the place of the model's own, from which `generate` takes all that a call leaves unset."""
-    owners: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
+    owners = _settings_owners(model)
     before = [owner.generation_config for owner in owners]
     try:
         for owner in owners:
@@ -98,6 +133,11 @@ def _own_settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None
     finally:
         for owner, own in zip(owners, before, strict=True):
             owner.generation_config = own
+
+
+def _settings_owners(model: nn.Module) -> list[Any]:
+    """The modules that have generation settings: the backbone, and what wraps it."""
+    return [module for module in model.modules() if "generation_config" in vars(module)]
 
 
 def encode_prompts(

@@ -22,6 +22,10 @@ _ELSEWHERE = ("deepspeed", "fsdp", "fsdp_config", "bf16", "fp16", "tf32", "bf16_
 # Fields that change what a step holds in ways that the trace doesn't see.
 _UNPLANNED = ("torch_compile", "parallelism_config", "optim_target_modules", "auto_find_batch_size")
 
+# What glibc's allocator holds free between activations of many sizes, as a share of them. A GPU's peak is what is
+# allocated, so it has no such part.
+_HELD_FREE = 0.1
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,6 +63,14 @@ class Plan:
         """Bytes of the process on its GPU."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.gathered + self.buckets
 
+    def on_cpu(self, process: int) -> int:
+        """Bytes of host memory where the process computes on a CPU.
+
+        Args:
+            process: its own, as `process_bytes` gives them.
+        """
+        return self.sum + process + int(_HELD_FREE * self.activations)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"sum": self.sum}
 
@@ -76,7 +88,7 @@ def plan_memory(recipe: Recipe, config: PretrainedConfig, engine: Engine, world_
     _check_plannable(recipe)
     check_sharding(recipe.method, sharded=engine.name != "ddp", parted=engine.name in ("zero3", "fsdp2"))
     check_max_length(config, recipe.data.max_length, recipe.backbone.name_or_path or "backbone.scratch")
-    arguments = _arguments(recipe)
+    arguments = arguments_here(recipe)
     model = adapted(build_model(recipe.backbone, config), recipe.method).train()
     with FakeTensorMode():
         _put_on_fake_tensors(model)
@@ -128,7 +140,7 @@ def _check_plannable(recipe: Recipe) -> None:
             raise InputError(f"trainer.{name}: got {recipe.trainer[name]!r}, which can't be planned")
 
 
-def _arguments(recipe: Recipe) -> TrainingArguments:
+def arguments_here(recipe: Recipe) -> TrainingArguments:
     """The recipe's training arguments as far as a machine without its GPUs takes them."""
     here = {name: value for name, value in recipe.trainer.items() if name not in _ELSEWHERE}
     stripped = dataclasses.replace(recipe, trainer=here | {"use_cpu": True, "report_to": "none"})

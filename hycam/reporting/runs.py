@@ -100,7 +100,7 @@ class RunFolder:
     def model(self, *, adapted: bool = True) -> nn.Module:
         """The trained model, or its backbone alone, on the device that a run would use; loaded at each call."""
         selection = self._selection(adapted=adapted)
-        return load_selected_model(selection, load_selected_tokenizer(selection)[0])
+        return load_selected_model(selection, *load_selected_tokenizer(selection))
 
     @contextmanager
     def measuring(self, model: nn.Module) -> Iterator[None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hycam.errors import InputError
+from hycam.training.known_backbones import leave_other_backbone
 from hycam.training.recipe import BackboneConfig, Recipe, backbone_section, parse_recipe
 from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader
@@ -76,6 +77,8 @@ class Study:
         seeds, folds: every method runs once with each pair of them.
         learning_rates: the grid; a method takes the rate with the lowest loss on the first fold's validation rows that
             no fold tests, with the first seed.
+        widen_rates: how many rates beyond a grid's edge are tried, one after another, while the best is the edge; each
+            is as far from the edge as that from its neighbour, as a ratio.
         reference: the method that the baselines are tested against, and that ablations and sweeps vary.
         baselines: methods among which the best is tested; None: the PEFT methods that are no variant of HyCAM.
         families: title -> names of backbones whose results stand side by side in a table.
@@ -89,6 +92,7 @@ class Study:
     seeds: list[int] = field(default_factory=lambda: [0])
     folds: list[int] = field(default_factory=lambda: [0])
     learning_rates: list[float] = field(default_factory=lambda: [2e-5])
+    widen_rates: int = 0
     reference: str = "hycam"
     baselines: list[str] | None = None
     families: dict[str, list[str]] = field(default_factory=dict)
@@ -106,6 +110,8 @@ class Study:
         for name in ("seeds", "folds"):
             _check_distinct(name, getattr(self, name))
         _check_rates("learning_rates", self.learning_rates)
+        if self.widen_rates < 0:
+            raise ValueError(f"widen_rates: got {self.widen_rates}, wanted 0 or more")
         for section in ("backbones", "methods"):
             for name in getattr(self, section):
                 if not (isinstance(name, str) and _NAME.fullmatch(name)):
@@ -220,9 +226,15 @@ def parse_study(values: Any, source: str, overrides: Sequence[tuple[str, str]] =
     if not isinstance(values, dict):
         reader.fail("", f"got {type(values).__name__}, wanted a mapping of the study's sections")
     _name_backbones(reader, values)
+    given = {name for name, _ in overrides}
     for name, text in overrides:
         _check_named(values, name)
-        set_field(values, name, parse_yaml(text, f"--{name}"))
+        value = parse_yaml(text, f"--{name}")
+        section, _, field = name.rpartition(".")
+        if section.startswith("backbones.") and isinstance(values.get("backbones"), dict):
+            of_backbone = values["backbones"].get(section.removeprefix("backbones."))
+            leave_other_backbone(of_backbone, section, field, value, given)
+        set_field(values, name, value)
     _name_backbones(reader, values)
     sections = reader.mapping(values, "", [item.name for item in dataclasses.fields(Study) if item.init])
     for name in _SET_BY_STUDY:

@@ -6,7 +6,19 @@ from typing import Any
 from hycam.errors import InputError
 from hycam.locks import claim
 from hycam.study.recipe import Study
-from hycam.study.units import DIVERGED, Unit, cells, failure, is_done, lock_file, results, run_folder, tuning, weights
+from hycam.study.units import (
+    DIVERGED,
+    Unit,
+    best_rate,
+    cells,
+    failure,
+    lock_file,
+    results,
+    run_folder,
+    tuning,
+    validation_loss,
+    weights,
+)
 from hycam.training.callbacks import finite, read_metrics, write_whole
 from hycam.training.folder import METRICS_FILE, RECORD_FILE, read_record
 
@@ -16,30 +28,12 @@ _TEST_METRICS = ("perplexity", "row_average", "nll", "tokens", "bleu4", "rougeL"
 
 
 def chosen_rate(study: Study, backbone: str, method: str) -> float | None:
-    """The rate of the method's grid with the lowest validation loss, the lower one of equals.
-
-    None while the grid isn't done, and where training broke down at all of its rates.
-    """
+    """The rate that a method is trained with: its only one, or `best_rate` of its grid."""
     rates = study.rates(method)
     if len(rates) == 1:
         return rates[0]
-    runs = [run for run in tuning(study) if (run.backbone, run.method) == (backbone, method)]
-    if not all(is_done(study, run) for run in runs):
-        return None
-    losses = [(loss, run.tried_rate) for run in runs if (loss := validation_loss(study, run)) is not None]
-    return min(losses)[1] if losses else None
-
-
-def validation_loss(study: Study, unit: Unit) -> float | None:
-    """The loss of the weights that a run of a grid ended with, on validation rows that no fold tests.
-
-    None where training broke down, and where the loss is not finite.
-    """
-    measured = results(study, unit)
-    if measured is None or DIVERGED in measured:
-        return None
-    overall = measured["untested"]["overall"]
-    return None if overall["nll"] is None else overall["nll"] / overall["tokens"]
+    grid = [run for run in tuning(study) if (run.backbone, run.method) == (backbone, method)]
+    return best_rate(study, grid)
 
 
 def write_record(study: Study) -> dict[str, Any]:

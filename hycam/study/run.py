@@ -15,11 +15,13 @@ import yaml
 
 from hycam.errors import InputError, RunStoppedError
 from hycam.locks import claim, is_claimed
+from hycam.study.progress import UnitProgress
 from hycam.study.recipe import STUDY_FILE, Study
 from hycam.study.record import chosen_rate, collect, write_record
 from hycam.study.units import (
     Unit,
     cells,
+    edge_of,
     failure,
     is_done,
     lock_file,
@@ -34,6 +36,7 @@ from hycam.study.units import (
 from hycam.study.worker import Order, work_apart
 from hycam.training.callbacks import write_whole
 from hycam.training.folder import RECIPE_FILE, SPLIT_SINCE, has_own_split, recipe_values
+from hycam.training.progress import rough_time
 from hycam.training.recipe import Recipe
 from hycam.training.recipe_files import differing_fields, read_yaml
 
@@ -110,10 +113,16 @@ class _Runner:
 
     def __init__(self, study: Study, announce: Callable[[str], object]) -> None:
         self.study, self.announce = study, announce
-        self.units = units(study)
         self.started = time.time()
         self.received: signal.Signals | None = None
         self._worker: BaseProcess | None = None
+        self._took: list[float] = []  # the seconds of each unit done
+        self._warned: set[tuple[str, str]] = set()
+
+    @property
+    def units(self) -> list[Unit]:
+        """All of the study's work, as far as results say what it is: a grid may still be widened."""
+        return units(self.study)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -136,6 +145,7 @@ class _Runner:
 
     def step(self) -> bool:
         """Do one unit, or wait for what others do; False when nothing is left for this process."""
+        self._warn_of_edges()
         waits = False
         for unit in self.units:
             if is_done(self.study, unit) or failure(self.study, unit, self.started) is not None:
@@ -178,7 +188,11 @@ class _Runner:
         """Do a unit; False where another process is at it."""
         self._check_signal()
         began = time.monotonic()
-        outcome, message = work_apart(self._order(unit), self._watch)
+        progress = UnitProgress(self.study, unit)
+        self.announce(f"{self._count()} {unit.folder}: begins")
+        outcome, message = work_apart(
+            self._order(unit), self._watch, lambda: self._report(unit, progress, time.monotonic() - began)
+        )
         self._worker = None
         if outcome == "stopped":
             raise _stopped(self.study, self.received or signal.Signals[message])
@@ -203,8 +217,35 @@ class _Runner:
         for other in self.units:
             if (other.backbone, other.method) == (unit.backbone, unit.method):
                 prune(self.study, other)
-        done = sum(is_done(self.study, other) for other in self.units)
-        self.announce(f"[{done}/{len(self.units)}] {unit.folder}: done in {seconds:.0f} s")
+        self._took.append(seconds)
+        self.announce(f"{self._count()} {unit.folder}: done in {seconds:.0f} s")
+
+    def _count(self) -> str:
+        return f"[{sum(is_done(self.study, unit) for unit in self.units)}/{len(self.units)}]"
+
+    def _report(self, unit: Unit, progress: UnitProgress, seconds: float) -> None:
+        """Say how far a unit is, and how long it and the study may take; the study alone in this process."""
+        share, reached = progress.read()
+        line = f"{self._count()} {unit.folder}: {reached}"
+        if share is not None:
+            line += f", {rough_time(progress.seconds_left(share, seconds))} of training left"
+        expected = sum(self._took) / len(self._took) if self._took else None if not share else seconds / share
+        if expected is not None:
+            others = sum(not is_done(self.study, other) for other in self.units) - 1
+            line += f", the study {rough_time(max(0.0, expected - seconds) + others * expected)}"
+        self.announce(line)
+
+    def _warn_of_edges(self) -> None:
+        """Say once of each grid whose best rate is its edge that the best one may lie beyond."""
+        for backbone, method in itertools.product(self.study.backbones, self.study.methods):
+            edge = None if (backbone, method) in self._warned else edge_of(self.study, backbone, method)
+            if edge is not None:
+                self._warned.add((backbone, method))
+                rate = chosen_rate(self.study, backbone, method)
+                self.announce(
+                    f"{backbone}, {method}: the best rate, {rate:g}, is the {edge} of its grid, a better one may lie "
+                    f"beyond: --widen_rates {self.study.widen_rates + 2} tries further ones"
+                )
 
     def _check_signal(self) -> None:
         if self.received is not None:

@@ -133,6 +133,9 @@ class _Tables:
                     compared = self._compared(backbone, metric, scope)
                     if compared is not None:
                         rows.append(Row(backbone, _significance_cells(scope, metric, compared)))
+        if rows and len(self.study.folds) * len(self.study.seeds) < 2:
+            # the same for every scope and metric: one pair is no test
+            rows = [Row("", ["all", "all", *[None] * 3, Number(1, None, 0), None, None, "no test: one fold and seed"])]
         notes = [
             f"Paired two-sided t-test over folds x seeds of {self.study.reference} against the baseline with the best "
             f"mean, of {', '.join(self.study.candidates()) or 'none'}; not corrected for the number of rows. With "

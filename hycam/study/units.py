@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,66 @@ def units(study: Study) -> list[Unit]:
 
 
 def tuning(study: Study) -> list[Unit]:
-    """The runs that choose the learning rates; none for a method with one rate."""
+    """The runs that choose the learning rates; none for a method with one rate.
+
+    With `widen_rates` those beyond a grid's edge come as soon as the results ask for them.
+    """
     return [
-        Unit(backbone, method, study.folds[0], study.seeds[0], rate)
+        unit
         for backbone in study.backbones
         for method in study.methods
         if len(study.rates(method)) > 1
-        for rate in study.rates(method)
+        for unit in _grid(study, backbone, method)
     ]
+
+
+def _grid(study: Study, backbone: str, method: str) -> list[Unit]:
+    def tried(rate: float) -> Unit:
+        return Unit(backbone, method, study.folds[0], study.seeds[0], rate)
+
+    grid = [tried(rate) for rate in study.rates(method)]
+    for _ in range(study.widen_rates):
+        rates = sorted(unit.tried_rate for unit in grid if unit.tried_rate is not None)
+        best = best_rate(study, grid)
+        if best == rates[0]:
+            beyond = rates[0] / (rates[1] / rates[0])
+        elif best == rates[-1]:
+            beyond = rates[-1] * (rates[-1] / rates[-2])
+        else:
+            break
+        grid.append(tried(float(f"{beyond:.4g}")))  # a ratio's rounding is no part of a folder's name
+    return grid
+
+
+def best_rate(study: Study, grid: Sequence[Unit]) -> float | None:
+    """The rate with the lowest validation loss, the lower one of equals.
+
+    None while the grid isn't done, and where training broke down at all of its rates.
+    """
+    if not all(is_done(study, run) for run in grid):
+        return None
+    losses = [(loss, run.tried_rate) for run in grid if (loss := validation_loss(study, run)) is not None]
+    return min(losses)[1] if losses else None
+
+
+def edge_of(study: Study, backbone: str, method: str) -> str | None:
+    """Which end of its grid the best rate is, `lowest` or `highest`; None for one inside, or of no grid."""
+    grid = [unit for unit in tuning(study) if (unit.backbone, unit.method) == (backbone, method)]
+    rates = [unit.tried_rate for unit in grid if unit.tried_rate is not None]
+    best = best_rate(study, grid) if grid else None
+    return None if best is None else {min(rates): "lowest", max(rates): "highest"}.get(best)
+
+
+def validation_loss(study: Study, unit: Unit) -> float | None:
+    """The loss of the weights that a run of a grid ended with, on validation rows that no fold tests.
+
+    None where training broke down, and where the loss is not finite.
+    """
+    measured = results(study, unit)
+    if measured is None or DIVERGED in measured:
+        return None
+    overall = measured["untested"]["overall"]
+    return None if overall["nll"] is None else overall["nll"] / overall["tokens"]
 
 
 def cells(study: Study) -> list[Unit]:

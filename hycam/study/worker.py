@@ -37,6 +37,8 @@ from hycam.training.recipe import Recipe
 from hycam.training.run import train
 from hycam.training.scratch import train_scratch_backbone
 
+REPORT_SECONDS = 30.0
+
 Outcome = Literal["done", "taken", "failed", "stopped"]
 
 
@@ -58,11 +60,14 @@ class Order:
     tuned: Unit | None = None
 
 
-def work_apart(order: Order, on_start: Callable[[BaseProcess], object]) -> tuple[Outcome, str]:
+def work_apart(
+    order: Order, on_start: Callable[[BaseProcess], object], on_wait: Callable[[], object]
+) -> tuple[Outcome, str]:
     """Do a unit's work in a process of its own, and wait for it.
 
     Args:
         on_start: is given the process.
+        on_wait: is called every `REPORT_SECONDS` while it works.
 
     Returns:
         What became of it, and the error's one line or the signal's name. `taken`: another process is at it, or was.
@@ -77,6 +82,8 @@ def work_apart(order: Order, on_start: Callable[[BaseProcess], object]) -> tuple
     sender.close()
     on_start(process)
     try:
+        while not receiver.poll(REPORT_SECONDS):
+            on_wait()
         outcome, message = receiver.recv()
     except EOFError:
         process.join()

@@ -12,14 +12,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hycam.data.tokenization import check_tokenizer
 from hycam.errors import InputError
+from hycam.training.gguf import check_gguf, gguf_path, named_gguf
 from hycam.training.quantization import check_quantization, quantization_config
 from hycam.training.recipe import BackboneConfig
 from hycam.training.scratch import train_scratch_backbone
@@ -33,9 +36,12 @@ def check_available(config: BackboneConfig) -> None:
         _check_kernels("backbone.liger", "liger_kernel", "liger")
     if config.quantization is not None:
         check_quantization(config.quantization)
-    if config.revision is not None and config.name_or_path is not None and Path(config.name_or_path).is_dir():
+    if config.is_gguf:
+        check_gguf(config)
+    if config.revision is not None and config.name_or_path is not None and Path(config.name_or_path).exists():
+        kind = "folder" if Path(config.name_or_path).is_dir() else "file"
         raise InputError(
-            f"backbone.revision: got {config.revision!r} for the folder {config.name_or_path}, which has no revisions"
+            f"backbone.revision: got {config.revision!r} for the {kind} {config.name_or_path}, which has no revisions"
         )
 
 
@@ -66,7 +72,9 @@ def load_backbone_config(config: BackboneConfig, name: str) -> PretrainedConfig:
         raise InputError(
             f"backbone.name_or_path: {name}: a model of type {found.model_type}, wanted a causal language model"
         )
-    adapter = find_adapter_config_file(name, revision=config.revision or "main")
+    if config.is_gguf:  # what an adapter's settings name as their backbone: the file, not its folder
+        found._name_or_path = named_gguf(config, name)
+    adapter = find_adapter_config_file(_source(config, name)[0], revision=config.revision or "main")
     if adapter is not None:
         raise InputError(
             f"backbone.name_or_path: {name} holds an adapter too ({Path(adapter).name}), which would be loaded under "
@@ -76,10 +84,10 @@ def load_backbone_config(config: BackboneConfig, name: str) -> PretrainedConfig:
 
 
 def backbone_commit(config: BackboneConfig, name: str) -> str | None:
-    """The commit of the hub that a backbone whose configuration was just loaded comes from; None for a folder."""
-    if Path(name).is_dir():
+    """The commit of the hub that a backbone whose configuration was just loaded comes from; None for a local one."""
+    if Path(name).exists():
         return None
-    file = try_to_load_from_cache(name, "config.json", revision=config.revision or "main")
+    file = try_to_load_from_cache(name, config.gguf_file or CONFIG_NAME, revision=config.revision or "main")
     return Path(file).parent.name if isinstance(file, str) else None
 
 
@@ -120,12 +128,17 @@ def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase
 
 
 def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
-    """The causal language model, from safetensors alone: on the CPU, or where its quantised layers are made.
+    """The causal language model, from safetensors or a GGUF file alone: on the CPU, or where quantised layers are made.
 
     Raises:
         InputError: files that can't be loaded, or that lack weights which the configuration asks for.
     """
-    quantized = {} if config.quantization is None else {"quantization_config": quantization_config(config)}
+    quantized: dict[str, Any] = {}
+    if config.quantization is not None:
+        quantized = {"quantization_config": quantization_config(config)}
+    elif config.is_gguf:
+        # a model in GGUF's blocks counts as quantised: it could neither be trained whole nor saved
+        quantized = {"quantization_config": GgufConfig(dequantize=True)}
     model, report = _load(
         AutoModelForCausalLM,
         config,
@@ -142,6 +155,8 @@ def load_model(config: BackboneConfig, name: str) -> PreTrainedModel:
             f"backbone.name_or_path: {name}: {len(missing)} tensors of its config.json are not among its weights, the "
             f"first is {missing[0]}: they would be random"
         )
+    if config.is_gguf:
+        model.name_or_path = model.config._name_or_path = named_gguf(config, name)
     return model
 
 
@@ -163,11 +178,20 @@ def build_model(config: BackboneConfig, model_config: PretrainedConfig) -> PreTr
 
 
 def _load(auto_class: Any, config: BackboneConfig, name: str, **options: Any) -> Any:
+    source, gguf = _source(config, name)
     try:
         return auto_class.from_pretrained(
-            name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+            source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **gguf, **options
         )
     except Exception as error:  # transformers and the libraries below it have as many kinds as files can be broken
         # transformers explains itself over many lines: the first says what is wrong
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"backbone.name_or_path: {name}: can't be loaded: {reason}") from error
+
+
+def _source(config: BackboneConfig, name: str) -> tuple[str, dict[str, str]]:
+    """What transformers loads from, and the GGUF file in it where that is what a backbone lies in."""
+    if not config.is_gguf:
+        return name, {}
+    file = gguf_path(config, name)
+    return str(file.parent), {"gguf_file": str(file)}

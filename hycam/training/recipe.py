@@ -1,7 +1,6 @@
 """Recipes: one YAML file, with overrides from the command line, read strictly into a tree of dataclasses."""
 
 import dataclasses
-import importlib.resources
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from hycam.data.config import DataConfig, TaskConfig
 from hycam.errors import InputError
 from hycam.training.engines import check_checkpointing, deepspeed_settings, fsdp_backend, join_processes
+from hycam.training.known_backbones import leave_other_backbone, named_section, packaged_backbones
 from hycam.training.method import MethodConfig, method_fields, method_section
 from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader, suggest
@@ -32,6 +32,8 @@ RESERVED_TRAINER_FIELDS = {
     "remove_unused_columns": "the collator chooses the columns",
     "save_on_each_node": "output_dir must lie where every node sees it",
 }
+
+GGUF_SUFFIX = ".gguf"
 
 # What a recipe's `trainer` section starts from, where that differs from transformers' defaults.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -54,10 +56,11 @@ class BackboneConfig:
     """The frozen model: one of the hub or a folder, or one that the run first trains from scratch.
 
     Attributes:
-        name_or_path: hub id or folder; exactly one of this and `scratch` is given.
+        name_or_path: hub id, folder or GGUF file; exactly one of this and `scratch` is given.
         scratch: a small Llama trained on general text before it is adapted.
+        gguf_file: the GGUF file in that folder or hub repository; its weights, quantised or not, are read into `dtype`.
         revision: branch, tag or commit on the hub.
-        dtype: of the frozen weights; `auto` is the checkpoint's own.
+        dtype: of the frozen weights; `auto` is the checkpoint's own, float32 for a GGUF file.
         attn_implementation: None leaves transformers' choice for the architecture.
         liger: Liger's Triton kernels in the backbone's own layers.
         trust_remote_code: run code that the hub's repository brings.
@@ -68,6 +71,7 @@ class BackboneConfig:
 
     name_or_path: str | None = None
     scratch: ScratchConfig | None = None
+    gguf_file: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -80,6 +84,23 @@ class BackboneConfig:
         if (self.name_or_path is None) == (self.scratch is None):
             given = "neither" if self.scratch is None else "both"
             raise ValueError(f"got {given} of name_or_path and scratch, wanted one (set the other to null)")
+        if not self.is_gguf:
+            return
+        if self.name_or_path is None:
+            raise ValueError(f"gguf_file: got {self.gguf_file!r} with scratch, wanted it with name_or_path")
+        if self.gguf_file is not None and Path(self.name_or_path).suffix == GGUF_SUFFIX:
+            raise ValueError(
+                f"gguf_file: got {self.gguf_file!r} beside the file {self.name_or_path}, wanted one of them"
+            )
+        if self.quantization is not None:
+            raise ValueError(
+                f"quantization: got {self.quantization!r}, wanted null for a GGUF file: its weights become dtype"
+            )
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights, the configuration and the tokenizer lie in one GGUF file."""
+        return self.gguf_file is not None or Path(self.name_or_path or "").suffix == GGUF_SUFFIX
 
 
 @dataclass
@@ -212,11 +233,6 @@ def packaged_recipes() -> dict[str, Path]:
     return packaged_yaml("recipes")
 
 
-def packaged_backbones() -> dict[str, dict[str, Any]]:
-    """Name -> section of the backbones that ship, which a recipe's `backbone` may name."""
-    return read_yaml(Path(str(importlib.resources.files("hycam") / "backbones.yaml")))
-
-
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe: a YAML file, a run's folder, or the bare name of one that ships.
 
@@ -247,8 +263,11 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     reader = Reader(source, frozenset(name for name, _ in overrides))
     if "backbone" in values:
         values["backbone"] = backbone_section(reader, values["backbone"], "backbone")
+    given = {name for name, _ in overrides}
     for name, text in overrides:
         value = parse_yaml(text, f"--{name}")
+        if name.startswith("backbone."):
+            leave_other_backbone(values.get("backbone"), "backbone", name.removeprefix("backbone."), value, given)
         set_field(values, name, backbone_section(reader, value, name) if name == "backbone" else value)
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
@@ -272,7 +291,7 @@ def backbone_section(reader: Reader, value: Any, path: str) -> Any:
     known = packaged_backbones()
     if value not in known:
         reader.fail(path, f"got {value!r}, wanted fields, or a name that ships{suggest(value, known)}")
-    return known[value]
+    return named_section(value)
 
 
 def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:

@@ -29,6 +29,7 @@ from hycam.environment import devices, package_versions
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.batches import Collate
 from hycam.evaluation.expert_load import evaluate_expert_load
+from hycam.evaluation.generation import end_with_answers
 from hycam.training.callbacks import MetricsFile, SaveOnSignal, finite, read_metrics, validation_is_due, write_whole
 from hycam.training.checkpoints import checkpoint_state, damaged_checkpoints, last_checkpoint, remove_unfinished
 from hycam.training.engines import timeouts_told
@@ -123,6 +124,7 @@ def _train(
     rehearse(recipe, prepared.arguments, _training_rows(recipe, prepared))
     set_seed(recipe.seed)
     model = adapted_backbone(recipe, prepared.backbone)
+    end_with_answers(model, prepared.tokenizer, recipe.data.prompt)
     if not prepared.arguments.should_save:
         announce = _silent
     if recipe.method.init_from is not None:
@@ -153,8 +155,11 @@ def _train(
         state = _fit(recipe, trainer, checkpoint, ended)
     if trained_folder(recipe) != ended:
         trainer.save_model(str(trained_folder(recipe)))
-    if prepared.arguments.should_save and not isinstance(model, PeftModel):
-        prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
+    if prepared.arguments.should_save:
+        if isinstance(model, PeftModel):
+            model.generation_config.save_pretrained(trained_folder(recipe))  # the backbone's own may end elsewhere
+        else:
+            prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
     results = _describe_run(recipe, prepared, model)
     results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
     if prepared.untested is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hycam.evaluation.generation import end_with_answers
 from hycam.training.adapters import check_adapter
 from hycam.training.backbone import (
     backbone_name,
@@ -44,25 +45,35 @@ def load_selected_tokenizer(selection: Selection) -> tuple[str, PreTrainedTokeni
     return name, load_tokenizer(recipe.backbone, name)
 
 
-def load_selected_model(selection: Selection, name: str) -> PreTrainedModel | PeftModel:
+def load_selected_model(
+    selection: Selection, name: str, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | PeftModel:
     """The backbone with the adapter, or the model that was trained whole, on the device that a run would use.
+
+    Its generations end where the recipe's answers do.
+
+    Args:
+        name, tokenizer: what `load_selected_tokenizer` gives.
 
     Raises:
         InputError: an adapter, or a backbone, that is damaged or doesn't fit the other.
     """
     if selection.adapter is not None and holds_model(selection.adapter):
-        trained = dataclasses.replace(selection.recipe.backbone, revision=None)
-        return _placed(selection, load_model(trained, str(selection.adapter)))
+        trained = dataclasses.replace(
+            selection.recipe.backbone, name_or_path=str(selection.adapter), scratch=None, gguf_file=None, revision=None
+        )
+        return _ready(selection, load_model(trained, str(selection.adapter)), tokenizer)
     config = load_backbone_config(selection.recipe.backbone, name)
     if selection.adapter is not None:
         check_adapter(selection.adapter, selection.recipe.backbone, config, name)
     model: Any = load_model(selection.recipe.backbone, name)
     if selection.adapter is not None:
         model = PeftModel.from_pretrained(model, str(selection.adapter))
-    return _placed(selection, model)
+    return _ready(selection, model, tokenizer)
 
 
-def _placed(selection: Selection, model: Any) -> PreTrainedModel | PeftModel:
+def _ready(selection: Selection, model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+    end_with_answers(model, tokenizer, selection.recipe.data.prompt)
     if selection.recipe.backbone.quantization is None:  # quantised layers stay where they were made
         model = model.to(selection.recipe.training_arguments().device)
     return model.eval()

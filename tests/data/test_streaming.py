@@ -159,9 +159,10 @@ def test_processes_take_the_groups_in_turn(tmp_path, workers):
     assert got == list(itertools.islice(rows, 120))
 
 
+@pytest.mark.parametrize("max_length", [1200, 47])  # which some rows are longer than
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_batch_is_that_of_tokenized_rows(tmp_path, packing):
-    data = DataConfig(packing=packing, streaming=StreamingConfig())
+def test_a_batch_is_that_of_tokenized_rows(tmp_path, packing, max_length):
+    data = DataConfig(max_length=max_length, packing=packing, streaming=StreamingConfig())
     rows = list(itertools.islice(stream([task(tmp_path, "colours", 60)], data), 6))
     tokens = tokenize_dataset(datasets.Dataset.from_list(rows), TOKENIZER, data, task_id=0).dataset
     want = Collator(TOKENIZER.pad_token_id, packing=packing)(tokens.to_list())

@@ -1,10 +1,10 @@
-import logging
 from functools import partial
 
 import pytest
 from datasets import Dataset, load_from_disk
 
 from hycam.data.cache import RowCache
+from hycam.data.closing import closing_of
 from hycam.data.config import DataConfig
 from hycam.data.prompts import prompt_text
 from hycam.data.tokenization import check_tokenizer, encode_prompt, encode_row_prompt, tokenize_dataset
@@ -93,8 +93,10 @@ def test_chat_mask_equals_the_generation_marks(kind):
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        assert tokens["input_ids"] == oracle["input_ids"], "what the template renders, without a BOS of our own"
-        assert [int(label != -100) for label in tokens["labels"]] == oracle["assistant_masks"]
+        end = oracle["input_ids"].index(EOS) + 1
+        assert tokenizer.decode(oracle["input_ids"][end:]) == "\n"
+        assert tokens["input_ids"] == oracle["input_ids"][:end], "what the template renders, without a BOS of our own"
+        assert [int(label != -100) for label in tokens["labels"]] == oracle["assistant_masks"][:end]
 
 
 def test_chat_template_without_generation_marks():
@@ -109,13 +111,54 @@ def test_chat_template_without_generation_marks():
         assert tokenizer.decode(response) == row["output"].strip() + "<|end|>"
 
 
-def test_chat_template_without_eos_is_mentioned(caplog):
-    with caplog.at_level(logging.WARNING):
-        tokenize(byte_tokenizer(chat_template=CHAT_WITH_GENERATION), prompt="chat")
-        assert not caplog.records
-        tokenize(byte_tokenizer(chat_template=CHAT_WITH_BOS), prompt="chat")
-    (record,) = caplog.records
-    assert "closes an answer with '<|end|>', without the eos token '</s>'" in record.getMessage()
+CLOSINGS = {
+    "{{ eos_token }}": "</s>",
+    "{{ '<|end|>\\n' }}": "<|end|>",
+    "{{ '<|end|>\\n' + eos_token }}": "<|end|>",
+    "{{ '\\n<|end|>\\n' }}": "\n<|end|>",
+    "{{ ' ' + eos_token + '<|user|>' }}": " </s>",
+    "": "</s>",
+    "{{ '\\n' }}": "</s>",
+    "{{ '<stop>\\n' }}": "</s>",
+    "{{ '<turn>\\n' }}": "<turn>",
+}
+
+
+@pytest.mark.parametrize("closing", CLOSINGS)
+def test_an_answer_ends_in_one_token_whatever_the_template_writes_after_it(closing):
+    """The first added token, special or not; eos where there is none. Nothing that no generation makes follows it."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}" + closing + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    tokenizer.add_tokens(["<turn>"])
+    for row, tokens in zip(ROWS, tokenize(tokenizer, prompt="chat").dataset, strict=True):
+        assert tokenizer.decode(split_of(tokens)[1]) == row["output"] + CLOSINGS[closing]
+        assert split_of(tokens)[1][-1] == closing_of("chat", tokenizer).token_id
+        assert split_of(tokens)[1][-1] in tokenizer.added_tokens_decoder
+
+
+def test_a_template_that_closes_answers_in_two_ways():
+    template = CHAT_WITH_BOS.replace("'<|end|>'", "('<|end|>' if m['content'] | length < 16 else eos_token)")
+    with pytest.raises(InputError, match=r"closes an answer with .*</s>', others with '<\|end\|>': wanted"):
+        tokenize(byte_tokenizer(chat_template=template), prompt="chat")
+
+
+def test_a_template_that_can_think_is_told_not_to():
+    """As Qwen 3's: the generation prompt and the conversation agree on an answer without thoughts."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+        "{% if m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    for row, tokens in zip(ROWS, tokenize(tokenizer, prompt="chat").dataset, strict=True):
+        prompt, response = split_of(tokens)
+        assert tokenizer.decode(response) == row["output"] + "</s>"
+        assert tokenizer.decode(prompt).endswith("<|assistant|><think></think>")
 
 
 def test_chat_template_that_hides_the_answer():
@@ -124,26 +167,28 @@ def test_chat_template_that_hides_the_answer():
         tokenize(byte_tokenizer(chat_template=template), prompt="chat")
 
 
-@pytest.mark.parametrize(("style", "closing"), [("alpaca", "</s>"), ("chat", "</s>\n")])
-def test_truncation_keeps_the_closing_and_counts(style, closing):
-    tokenizer = byte_tokenizer(adds="bos", chat_template=CHAT_WITH_GENERATION)
-    whole = tokenize(tokenizer, prompt=style).dataset
-    end = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    prompts = [len(split_of(row)[0]) for row in whole]
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("style", ["alpaca", "chat"])
+def test_a_cut_row_is_the_beginning_of_the_whole_row_without_an_end(style, train_on_prompt):
+    """A false end would be learnt, and scored, in the middle of a sentence."""
+    tokenizer = byte_tokenizer(adds="bos", chat_template=CHAT_WITH_BOS)
+    settings = {"prompt": style, "train_on_prompt": train_on_prompt}
+    whole = tokenize(tokenizer, **settings).dataset
+    end = closing_of(style, tokenizer).token_id
+    assert end == (EOS if style == "alpaca" else SPECIAL.index("<|end|>"))
+    prompts = [len(encode_row_prompt(row, style, tokenizer)) for row in ROWS]
     lengths = [len(row["input_ids"]) for row in whole]
-    smallest, largest = min(prompts) + len(end) + 1, max(lengths)
+    smallest, largest = min(prompts) + 1, max(lengths)
     for limit in [smallest, smallest + 1, *range(smallest + 5, largest - 2, 11), largest - 1, largest, largest + 1]:
-        task = tokenize(tokenizer, prompt=style, max_length=limit)
-        fits = [prompt + len(end) < limit for prompt in prompts]
+        task = tokenize(tokenizer, max_length=limit, **settings)
+        fits = [prompt < limit for prompt in prompts]
         assert task.dropped == fits.count(False)
         assert task.truncated == sum(fit and length > limit for fit, length in zip(fits, lengths, strict=True))
-        kept = [row for row, fit in zip(whole, fits, strict=True) if fit]
-        for row, original in zip(task.dataset, kept, strict=True):
-            if len(original["input_ids"]) <= limit:
-                assert row == original
-                continue
-            assert row["input_ids"] == original["input_ids"][: limit - len(end)] + end
-            assert row["labels"] == original["labels"][: limit - len(end)] + end
+        kept = [(row, prompt) for row, prompt, fit in zip(whole, prompts, fits, strict=True) if fit]
+        for row, (original, prompt) in zip(task.dataset, kept, strict=True):
+            assert row["input_ids"] == original["input_ids"][:limit]
+            assert row["labels"] == original["labels"][:limit]
+            assert row["input_ids"][prompt:].count(end) == (len(original["input_ids"]) <= limit)
 
 
 def test_max_length_that_no_prompt_fits():

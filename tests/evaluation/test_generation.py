@@ -9,7 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from hycam.errors import InputError
-from hycam.evaluation.generation import evaluate_generation, evaluate_generation_tasks, generate_responses
+from hycam.evaluation.generation import (
+    end_with_answers,
+    evaluate_generation,
+    evaluate_generation_tasks,
+    generate_responses,
+)
 from tests.models import tiny_model
 
 PROMPTS = ["the cat", "a", "one two three four five six", "where is the cat that I saw", "b c"]
@@ -78,6 +83,41 @@ def test_text_is_told_as_it_is_made(tokenizer):
     assert "".join(pieces) == whole and len([piece for piece in pieces if piece]) > 1
     with pytest.raises(InputError, match="on_text: given with 5 prompts, wanted one"):
         generate_responses(model, tokenizer, PROMPTS, max_new_tokens=3, on_text=pieces.append)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_ends_where_the_chat_template_closes_an_answer(tokenizer, adapted):
+    """For a base model too, whose own settings know the eos token alone."""
+    model, tokenizer = tiny_model(), copy.deepcopy(tokenizer)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    tokens = greedy_tokens(model, tokenizer, PROMPTS[0], 12)
+    end = next(token for i, token in enumerate(tokens) if i > 1 and token not in tokens[:i])
+    closing = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.add_tokens([closing])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% if m['role'] == 'assistant' %}"
+        "{{ '" + closing + "' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    model.generation_config.update(do_sample=False, temperature=0.7)  # published, and refused where it is changed
+    end_with_answers(model, tokenizer, "alpaca")
+    assert model.generation_config.eos_token_id == [2]
+    end_with_answers(model, tokenizer, "chat")
+    assert model.generation_config.eos_token_id == [2, end]
+    assert model.generation_config.temperature == 0.7
+    stopped = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=5)[0]
+    assert stopped == tokenizer.decode(tokens[: tokens.index(end)])
+
+
+def test_a_closing_that_is_no_token_is_named(tokenizer, caplog):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + 'STOP' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    end_with_answers(tiny_model(), tokenizer, "chat")
+    (record,) = caplog.records
+    assert "closes an answer with 'STOP', in which there is no token of its own: '<eos>' is trained" in record.message
 
 
 def test_the_model_s_sampling_settings_do_not_matter(tokenizer):

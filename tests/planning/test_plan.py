@@ -1,6 +1,9 @@
 """What a plan follows, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,13 +13,16 @@ import hycam_cli
 from hycam.errors import InputError
 from hycam.planning.engines import ENGINES, engine_of
 from hycam.planning.plan import plan_memory
+from hycam.study.recipe import load_study
+from hycam.training.callbacks import read_metrics
 from hycam.training.engines import packaged_engines
 from hycam.training.method import MethodConfig
 from hycam.training.prepare import adapted
 from hycam_cli import main
 from tests.models import tiny_config
 from tests.planning.cases import config, recipe
-from tests.training.runs import recipe_values, save_recipe
+from tests.study.studies import save_study, study_values
+from tests.training.runs import recipe_values, save_backbone, save_recipe
 
 
 def plan(run=None, *, engine=None, world_sizes=(1,), shape=None):
@@ -251,6 +257,28 @@ def test_the_command_prints_a_table_and_json(planned, capsys):
     assert sorted(folder.rglob("*")) == files
 
 
+def test_a_study_is_planned_method_by_method(tmp_path, capsys):
+    tiny_config().save_pretrained(tmp_path / "backbone")
+    path = str(save_study(tmp_path, study_values(tmp_path, tmp_path / "backbone")))
+    assert main(["plan", path, "--world-size", "1", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {backbone: list(methods) for backbone, methods in found.items()} == {"tiny": ["lora", "hycam"]}
+    run = load_study(path).recipe("tiny", "lora", fold=0, seed=0, learning_rate=1.0, folder=".")
+    assert found["tiny"]["lora"] == [plan.to_dict() for plan in plan_memory(run, tiny_config(), engine_of(run), [1, 2])]
+    assert main(["plan", path]) == 0
+    table = capsys.readouterr().out
+    for text in ("tiny, ddp: GiB per GPU", "│ lora", "│ hycam", f"{found['tiny']['hycam'][0]['trained']:,}"):
+        assert text in table
+
+
+def test_a_study_that_ships_is_planned_without_the_hub(capsys):
+    assert (
+        main(["plan", "study_small", "--json", "--data.max_length", "16", "--trainer.per_device_train_batch_size", "1"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)
+
+
 def test_a_backbone_from_scratch_is_planned_untrained(capsys):
     assert main(["plan", "demo", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
@@ -263,3 +291,26 @@ def test_world_sizes_are_counts(world_size, capsys):
         main(["plan", "demo", "--world-size", world_size])
     assert status.value.code == 2
     assert "wanted an integer of 1 or more" in capsys.readouterr().err or world_size == "-1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where the system tells what a process holds")
+def test_a_run_on_a_cpu_holds_what_was_planned_with_its_packages(tmp_path):
+    """Most of a small run's memory is that of the process itself."""
+    backbone = save_backbone(tmp_path / "backbone")
+    path = str(save_recipe(tmp_path, recipe_values(tmp_path, backbone)))
+
+    def hycam(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "hycam", *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (planned,) = json.loads(hycam("plan", path, "--json"))
+    hycam("train", path)
+    measured = max(line.get("peak_bytes", 0) for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert planned["process"] > 2**28
+    assert planned["on_cpu"] == pytest.approx(measured, rel=0.05)

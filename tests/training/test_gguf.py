@@ -1,0 +1,124 @@
+"""A backbone in a GGUF file trains, reloads, answers and is planned as one of safetensors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hycam.errors import InputError
+from hycam.training.backbone import check_available, load_backbone_config, load_model, load_tokenizer
+from hycam.training.recipe import BackboneConfig, parse_recipe
+from hycam.training.run import train
+from hycam_cli import main
+from tests.training.gguf_files import save_gguf
+from tests.training.runs import recipe_values
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_gguf(tmp_path_factory.mktemp("backbone"))
+
+
+def named(file: Path, way: str) -> dict[str, str]:
+    return {"name_or_path": str(file)} if way == "file" else {"name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_is_loaded_is_what_the_file_has(tmp_path: Path, way: str, dtype: str) -> None:
+    file, original = save_gguf(tmp_path, GGMLQuantizationType.F32)
+    config = BackboneConfig(**named(file, way), dtype=dtype)
+    name = config.name_or_path
+    check_available(config)
+    model, tokenizer = load_model(config, name), load_tokenizer(config, name)
+    wanted = AutoModelForCausalLM.from_pretrained(original, dtype=model.dtype)
+    assert model.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
+    assert load_backbone_config(config, name).num_hidden_layers == wanted.config.num_hidden_layers
+    assert model.name_or_path == str(file)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, wanted(ids).logits)
+    reference = AutoTokenizer.from_pretrained(original)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (reference.eos_token, reference.pad_token)
+    assert tokenizer.chat_template == reference.chat_template
+    text = "Say the colour of cat 3<eos>"
+    assert tokenizer(text)["input_ids"] == reference(text)["input_ids"]
+
+
+@pytest.mark.parametrize(("method", "way"), [("hycam", "file"), ("full", "folder")])
+def test_a_run_trains_reloads_and_is_measured_again(
+    tmp_path: Path, saved: tuple[Path, Path], capsys: pytest.CaptureFixture[str], method: str, way: str
+) -> None:
+    file, _ = saved
+    section = {"name": method} if method == "full" else {"r": 4, "num_experts": 2}
+    values = recipe_values(tmp_path, file, data={"max_length": 128}) | {"backbone": named(file, way), "method": section}
+    recipe = parse_recipe(values, "recipe")
+    results = train(recipe)
+    run = recipe.output_path
+    assert results["test"]["adapted"]["overall"]["nll"] < results["test"]["base"]["overall"]["nll"]
+    assert main(["eval", str(run), "--no-generation", "--output", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["overall"]["nll"] == pytest.approx(results["test"]["adapted"]["overall"]["nll"], rel=1e-6)
+    assert main(["plan", str(run), "--json"]) == 0
+    assert main(["generate", str(run), "--prompt", "Say", "--max-new-tokens", "3"]) == 0
+    if method == "full":
+        saved_model = AutoModelForCausalLM.from_pretrained(run / "model")
+        assert not getattr(saved_model.config, "quantization_config", None)
+        assert AutoTokenizer.from_pretrained(run / "model").chat_template
+        return
+    settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(file)
+    capsys.readouterr()
+    outside = tmp_path / "elsewhere"
+    (run / "adapter").rename(outside)  # with no recipe beside it, its settings name the backbone
+    assert main(["generate", "--adapter", str(outside), "--prompt", "Say", "--max-new-tokens", "3"]) == 0
+    backbone = load_model(BackboneConfig(name_or_path=str(file)), str(file))
+    assert isinstance(PeftModel.from_pretrained(backbone, str(outside)), PeftModel)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name_or_path": "x.gguf"}, r"backbone\.name_or_path: x\.gguf: no such file"),
+        (
+            {"name_or_path": "{folder}", "gguf_file": "absent.gguf"},
+            r"absent\.gguf: no such file; GGUF files there: tiny",
+        ),
+        ({"name_or_path": "{file}", "gguf_file": "tiny.gguf"}, r"gguf_file: got 'tiny\.gguf' beside the file"),
+        (
+            {"name_or_path": "{file}", "quantization": "bnb-4bit"},
+            r"quantization: got 'bnb-4bit', wanted null for a GGUF file",
+        ),
+        (
+            {"name_or_path": "{file}", "revision": "main"},
+            r"revision: got 'main' for the file .*, which has no revisions",
+        ),
+        ({"gguf_file": "tiny.gguf", "scratch": {"steps": 2}}, r"gguf_file: got 'tiny\.gguf' with scratch"),
+    ],
+)
+def test_what_is_wrong_is_named(saved: tuple[Path, Path], section: dict[str, str], message: str) -> None:
+    file, _ = saved
+    filled = {
+        key: value.format(file=file, folder=file.parent) if isinstance(value, str) else value
+        for key, value in section.items()
+    }
+    with pytest.raises(InputError, match=message):
+        check_available(parse_recipe({"backbone": filled}, "recipe").backbone)
+
+
+def test_a_file_that_is_cut_short(tmp_path: Path, saved: tuple[Path, Path]) -> None:
+    file, _ = saved
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(InputError, match=r"backbone\.name_or_path: .*cut\.gguf: can't be loaded: "):
+        load_backbone_config(BackboneConfig(name_or_path=str(cut)), str(cut))
+
+
+def test_without_the_package(saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"tiny\.gguf is a GGUF file, but gguf is not installed, wanted: pip install"):
+        check_available(BackboneConfig(name_or_path=str(saved[0])))
