@@ -55,7 +55,8 @@ def token_value_states(
             found, first = [], 0
             for _, batch in iterate_batches(rows, collator, batch_size, device_of(bare)):
                 batch.pop("labels")
-                cache = bare(**batch, use_cache=True).past_key_values
+                output = bare(**batch, use_cache=True)
+                cache = output["cache" if "cache" in output else "past_key_values"]  # transformers from 5.24 on, before
                 layers = len(cache.layers)
                 if not -layers <= layer < layers:
                     raise InputError(f"layer: {layer} given, the model has {layers}")

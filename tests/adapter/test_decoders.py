@@ -15,7 +15,7 @@ from tests.adapter.outcomes import COUNTS, FOUND, PAGE, RECURRENT, REFUSED, REFU
 from tests.decoders import MODEL_TYPES, tiny_decoder, tiny_decoder_config
 
 pytestmark = pytest.mark.skipif(
-    not transformers.__version__.startswith("5.23."), reason="the outcomes are those of transformers 5.23"
+    not transformers.__version__.startswith("5.24."), reason="the outcomes are those of transformers 5.24"
 )
 
 QUICK = [
