@@ -14,7 +14,7 @@ from tests.adapter.outcomes import FOUND, by_type, decoder_type
 from tests.decoders import tiny_decoder, tiny_decoder_config
 
 pytestmark = pytest.mark.skipif(
-    not transformers.__version__.startswith("5.23."), reason="some of the types are new in transformers 5.23"
+    not transformers.__version__.startswith("5.24."), reason="some of the types are new in transformers 5.24"
 )
 
 QUICK = [
