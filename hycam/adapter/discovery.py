@@ -4,15 +4,20 @@ import inspect
 from collections import Counter
 from collections.abc import Collection, Iterator
 
+import transformers
+from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hycam.adapter.architectures import hidden_size_of, model_type_of
 from hycam.errors import InputError
 
+# What this transformers' own models call their cache, as an argument and in what they return.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
 # A causal attention keeps keys and values; an encoder's and a vision tower's forward don't take them.
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
-# The name from transformers 5.24 on, there a recurrent mixer's state's too.
+# transformers 5.24 has one name for them and for a recurrent mixer's state.
 _ANY_CACHE = "cache"
 _HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads")
 # What a module calls the stream that it adds its result to.
