@@ -32,7 +32,7 @@ _FIELDS: dict[Any, str] = {
     "expert_ffn_hidden_size feed_forward_size num_centroids shared_experts_intermediate_size",
     128: "vocab_size decoder_vocab_size max_position_embeddings n_positions n_ctx max_target_positions "
     "max_seq_len model_max_length vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size "
-    "encoder_hash_byte_group_vocab ngram_vocab_size_base context_length",
+    "encoder_hash_byte_group_vocab unpadded_vocab_size ngram_vocab_size_base context_length",
     1: "n_group topk_group num_expert_group n_groups mamba_n_groups",
     0.0: "attention_dropout hidden_dropout resid_pdrop embd_pdrop emb_pdrop dropout activation_dropout "
     "hidden_dropout_prob attention_probs_dropout_prob embedding_dropout ffn_dropout",
@@ -65,6 +65,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dory": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "dots3_note": {"audio_config": {"adapter_input_size": 32}},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": _SHARED_KEYS | {"intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0]},

@@ -12,6 +12,7 @@ from benchmarks.models.methods import HYCAM
 from benchmarks.models.training import adapted, base_model, token_ids
 from benchmarks.op.checks import compare, results
 from benchmarks.op.peers import Arguments, Outputs
+from hycam.adapter.discovery import CACHE
 
 
 class Generation:
@@ -44,7 +45,7 @@ class Generation:
         prompt = self.prompts[0]
         cache = StaticCache(config=base_model(self.model).config, max_cache_len=prompt.shape[1] + self.new_tokens)
         with torch.no_grad():
-            self.model(input_ids=prompt, past_key_values=cache, use_cache=True)
+            self.model(input_ids=prompt, use_cache=True, **{CACHE: cache})
         token = prompt[:, :1].clone()
 
         def setup(index: int) -> Tensor:
@@ -56,7 +57,7 @@ class Generation:
 
         @torch.no_grad()
         def run(ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            return self.model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
 
         return Work(setup, run, 1, on_device=True)
 
@@ -78,7 +79,7 @@ def check_generation(name: str, shape: ModelShape, dtype: torch.dtype, device: t
         def call(arguments: Arguments) -> Outputs:
             ids = arguments["ids"]
             prompt = model(input_ids=ids[:, :-1], use_cache=True)
-            token = model(input_ids=ids[:, -1:], past_key_values=prompt.past_key_values, use_cache=True)
+            token = model(input_ids=ids[:, -1:], use_cache=True, **{CACHE: prompt[CACHE]})
             return prompt.logits[:, -1], token.logits[:, -1]
 
         return results(call, {"ids": token_ids(cut, device)}, inference=True)

@@ -45,15 +45,18 @@ def _each(names: str, architecture: Architecture) -> dict[str, Architecture]:
 ARCHITECTURES = {
     **_each(
         "llama mistral qwen2 qwen3 arcee aria_text axk1 bailing_hybrid bitnet cwm deepseek_v2 deepseek_v3 deepseek_v32 "
-        "diffllama dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone_moe glm glm4_moe glm4_moe_lite glm_moe_dsa "
-        "hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 iquestcoder jetmoe kimi_linear laguna llama4_text mellum "
-        "mimo_v2_flash minimax_m2 ministral ministral3 mixtral mllama_text_model olmoe qwen2_moe qwen3_moe seed_oss "
-        "smollm3 solar_open youtu",
+        "diffllama dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone exaone_moe glm glm4_moe glm4_moe_lite "
+        "glm_moe_dsa hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 iquestcoder jetmoe kimi_linear laguna llama4_text "
+        "mellum mimo_v2_flash minimax_m2 ministral ministral3 mixtral mllama_text_model olmoe qwen2_moe qwen3_moe "
+        "sarvam_mla sarvam_moe seed_oss smollm3 solar_open youtu",
         Architecture(),
     ),
     **_each("bamba jamba", Architecture(norms=("input_layernorm", "pre_ff_layernorm"))),
     **_each("lfm2 lfm2_moe", Architecture(input_norm="operator_norm", norms=("operator_norm", "ffn_norm"))),
-    "apertus": Architecture(input_norm="attention_layernorm", norms=("attention_layernorm", "feedforward_layernorm")),
+    **_each(
+        "apertus apertus1p5_text",
+        Architecture(input_norm="attention_layernorm", norms=("attention_layernorm", "feedforward_layernorm")),
+    ),
     **_each("jais2 persimmon phimoe starcoder2", Architecture(norm_kind="layer")),
     **_each("gpt2 gpt_bigcode", Architecture(input_norm="ln_1", norms=("ln_1", "ln_2"), norm_kind="layer")),
     **_each("flint gpt_oss helium", Architecture(norm_obstacle=_ROUNDED_LATE)),

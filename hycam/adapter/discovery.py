@@ -4,15 +4,21 @@ import inspect
 from collections import Counter
 from collections.abc import Collection, Iterator
 
+import transformers
+from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hycam.adapter.architectures import hidden_size_of, model_type_of
 from hycam.errors import InputError
 
-# A causal attention keeps keys and values; an encoder's, a vision tower's and a recurrent mixer's forward don't take
-# them (a mixer's state has another name).
+# What this transformers' own models call their cache, as an argument and in what they return.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+# A causal attention keeps keys and values; an encoder's and a vision tower's forward don't take them.
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
+# transformers 5.24 has one name for them and for a recurrent mixer's state.
+_ANY_CACHE = "cache"
 _HEADS = ("head_dim", "head_size", "num_heads", "num_attention_heads")
 # What a module calls the stream that it adds its result to.
 _STREAMS = ("residual", "input_tensor")
@@ -88,10 +94,16 @@ def _is_attention(module: nn.Module) -> bool:
     return (
         taken[:1] == ["hidden_states"]
         and "attention_mask" in taken
-        and any(cache in taken for cache in _CACHES)
+        and _takes_keys_and_values(module, taken)
         and (returned is inspect.Signature.empty or "tuple" in str(returned).lower())
         and any(hasattr(module, heads) for heads in _HEADS)
     )
+
+
+def _takes_keys_and_values(module: nn.Module, taken: Collection[str]) -> bool:
+    # a recurrent mixer convolves its input along the tokens, by itself; an attention does so in a module of its own
+    is_mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
+    return any(cache in taken for cache in _CACHES) or (_ANY_CACHE in taken and not is_mixer)
 
 
 def _obstacle(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from hycam.adapter.discovery import CACHE
 from hycam.errors import InputError
 from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, unwrap
 
@@ -55,7 +56,7 @@ def token_value_states(
             found, first = [], 0
             for _, batch in iterate_batches(rows, collator, batch_size, device_of(bare)):
                 batch.pop("labels")
-                cache = bare(**batch, use_cache=True).past_key_values
+                cache = bare(**batch, use_cache=True)[CACHE]
                 layers = len(cache.layers)
                 if not -layers <= layer < layers:
                     raise InputError(f"layer: {layer} given, the model has {layers}")

@@ -1,4 +1,4 @@
-"""What HyCAM does by default with every causal LM of transformers 5.23: where it goes, or why it doesn't.
+"""What HyCAM does by default with every causal LM of transformers 5.24: where it goes, or why it doesn't.
 
 `docs/architectures.md` says the same: ``python -m tests.adapter.outcomes`` draws its tables.
 """
@@ -14,18 +14,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 # The names that are found (in models of as few layers as show every kind) -> model types.
 FOUND = {
-    "self_attn": "afmoe apertus arcee aria_text axk1 axk2 bamba bart beam bigbird_pegasus biogpt bitnet blenderbot "
-    "blenderbot-small cohere cohere2 cohere2_moe cohere_compass_text cwm deepseek_v2 deepseek_v3 deepseek_v32 "
-    "deepseek_v4 diffllama doge dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe "
-    "falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified "
-    "gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt_oss granite granite_swa granitemoe "
-    "granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 "
-    "hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba kolibri1 laguna lfm2 lfm2_moe lfm3 llama "
-    "llama4 llama4_text marian mbart mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral "
-    "ministral3 mistral mixtral mllama moshi mvp nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe opt pegasus "
-    "persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text "
-    "qwen3_5_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text seed_oss smollm3 solar_open stablelm starcoder2 trocr "
-    "vaultgemma whisper xglm youtu zaya",
+    "self_attn": "afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bamba bart beam bigbird_pegasus biogpt "
+    "bitnet blenderbot blenderbot-small cohere cohere2 cohere2_moe cohere_compass_text cwm deepseek_v2 deepseek_v3 "
+    "deepseek_v32 deepseek_v4 diffllama doge dory dots1 dots3_note dots3_note_text emu3 ernie4_5 ernie4_5_moe exaone "
+    "exaone4 exaone_moe falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4 gemma4_text "
+    "gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt_oss granite "
+    "granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense "
+    "hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_loop_text inkling2_text inkling_text internlm3 iquestcoder jais2 "
+    "jamba kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4 llama4_text marian mbart mellum mimo_v2_flash "
+    "minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama moshi mvp nanochat "
+    "nemotron olmo olmo2 olmo3 olmo_hybrid olmoe opt pegasus persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 "
+    "qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text sarvam_mla "
+    "sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm youtu zaya",
     "attn": "codegen dbrx gpt-sw3 gpt2 gpt_bigcode gptj modernbert-decoder mpt",
     "attention": "gpt_neo gpt_neox gpt_neox_japanese",
     "self_attention": "falcon jetmoe",
@@ -59,16 +59,16 @@ REFUSED = {
 }
 
 # Their layers run several times in a forward.
-RECURRENT = ("hrm_text",)
+RECURRENT = ("dory", "hrm_text")
 
 # Found, and refused by the first forward.
 REFUSED_LATE = {"prophetnet": "attention_mask: got shape"}
 
-# What building a small one says.
+# What building a small one, or running it, says.
 UNBUILT = {
     "gemma3n": "requires the timm library",
     "gemma4_assistant": "must be 0, got",
-    "gemma4_unified_assistant": "The set of layer types producing a cache is different",
+    "gemma4_unified_assistant": "The set of layer types producing a cache is different|shared_kv_states cannot be",
     "musicgen": "object has no attribute 'dropout'",
     "musicgen_melody": "object has no attribute 'dropout'",
 }

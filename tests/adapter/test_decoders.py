@@ -14,10 +14,6 @@ from tests.adapter.builders import batch, config, gradients, largest_error, laye
 from tests.adapter.outcomes import COUNTS, FOUND, PAGE, RECURRENT, REFUSED, REFUSED_LATE, UNBUILT, by_type, table
 from tests.decoders import MODEL_TYPES, tiny_decoder, tiny_decoder_config
 
-pytestmark = pytest.mark.skipif(
-    not transformers.__version__.startswith("5.23."), reason="the outcomes are those of transformers 5.23"
-)
-
 QUICK = [
     "deepseek_v3",
     "gemma3",
@@ -36,6 +32,9 @@ QUICK = [
     "smollm3",
 ]
 NAMES, REASONS = by_type(FOUND), by_type(REFUSED)
+newest = pytest.mark.skipif(
+    not transformers.__version__.startswith("5.24."), reason="the types are those of transformers 5.24"
+)
 each_that_works = pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(NAMES)]
 )
@@ -48,17 +47,26 @@ def adapted(model_type, **settings):
     return model
 
 
+@pytest.fixture(autouse=True)
+def _a_type_that_this_transformers_has(request):
+    model_type = request.node.callspec.params["model_type"] if hasattr(request.node, "callspec") else None
+    if model_type is not None and model_type not in MODEL_TYPES:
+        pytest.skip("transformers got it later")
+
+
 @torch.no_grad()
 def logits(model):
     """Of a frozen model, without gradients: torch.matmul rounds otherwise where one is needed."""
     return model(**batch()).logits
 
 
+@newest
 def test_each_type_has_one_outcome():
     assert sorted([*NAMES, *REASONS, *REFUSED_LATE, *UNBUILT]) == MODEL_TYPES
     assert set(QUICK) <= set(NAMES)
 
 
+@newest
 def test_the_docs_say_what_is_tested():
     page = PAGE.read_text()
     assert page == fill(page, table), "draw the tables again: python -m tests.adapter.outcomes"
@@ -84,9 +92,9 @@ def test_the_rule(model_type):
 
 
 @pytest.mark.parametrize("model_type", UNBUILT)
-def test_what_is_not_built(model_type):
-    with pytest.raises(Exception, match=UNBUILT[model_type]), torch.device("meta"):
-        AutoModelForCausalLM.from_config(tiny_decoder_config(model_type))
+def test_what_does_not_run_without_hycam(model_type):
+    with pytest.raises(Exception, match=UNBUILT[model_type]):
+        logits(tiny_decoder(model_type))
 
 
 @each_that_works

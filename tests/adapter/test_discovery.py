@@ -29,6 +29,29 @@ class Mixer(Attention):
         return self.o_proj(hidden_states), None
 
 
+class AttentionWithCache(Attention):
+    """As transformers 5.24 names the argument."""
+
+    def forward(self, hidden_states, attention_mask=None, cache=None):
+        return self.o_proj(hidden_states), None
+
+
+class ConvolvedKeys(AttentionWithCache):
+    """Not a mixer: it convolves what it projects, in a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.k_norm = nn.Sequential(nn.Conv1d(4, 4, 2))
+
+
+class MixerWithCache(AttentionWithCache):
+    """The state of a recurrent one has the same name there."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1d = nn.Conv1d(4, 4, 2)
+
+
 class Sum(Attention):
     def forward(self, hidden_states, residual, attention_mask=None, past_key_values=None):
         return residual + self.o_proj(hidden_states), None
@@ -77,6 +100,8 @@ FOUND = {
     "each-layer": ([Layer(attention=Attention(), mlp=nn.Linear(4, 4)) for _ in range(3)], {"attention"}),
     "no-cross-attention": ([Layer(attn=Attention(), cross_attn=Attention(), encoder_attn=Attention())], {"attn"}),
     "a-hybrid": ([Layer(mixer=Mixer()), Layer(mixer=Attention())], {"1.mixer"}),
+    "caches-of-one-name": ([Layer(mixer=MixerWithCache()), Layer(mixer=AttentionWithCache())], {"1.mixer"}),
+    "convolved-keys": ([Layer(attn=ConvolvedKeys())], {"attn"}),
     "eleven-and-one": (
         [Layer(mixer=Attention() if i in (1, 11) else Mixer()) for i in range(12)],
         {"1.mixer", "11.mixer"},
@@ -101,6 +126,7 @@ def test_the_attentions_are_found_by_what_they_are(name):
     ("layers", "reason"),
     [
         ([Layer(mixer=Mixer())], "it has no module with heads that takes"),
+        ([Layer(mixer=MixerWithCache())], "it has no module with heads that takes"),
         ([Layer(attn=Bare())], "it has no module with heads that takes"),
         ([Layer(attn=Sum())], "model.layers.0.attn, a Sum, has the residual stream added to its output"),
         (

@@ -29,6 +29,7 @@ from hycam.adapter.registration import register
 from hycam.adapter.tuner import HyCAMModel
 from tests.adapter.builders import adapted_model, batch, config, gradients, layers_of, randomise
 from tests.models import tiny_model
+from tests.versions import transformers_takes_this_peft
 
 
 def logits(model):
@@ -144,6 +145,7 @@ def test_state_dict_goes_through_pefts_own_functions():
     assert torch.equal(logits(other), logits(model))
 
 
+@transformers_takes_this_peft
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="transformers' loader took no trained norms before"
 )
@@ -156,6 +158,7 @@ def test_transformers_load_adapter(saved):
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder / "base")))
 
 
+@transformers_takes_this_peft
 def test_transformers_loads_two_adapters(tmp_path):
     trained = [adapted_model(), adapted_model()]
     randomise(trained[1], seed=9)
@@ -173,6 +176,7 @@ def test_transformers_loads_two_adapters(tmp_path):
     assert torch.equal(logits(model), logits(trained[1]))
 
 
+@transformers_takes_this_peft
 def test_transformers_add_adapter_trains_and_saves(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -255,6 +259,7 @@ def test_inject_without_a_peft_model():
     assert gradients(model)
 
 
+@transformers_takes_this_peft
 @pytest.mark.parametrize(("order", "adapted"), [("lora first", 4), ("hycam first", 2)])
 def test_lora_beside_hycam(order, adapted):
     """PEFT puts no adapter inside another's layer: LoRA on an attention's projections has to come first."""
@@ -363,6 +368,7 @@ def test_hotswap_is_in_place(swapped, adapter_name):
         assert before[name] == (parameter, parameter.data_ptr())
 
 
+@transformers_takes_this_peft
 def test_hotswap_on_a_transformers_model(swapped):
     _, other, folder = swapped
     model = tiny_model()

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from hycam import hotswap_adapter
 from tests.adapter.builders import adapted_model, batch, config, layers_of
 from tests.distributed.ranks import REPOSITORY, TORCHRUN, launch
+from tests.versions import transformers_takes_this_peft
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
@@ -26,6 +27,7 @@ def test_offloading_an_adapted_model(place, tmp_path):
     assert torch.equal(model(**batch()).logits, want)
 
 
+@transformers_takes_this_peft
 def test_adapting_an_offloaded_model(tmp_path):
     trained = adapted_model().eval()
     trained.save_pretrained(tmp_path / "adapter")
