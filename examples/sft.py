@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 from hycam import HyCAMConfig
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="hub name or folder")
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or folder")
 parser.add_argument("--output", default="adapter", help="the adapter's folder")
 parser.add_argument("--steps", type=int, default=60)
 options = parser.parse_args()

@@ -13,13 +13,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_recipe_is_read(tmp_path):
+def test_the_recipe_is_that_of_the_examples(tmp_path):
+    """Which tests/examples runs."""
     (recipe,) = blocks("yaml")
-    (tmp_path / "tasks.yaml").write_text(recipe)
-    read = load_recipe(str(tmp_path / "tasks.yaml"), [])
-    assert [task.source for task in read.tasks] == ["units.csv", "tickets.jsonl"]
-    arguments = read.training_arguments()
-    assert arguments.save_steps == arguments.eval_steps == 50
+    (tmp_path / "own_data.yaml").write_text(recipe)
+    assert load_recipe(str(tmp_path / "own_data.yaml")) == load_recipe(str(REPOSITORY / "examples/own_data.yaml"))
 
 
 def test_the_python_compiles():

@@ -57,11 +57,17 @@ def test_a_recipe_of_csv_files(backbone, tmp_path):
     tasks = [task["name"] for task in yaml.safe_load(Path(recipe).read_text())["tasks"]]
     said = run(
         "-m", "hycam", "train", recipe, "--backbone.name_or_path", backbone, "--output_dir", str(tmp_path / "run"),
-        "--method.r", "4", "--trainer.max_steps", "2", "--trainer.eval_steps", "2", "--trainer.save_steps", "2",
-        "--trainer.use_cpu", "true", "--data.prompt", "chat",
+        "--method.r", "4", "--trainer.max_steps", "2", "--trainer.eval_steps", "2", "--trainer.use_cpu", "true",
     )  # fmt: skip
     assert all(task in said for task in tasks)
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "adapter_model.safetensors").is_file()
+    asked = ["--prompt", "How many grams are 21 kilograms?"]
+    script = run(str(EXAMPLES / "generate.py"), "--model", backbone, "--adapter", str(adapter), *asked)
+    command = run(
+        "-m", "hycam", "generate", str(tmp_path / "run"), *asked, "--max-new-tokens", "20", "--trainer.use_cpu", "true"
+    )
+    assert script.strip() == command.strip(), "the script asks as the run trained"
 
 
 def test_the_page_names_every_example():
