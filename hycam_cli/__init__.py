@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one instruction")
     prompts.add_argument(
-        "--file", metavar="FILE", help="instructions: .txt (one a line), .json or .jsonl (instruction, input)"
+        "--file", metavar="FILE", help="instructions: .txt (one a line), or rows with the columns of training rows"
     )
     generate.add_argument("--max-new-tokens", type=_count, metavar="N", help="of an answer, at most")
     sampling = generate.add_argument_group("sampling", "greedy without any of these; --seed N repeats what was drawn")

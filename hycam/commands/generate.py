@@ -3,7 +3,7 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from transformers import set_seed
 
 from hycam.commands.selection import check_output, select
+from hycam.data.files import READERS, kind_of
 from hycam.data.tokenization import encode_prompt, encode_row_prompt
 from hycam.errors import InputError
 from hycam.evaluation.generation import encode_prompts, generate_responses
@@ -18,16 +19,14 @@ from hycam.training.backbone import load_backbone_config
 from hycam.training.measure import training_precision
 from hycam.training.trained import load_selected_model, load_selected_tokenizer
 
-_SUFFIXES = (".txt", ".json", ".jsonl")
-
 
 def run(options: Namespace) -> None:
+    selection = select(options)
+    recipe = selection.recipe
     if options.file is None:
         rows = {"--prompt": {"instruction": options.prompt, "input": ""}}
     else:
-        rows = read_rows(Path(options.file))
-    selection = select(options)
-    recipe = selection.recipe
+        rows = read_rows(Path(options.file), [task.fields for task in recipe.tasks if task.fields is not None])
     output = None if options.output is None else Path(options.output)
     if output is not None:
         check_output(output)
@@ -75,52 +74,47 @@ def run(options: Namespace) -> None:
             print(json.dumps(row, ensure_ascii=False))
 
 
-def read_rows(path: Path) -> dict[str, dict[str, str]]:
-    """Rows with `instruction` and `input` from a text file (one a line), a JSON list or JSON lines, by their places.
+def read_rows(path: Path, fields: Iterable[Mapping[str, str]] = ()) -> dict[str, dict[str, str]]:
+    """Rows with `instruction` and `input` from a text file (one a line), or a file that training could read, by place.
+
+    Args:
+        path: of the file.
+        fields: other names that the two may have, as a task's `fields` gives them.
 
     Raises:
         InputError: with file and line (or row) where it can't be read.
     """
-    if path.suffix not in _SUFFIXES:
-        raise InputError(f"--file: {path}: wanted one of {', '.join(_SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read: {error}") from error
-    rows = {place: _row(value, place) for place, value in _values(path, text)}
+    names = [{"instruction": "instruction", "input": "input"}, *fields]
+    rows = {place: _row(value, place, names) for place, value in _values(path)}
     if not rows:
         raise InputError(f"{path}: empty, wanted at least one instruction")
     return rows
 
 
-def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".json":
-        values = _parse(text, str(path))
-        if not isinstance(values, list):
-            raise InputError(f"{path}: got {type(values).__name__}, wanted a list of rows")
-        for number, value in enumerate(values, start=1):
-            yield f"{path}: row {number}", value
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix != ".txt":
+        kind = kind_of(path)
+        if kind is None:
+            raise InputError(f"--file: {path}: wanted one of {', '.join(['.txt', *READERS])}")
+        yield from READERS[kind](path, None)
         return
-    # at line ends alone: `str.splitlines` parts a text at its U+2028 and U+0085 too, which JSON leaves as they are
-    for number, line in enumerate(text.split("\n"), start=1):
-        place = f"{path}:{number}"
-        if line.strip():
-            yield place, {"instruction": line} if path.suffix == ".txt" else _parse(line, place)
-
-
-def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not JSON: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read: {error}") from error
+    # at line ends alone: `str.splitlines` parts a text at its U+2028 and U+0085 too
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", {"instruction": line}
 
 
-def _row(value: Any, place: str) -> dict[str, str]:
+def _row(value: Any, place: str, fields: Sequence[Mapping[str, str]]) -> dict[str, str]:
     if not isinstance(value, dict):
         raise InputError(f"{place}: got {type(value).__name__}, wanted an object with instruction")
-    instruction, context = value.get("instruction"), value.get("input") or ""
+    names = next((names for names in fields if names["instruction"] in value), fields[0])
+    instruction, context = value.get(names["instruction"]), value.get(names.get("input", "input")) or ""
     if not isinstance(instruction, str) or not instruction.strip():
-        raise InputError(f"{place}: instruction: got {instruction!r}, wanted text")
+        raise InputError(f"{place}: {names['instruction']}: got {instruction!r}, wanted text")
     if not isinstance(context, str):
-        raise InputError(f"{place}: input: got {context!r}, wanted text")
+        raise InputError(f"{place}: {names['input']}: got {context!r}, wanted text")
     return {"instruction": instruction, "input": context}

@@ -38,11 +38,18 @@ def check_available(config: BackboneConfig) -> None:
         check_quantization(config.quantization)
     if config.is_gguf:
         check_gguf(config)
+    elif config.name_or_path is not None and is_missing_path(config.name_or_path):
+        raise InputError(f"backbone.name_or_path: {config.name_or_path}: no such folder, and no name of the hub's")
     if config.revision is not None and config.name_or_path is not None and Path(config.name_or_path).exists():
         kind = "folder" if Path(config.name_or_path).is_dir() else "file"
         raise InputError(
             f"backbone.revision: got {config.revision!r} for the {kind} {config.name_or_path}, which has no revisions"
         )
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether a name can be that of a folder alone, which isn't there: hub names have one slash at most."""
+    return (name.startswith(("/", ".")) or name.count("/") > 1) and not Path(name).is_dir()
 
 
 def _check_kernels(field: str, package: str, extra: str) -> None:

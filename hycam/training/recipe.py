@@ -84,6 +84,8 @@ class BackboneConfig:
         if (self.name_or_path is None) == (self.scratch is None):
             given = "neither" if self.scratch is None else "both"
             raise ValueError(f"got {given} of name_or_path and scratch, wanted one (set the other to null)")
+        if self.name_or_path is not None and self.name_or_path.startswith("~"):
+            self.name_or_path = str(Path(self.name_or_path).expanduser())
         if not self.is_gguf:
             return
         if self.name_or_path is None:

@@ -128,7 +128,8 @@ def test_train_writes_the_run_and_prints_its_tables(run: Path, capsys: pytest.Ca
     [
         ({"data": {"max_lenght": 64}}, "recipe.yaml: data.max_lenght: unknown field; did you mean 'max_length'?"),
         ({"trainer": {"learning_rate": "high"}}, "recipe.yaml: trainer.learning_rate: got 'high' (str), wanted float"),
-        ({"backbone": {"name_or_path": "./nothing"}}, "backbone.name_or_path: ./nothing: can't be loaded"),
+        ({"backbone": {"name_or_path": "./nothing"}}, "backbone.name_or_path: ./nothing: no such folder"),
+        ({"backbone": {"name_or_path": "models/of/nobody"}}, "name_or_path: models/of/nobody: no such folder"),
         ({"tasks": [{"name": "b", "source": "broken.jsonl"}]}, "broken.jsonl:2"),
         ({"tasks": [{"name": "f", "source": "fieldless.jsonl"}]}, "fieldless.jsonl:1: output"),
         ({"tasks": [{"name": "e", "source": "empty.jsonl"}]}, "empty.jsonl"),
@@ -241,17 +242,35 @@ def test_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("name", "text", "message"),
     [
         ("p.jsonl", '{"instruction": "a"}\n{"instruction": 3}\n', "p.jsonl:2: instruction: got 3, wanted text"),
-        ("p.jsonl", "{\n", "p.jsonl:1: not JSON"),
-        ("p.json", '{"instruction": "a"}', "p.json: got dict, wanted a list of rows"),
+        ("p.jsonl", "{\n", "p.jsonl:1: broken JSON"),
+        ("p.json", '{"instruction": "a"}', "p.json: a dict, wanted an array of rows"),
         ("p.txt", "\n\n", "p.txt: empty"),
-        ("p.csv", "a\n", "p.csv: wanted one of .txt"),
+        ("p.csv", "a\n1\n", "p.csv: row 1: instruction: got None, wanted text"),
+        ("p.pdf", "a\n", "p.pdf: wanted one of .txt, .json, .jsonl, .parquet, .csv"),
     ],
 )
 def test_files_of_prompts_are_checked_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, message: str
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    message: str,
 ) -> None:
+    import hycam.commands.generate as module
+
+    monkeypatch.setattr(module, "load_selected_tokenizer", None)
     (tmp_path / name).write_text(text)
-    assert message in _error(capsys, "generate", "nowhere", "--file", str(tmp_path / name))
+    assert message in _error(capsys, "generate", str(run), "--file", str(tmp_path / name))
+
+
+def test_a_file_of_prompts_may_have_the_columns_of_a_task(tmp_path: Path) -> None:
+    fields = [{"instruction": "frage", "output": "antwort"}, {"instruction": "text", "input": "kontext"}]
+    (tmp_path / "p.csv").write_text("text,kontext\nWhich?,The first\n")
+    (tmp_path / "q.tsv").write_text("frage\tinput\nWhat?\tThat\n")
+    assert list(read_rows(tmp_path / "p.csv", fields).values()) == [{"instruction": "Which?", "input": "The first"}]
+    assert list(read_rows(tmp_path / "q.tsv", fields).values()) == [{"instruction": "What?", "input": "That"}]
 
 
 def test_a_file_of_prompts_has_a_row_for_each_line_alone(tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ def test_a_method_comes_back_from_its_plain_values(name: str) -> None:
     assert parse_recipe(recipe.to_dict(), "again.yaml") == recipe
 
 
+def test_a_folder_of_ones_home_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert _parse(backbone={"name_or_path": "~/models/one"}).backbone.name_or_path == "/somewhere/models/one"
+
+
 def test_a_missing_backbone_is_named() -> None:
     with pytest.raises(InputError, match=r"^my.yaml: backbone: missing$"):
         parse_recipe({"tasks": []}, "my.yaml")
