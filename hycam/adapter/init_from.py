@@ -48,7 +48,10 @@ def init_from(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "
 
 def check_init(model: Any, folder: str | os.PathLike, adapter_name: str = "default") -> str:
     """The line of `init_from`, and what it refuses, without a change of `model`, which may be on the meta device."""
-    config = model.peft_config[adapter_name]
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise InputError(f"adapter_name: got {adapter_name!r}, wanted an adapter of a PeftModel")
+    config = configs[adapter_name]
     if not (Path(folder) / CONFIG_NAME).is_file():  # which PEFT would ask the hub for
         raise InputError(f"init_from: {folder} has no {CONFIG_NAME}, wanted a folder that holds an adapter")
     try:

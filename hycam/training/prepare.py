@@ -32,6 +32,7 @@ from hycam.training.backbone import (
     load_tokenizer,
     num_embeddings,
 )
+from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import check_gpus, check_launcher
 from hycam.training.folder import check_folder, check_held_out
 from hycam.training.method import MethodConfig
@@ -102,7 +103,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
         check_same_recipe(recipe)
     with _first_of_machine(recipe, arguments):
         rows = load_rows(recipe.tasks, recipe.data)
-    if recipe.method.init_from is not None:
+    goes_on = resume and last_checkpoint(recipe.output_path) is not None
+    if recipe.method.init_from is not None and not goes_on:
         check_held_out(Path(recipe.method.init_from).expanduser().parent, rows)
     with arguments.main_process_first(local=False, desc="training the backbone"):
         name = backbone_name(recipe.backbone, recipe.output_path, recipe.seed)
@@ -112,7 +114,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
         check_record(recipe, rows, commit, arguments.world_size)
         check_undamaged(recipe, config, name)
     check_max_length(config, recipe.data.max_length, name)
-    _check_adapter(recipe, config)
+    _check_adapter(recipe, config, starts=not goes_on)
     dtype = config.dtype if recipe.backbone.dtype == "auto" else recipe.backbone.dtype
     rounding = recipe.method.rounding(dtype)
     if rounding is not None and not arguments.deepspeed:  # which keeps float32 weights by itself
@@ -223,12 +225,13 @@ def check_sharding(method: MethodConfig, *, sharded: bool, parted: bool) -> None
         )
 
 
-def _check_adapter(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded, or the machine."""
+def _check_adapter(recipe: Recipe, config: PretrainedConfig, *, starts: bool) -> None:
+    """Raise `InputError` where the adapter doesn't fit the backbone, of which no weight is loaded, or the machine, or,
+    of a run that starts, what it starts from."""
     if is_deepspeed_zero3_enabled():  # which parts weights as soon as they are made, and meta tensors have none
         return
     model = adapted(build_model(recipe.backbone, config), recipe.method)
-    if recipe.method.init_from is not None:
+    if recipe.method.init_from is not None and starts:
         try:
             check_init(model, Path(recipe.method.init_from).expanduser())
         except InputError as error:

@@ -127,8 +127,6 @@ def _train(
     end_with_answers(model, prepared.tokenizer, recipe.data.prompt)
     if not prepared.arguments.should_save:
         announce = _silent
-    if recipe.method.init_from is not None:
-        announce(init_from(model, Path(recipe.method.init_from).expanduser()))
     trainable, total = _parameter_counts(model)
     announce(f"{prepared.backbone}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
     with SaveOnSignal() as on_signal:
@@ -148,6 +146,8 @@ def _train(
         elif resume:
             read = "" if recipe.data.streaming is None else ", once the streams are read up to it"
             announce("no checkpoint yet: from the start" if checkpoint is None else f"going on from {checkpoint}{read}")
+        if recipe.method.init_from is not None and checkpoint is None and ended is None:
+            announce(init_from(model, Path(recipe.method.init_from).expanduser()))
         if test and base is None and not isinstance(model, PeftModel):  # training will change the backbone
             device: Any = prepared.arguments.device
             with training_precision(recipe, device):

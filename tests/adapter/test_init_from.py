@@ -67,6 +67,13 @@ def test_experts_beside_a_shared_cam_that_is_kept(tmp_path):
     assert torch.allclose(logits(model), logits(trained), atol=1e-5), "new experts add nothing at their start"
 
 
+def test_a_model_without_the_adapter(saved):
+    with pytest.raises(ValueError, match="adapter_name: got 'other', wanted an adapter of a PeftModel"):
+        init_from(adapted_model(), saved[1], "other")
+    with pytest.raises(ValueError, match="adapter_name: got 'default', wanted an adapter of a PeftModel"):
+        init_from(tiny_model(), saved[1])
+
+
 def test_another_method_s_adapter(tmp_path):
     trained = get_peft_model(tiny_model(), MultiLoraConfig(r=4, num_adapters=2))
     trained.save_pretrained(tmp_path)

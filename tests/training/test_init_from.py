@@ -36,6 +36,17 @@ def test_a_run_goes_on_from_anothers_adapter(tmp_path: Path, backbone: Path, fir
     assert f"init_from: {first}" in (recipe.output_path / "recipe.yaml").read_text()
 
 
+def test_a_run_that_is_resumed_needs_it_no_more(tmp_path: Path, backbone: Path, first: Path) -> None:
+    start = shutil.copytree(first, tmp_path / "start")
+    recipe = run_recipe(tmp_path, backbone, method={"init_from": str(start)}, trainer=_ONE_STEP)
+    train(recipe)
+    shutil.rmtree(start)
+    (recipe.output_path / "results.json").unlink()
+    said: list[str] = []
+    train(recipe, resume=True, announce=said.append)
+    assert any("going on from" in line for line in said) and not any("tensors kept" in line for line in said)
+
+
 def _refused(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> str:
     import hycam.training.prepare as module
 

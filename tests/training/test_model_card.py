@@ -12,7 +12,7 @@ from hycam.training.method import MethodConfig, MethodName
 from hycam.training.run import train
 from tests.training.runs import run_recipe
 
-_ONE_STEP = {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
+_ONE_STEP = {"max_steps": 1, "eval_steps": 1, "save_steps": 1, "warmup_steps": 0, "learning_rate": 0.1}
 
 
 def _trained(folder: Path, backbone: Path, method: MethodConfig | None = None) -> tuple[dict, Path]:
@@ -40,6 +40,7 @@ def test_the_card_has_the_runs_numbers(tmp_path: Path, backbone: Path) -> None:
         assert isinstance(result, EvalResult) and result.dataset_type == f"{task}.jsonl"
         assert result.metric_value == pytest.approx(values["perplexity"], abs=1e-4)
         base = results["test"]["base"]["tasks"][task]["perplexity"]
+        assert f"{base:.4g}" != f"{values['perplexity']:.4g}"
         assert f"| {task} | {base:.4g} | {values['perplexity']:.4g} |" in card.text
     assert "[More Information Needed]" not in card.text
     assert f"{results['parameters']['trainable']:,} of {results['parameters']['total']:,} parameters" in card.text
