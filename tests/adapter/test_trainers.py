@@ -205,6 +205,19 @@ def test_a_compiled_model(tmp_path, scope, path, layers):
     assert probe.error(shares(data, 4, targets)) < TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_layers_compiled_one_by_one(tmp_path, scope):
+    torch._dynamo.reset()
+    model, data = new_adapter(tiny_model(), balance_scope=scope), rows()
+    probe = Probe(model)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="aot_eager")
+    arguments = settings(tmp_path, 4, per_device_train_batch_size=2, label_smoothing_factor=0.1)
+    Trainer(model, arguments, train_dataset=data, callbacks=[probe]).train()
+    assert probe.error(shares(data, 4, targets)) < TOLERANCE
+
+
 @pytest.mark.parametrize("scaler", ["torch", "deepspeed"])
 def test_float16s_scaler(tmp_path, scaler):
     """What float16's scaler multiplies the loss by, the balance loss is multiplied by.

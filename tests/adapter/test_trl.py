@@ -195,6 +195,21 @@ def test_grpo(tokenizer, tmp_path, loss_type):
     assert probe.error(by_tokens if loss_type in OVER_TOKENS else [0.25] * 4) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_grpo_generates_for_several_steps(tokenizer, tmp_path):
+    """A step's tokens are then taken to be its part of all that were generated, as the trainer divides by them."""
+    model = new_adapter(backbone(tokenizer))
+    probe = Probe(model)
+    settings = ONLINE_SETTINGS | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings |= {"steps_per_generation": 8, "loss_type": "dapo"}
+    trainer = run(
+        GRPOTrainer, GRPOConfig, model, prompts(8), tokenizer, tmp_path, options=ONLINE, callbacks=[probe], **settings
+    )  # fmt: skip
+    generated = sum(int(batch["completion_mask"].sum()) for batch in trainer._buffered_inputs)
+    counts = [int((inputs["labels"][:, 1:] != -100).sum()) for inputs in probe.micro_batches]
+    assert probe.error([count / (generated * 2 / 8) for count in counts]) < TOLERANCE
+
+
 def first_log(trainer):
     return next(entry for entry in trainer.state.log_history if "loss" in entry)
 
