@@ -5,11 +5,14 @@ import re
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from trl import SFTConfig, SFTTrainer
 
 from hycam import HyCAMConfig, hotswap_adapter
 from hycam.methods import MoeLoraConfig, MultiLoraConfig
 from tests.adapter.builders import adapted_model, batch, config, layers_of, randomise
+from tests.data.tokenizers import CHAT_WITH_GENERATION, byte_tokenizer
 from tests.models import tiny_model
 
 TOKENS = [5, 9, 77]
@@ -45,6 +48,38 @@ def test_trained_tokens(given, tied, tmp_path):
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(tiny_model(tie_word_embeddings=tied)))
     assert torch.equal(logits(model.unload()), logits(tiny_model(tie_word_embeddings=tied)))
+
+
+def test_a_chat_template_that_adds_tokens(tmp_path):
+    """TRL clones template and tokens, and sets on the settings what trains their embeddings."""
+    template = byte_tokenizer(chat_template=CHAT_WITH_GENERATION)
+    template.add_tokens(["<|one|>", "<|two|>"], special_tokens=True)
+    template.save_pretrained(tmp_path / "template")
+    tokenizer = byte_tokenizer()
+    rows = [[{"role": "user", "content": "Name <|one|>"}, {"role": "assistant", "content": "Red <|two|>"}]] * 4
+    trainer = SFTTrainer(
+        model=tiny_model(vocab_size=len(tokenizer)),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            chat_template_path=str(tmp_path / "template"),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=0.1,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_dict({"messages": rows}),
+        processing_class=tokenizer,
+        peft_config=config(),
+    )
+    added = trainer.model.peft_config["default"].trainable_token_indices["embed_tokens"]
+    assert trainer.processing_class.convert_ids_to_tokens(added)[:2] == ["<|one|>", "<|two|>"]
+    trainer.train()
+    delta = trainer.model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
+    start = trainer.model.get_input_embeddings().original_module.weight[added]
+    assert ((delta - start) != 0).any(-1)[:2].all()
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert HyCAMConfig.from_pretrained(tmp_path / "adapter").trainable_token_indices == {"embed_tokens": added}
 
 
 @pytest.mark.parametrize("config_class", [HyCAMConfig, MoeLoraConfig, MultiLoraConfig])
