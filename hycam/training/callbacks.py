@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -169,10 +170,15 @@ def validation_is_due(state: TrainerState) -> bool:
 
 
 class Throughput(TrainerCallback):
-    """Counts tokens and time of this process's training steps since the last log."""
+    """Counts tokens and time of this process's training steps since the last log.
+
+    Attributes:
+        spent: seconds of this process's training by what they went to: `steps`, `validation`, `checkpoints`.
+    """
 
     def __init__(self) -> None:
         self._started = 0.0
+        self.spent = dict.fromkeys(("steps", "validation", "checkpoints"), 0.0)
         self._clear()
 
     def _clear(self) -> None:
@@ -192,7 +198,18 @@ class Throughput(TrainerCallback):
             self.tokens = self.tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._started
+        seconds = time.perf_counter() - self._started
+        self.seconds += seconds
+        self.spent["steps"] += seconds
+
+    @contextmanager
+    def spending_on(self, what: str) -> Iterator[None]:
+        """Count the time that this takes for `what`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.perf_counter() - began
 
     def take(self, device: torch.device) -> dict[str, float]:
         """What the processes have counted together, and begin anew.

@@ -114,5 +114,8 @@ def event_line(logs: Mapping[str, Any]) -> str:
     if "loss" in logs:
         return "  ".join(form.format(logs[key]) for key, form in _TRAINING.items() if logs.get(key) is not None)
     if "train_runtime" in logs:
-        return f"trained in {logs['train_runtime']:.0f} s"
+        whole = logs["train_runtime"]
+        parts = {key.removesuffix("_seconds"): seconds for key, seconds in logs.items() if key.endswith("_seconds")}
+        shares = ", ".join(f"{100 * seconds / whole:.0f} % {what}" for what, seconds in parts.items())
+        return f"trained in {whole:.0f} s: {shares}"
     return ""

@@ -259,7 +259,8 @@ class HyCAMTrainer(Trainer):
         tasks: Mapping[str, Dataset] = self.validation if eval_dataset is None else eval_dataset
         rows = sum(len(dataset) for dataset in tasks.values())
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with progress_bar(rows, "validation", "row", quiet=quiet, leave=False) as bar:
+        bar = progress_bar(rows, "validation", "row", quiet=quiet, leave=False)
+        with self.throughput.spending_on("validation"), bar:
 
             def progress(done: int) -> None:
                 bar.update(done)
@@ -302,6 +303,8 @@ class HyCAMTrainer(Trainer):
                 logs["balance_loss"] = sum(layer["balance_loss"] for layer in layers) / len(layers)
         if "loss" in logs or ("train_runtime" in logs and self.throughput.positions):  # the end, after steps not logged
             logs |= self.throughput.take(self.args.device)
+        if "train_runtime" in logs:
+            logs |= {f"{what}_seconds": seconds for what, seconds in self.throughput.spent.items()}
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -320,7 +323,8 @@ class HyCAMTrainer(Trainer):
         total = torch.as_tensor(window.total, dtype=torch.float32, device=self.args.device)
         window.totals = self.accelerator.gather(total.reshape(1)).tolist()
         self._run_folder = folder / UNFINISHED_FOLDER
-        super()._save_checkpoint(model, trial)
+        with self.throughput.spending_on("checkpoints"):
+            super()._save_checkpoint(model, trial)
         self._run_folder = folder
         self.accelerator.wait_for_everyone()
         self._saved_step = state.global_step

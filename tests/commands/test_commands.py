@@ -417,13 +417,13 @@ def test_sigterm_to_the_process(run: Path, tmp_path: Path) -> None:
 def test_tables_are_never_cut(capsys, monkeypatch):
     """In 40 columns, and in a file, every number is there; of two reports there is the gain."""
     monkeypatch.setenv("COLUMNS", "40")
-    report = {"perplexity": 123456.789, "bleu4": 12.34, "rougeL": 56.78, "tokens": 1_234_567}
-    better = report | {"perplexity": 12345.6789, "bleu4": 23.45, "rougeL": 50.0}
+    report = {"perplexity": 98765.432, "bleu4": 12.34, "rougeL": 56.78, "tokens": 1_234_567}
+    better = report | {"perplexity": 9876.5432, "bleu4": 23.45, "rougeL": 50.0}
     reports = {name: {"tasks": {"a_task": values}, "overall": values} for name, values in
                (("base", report), ("adapted", better))}  # fmt: skip
     show(metrics_table("test split", reports))
     shown = capsys.readouterr().out
-    for number in ("123456.789", "12345.679", "10.0 x", "12.34", "+11.11", "56.78", "-6.78", "1,234,567", "a_task"):
+    for number in ("98765.432", "9876.543", "10.0 x", "12.34", "+11.11", "56.78", "-6.78", "1,234,567", "a_task"):
         assert number in shown
     assert "…" not in shown
     show(metrics_table("test split", {"base": reports["base"]}))

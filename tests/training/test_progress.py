@@ -26,7 +26,10 @@ VALIDATION = {"eval_loss": 3.285, "eval_perplexity": 26.714, "eval_code_loss": 5
         (TRAINING, "loss 1.74  balance 0.205  gradient norm 0.276  rate 4.98e-03  3,174 tokens/s"),
         (VALIDATION, "validation perplexity 26.71: code 200.6, mine_too 2.718"),
         ({"loss": 2.0, "balance_loss": None, "grad_norm": None}, "loss 2"),
-        ({"train_runtime": 61.4, "train_loss": 1.0}, "trained in 61 s"),
+        (
+            {"train_runtime": 61.4, "train_loss": 1.0, "steps_seconds": 58.0, "validation_seconds": 2.9},
+            "trained in 61 s: 94 % steps, 5 % validation",
+        ),
         ({"epoch": 1.0}, ""),
     ],
 )

@@ -367,7 +367,7 @@ def test_shipped_recipes_round_trip(name: str) -> None:
     recipe.training_arguments()
     again = parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict())), "again")
     assert again == recipe
-    assert set(packaged_recipes()) == {"paper", "released_code", "demo"}
+    assert set(packaged_recipes()) == {"paper", "released_code", "demo", "laptop"}
 
 
 def test_the_papers_recipe() -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from hycam.data.collation import Collator
 from hycam.errors import InputError, RunStoppedError
 from hycam.evaluation.perplexity import evaluate_perplexity
+from hycam.training import trainer as trainer_module
 from hycam.training.backbone import load_model, load_tokenizer
 from hycam.training.callbacks import Throughput, read_metrics
 from hycam.training.recipe import Recipe
@@ -319,6 +320,24 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, backbone: Path) 
             train(recipe)
         losses.append([line["loss"] for line in _lines(recipe.output_path) if "loss" in line])
     assert losses[0] == losses[1]
+
+
+def test_the_log_tells_what_the_time_went_to(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation and a checkpoint that take long are told as such, and not as steps."""
+    measured = trainer_module.evaluate_perplexity
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.4)
+        return measured(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "evaluate_perplexity", slowly)
+    recipe = run_recipe(tmp_path, backbone, trainer={"max_steps": 4, "eval_steps": 2, "save_steps": 4})
+    train(recipe, test=False)
+    end = next(line for line in _lines(recipe.output_path) if "train_runtime" in line)
+    assert 2 * 0.4 < end["validation_seconds"] < end["train_runtime"]
+    assert end["checkpoints_seconds"] > 0 and 0 < end["steps_seconds"] < end["train_runtime"] - 2 * 0.4
+    spent = end["steps_seconds"] + end["validation_seconds"] + end["checkpoints_seconds"]
+    assert spent <= end["train_runtime"]
 
 
 def test_label_smoothing_leaves_the_balance_loss_its_weight(tmp_path: Path, backbone: Path) -> None:
