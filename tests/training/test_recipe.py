@@ -336,13 +336,13 @@ def test_apple_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_recipe(_MINIMAL | {"trainer": trainer | {"use_cpu": False}}, "my.yaml").training_arguments()
 
 
-@pytest.mark.parametrize("name", ["paper", "released_code", "demo"])
+@pytest.mark.parametrize("name", ["paper", "released_code", "laptop", "demo"])
 def test_shipped_recipes_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     recipe.training_arguments()
     again = parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict())), "again")
     assert again == recipe
-    assert set(packaged_recipes()) == {"paper", "released_code", "demo"}
+    assert set(packaged_recipes()) == {"paper", "released_code", "laptop", "demo"}
 
 
 def test_the_papers_recipe() -> None:
