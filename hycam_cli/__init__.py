@@ -41,7 +41,9 @@ STUDY_FIELDS = (
 # What `hycam plan` can count.
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
-_RECIPE_HELP = "recipe: a YAML file, the folder of a run, or the name of one that ships (paper, released_code, demo)"
+_RECIPE_HELP = (
+    "recipe: a YAML file, the folder of a run, or the name of one that ships (paper, released_code, laptop, demo)"
+)
 _OVERRIDES = """\
 Every field of the recipe can be set here too, as --section.field VALUE, VALUE being YAML:
   --seed 3   --output_dir runs/x   --trainer.learning_rate 1e-4   --tasks.0.max_rows 100

@@ -27,7 +27,7 @@ def run(options: Namespace) -> None:
     study = load_study(options.study, options.overrides)
     if not study.trainer.get("use_cpu"):
         check_gpus(torch.cuda.device_count(), f"CUDA_VISIBLE_DEVICES=N hycam compare {options.study}")
-    record = compare(study, _announce)
+    record = compare(study, _announce, _announce)
     tables = study_tables(record)
     folder = write_tables(study.output_path, tables)
     show(*map(study_table, tables))

@@ -54,7 +54,13 @@ _FREE = (
 )
 
 
-def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str, Any]:
+def _silent(line: str) -> None:
+    pass
+
+
+def compare(
+    study: Study, announce: Callable[[str], object] = print, inform: Callable[[str], object] = _silent
+) -> dict[str, Any]:
     """Do what is left of a study, and write its record after every run.
 
     Every unit of work (see `hycam.study.units`) is done once, by one of the processes that call this on one folder.
@@ -62,6 +68,7 @@ def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str
 
     Args:
         announce: is told, a line each, what became of every unit.
+        inform: is told, a line each, which unit begins, how far it is, and which best rate is the edge of its grid.
 
     Returns:
         What `study.json` holds.
@@ -75,7 +82,7 @@ def compare(study: Study, announce: Callable[[str], object] = print) -> dict[str
         rounding = recipe.method.rounding(recipe.backbone.dtype)
         if rounding is not None and not recipe.trainer.get("deepspeed"):
             announce(f"{backbone}, {method}: {rounding}")
-    runner = _Runner(study, announce)
+    runner = _Runner(study, announce, inform)
     with _open_folder(study), runner.stoppable():
         while runner.step():
             pass
@@ -111,8 +118,8 @@ class _Runner:
         received: the signal that asks to stop.
     """
 
-    def __init__(self, study: Study, announce: Callable[[str], object]) -> None:
-        self.study, self.announce = study, announce
+    def __init__(self, study: Study, announce: Callable[[str], object], inform: Callable[[str], object]) -> None:
+        self.study, self.announce, self.inform = study, announce, inform
         self.started = time.time()
         self.received: signal.Signals | None = None
         self._worker: BaseProcess | None = None
@@ -189,7 +196,7 @@ class _Runner:
         self._check_signal()
         began = time.monotonic()
         progress = UnitProgress(self.study, unit)
-        self.announce(f"{self._count()} {unit.folder}: begins")
+        self.inform(f"{self._count()} {unit.folder}: begins")
         outcome, message = work_apart(
             self._order(unit), self._watch, lambda: self._report(unit, progress, time.monotonic() - began)
         )
@@ -233,7 +240,7 @@ class _Runner:
         if expected is not None:
             others = sum(not is_done(self.study, other) for other in self.units) - 1
             line += f", the study {rough_time(max(0.0, expected - seconds) + others * expected)}"
-        self.announce(line)
+        self.inform(line)
 
     def _warn_of_edges(self) -> None:
         """Say once of each grid whose best rate is its edge that the best one may lie beyond."""
@@ -242,7 +249,7 @@ class _Runner:
             if edge is not None:
                 self._warned.add((backbone, method))
                 rate = chosen_rate(self.study, backbone, method)
-                self.announce(
+                self.inform(
                     f"{backbone}, {method}: the best rate, {rate:g}, is the {edge} of its grid, a better one may lie "
                     f"beyond: --widen_rates {self.study.widen_rates + 2} tries further ones"
                 )

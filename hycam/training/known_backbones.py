@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -26,19 +27,33 @@ def packaged_backbones() -> dict[str, dict[str, Any]]:
     return {name: known["section"] for name, known in _known().items()}
 
 
-def named_section(name: str) -> dict[str, Any]:
-    """The section of a backbone that ships.
+def named_section(name: str, *, whole: bool = False) -> dict[str, Any]:
+    """The section of a backbone that ships, its dtype the one for this machine where it has `auto`.
 
     Where the hub doesn't have it for this machine, and a package that holds it is installed, the package's file is in
     it, which is said in one line.
+
+    Args:
+        whole: whether the backbone is trained itself: then `auto` is float32, which keeps small steps.
     """
     known = _known()[name]
     section, package = copy.deepcopy(known["section"]), known.get("package")
+    if section["dtype"] == "auto":
+        section["dtype"] = "float32" if whole or not multiplies_bfloat16() else "bfloat16"
     file = None if package is None else _gguf_of(package)
     if file is None or _on_hub(section["name_or_path"]):
         return section
     logger.warning("%s: the hub can't be reached: %s of the package %s takes its place", name, file.name, package)
     return section | {"name_or_path": str(file)}
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware; a CPU that doesn't is many times slower in it."""
+    if torch.accelerator.is_available():
+        return True
+    # torch before 2.12 doesn't tell
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
 def known_config(hub_id: str | None) -> PretrainedConfig | None:

@@ -263,14 +263,15 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
         raise InputError(f"{source}: got {type(values).__name__}, wanted a mapping of the recipe's sections")
     _drop_other_method(values, overrides)
     reader = Reader(source, frozenset(name for name, _ in overrides))
+    whole = _method_name(values, overrides) == "full"
     if "backbone" in values:
-        values["backbone"] = backbone_section(reader, values["backbone"], "backbone")
+        values["backbone"] = backbone_section(reader, values["backbone"], "backbone", whole=whole)
     given = {name for name, _ in overrides}
     for name, text in overrides:
         value = parse_yaml(text, f"--{name}")
         if name.startswith("backbone."):
             leave_other_backbone(values.get("backbone"), "backbone", name.removeprefix("backbone."), value, given)
-        set_field(values, name, backbone_section(reader, value, name) if name == "backbone" else value)
+        set_field(values, name, backbone_section(reader, value, name, whole=whole) if name == "backbone" else value)
     known = [item.name for item in dataclasses.fields(Recipe) if item.init]
     sections = reader.mapping(values, "", known)
     if "method" in sections:
@@ -286,14 +287,27 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
     return recipe
 
 
-def backbone_section(reader: Reader, value: Any, path: str) -> Any:
-    """`value`, or the section of the backbone that ships by the name `value`."""
+def backbone_section(reader: Reader, value: Any, path: str, *, whole: bool = False) -> Any:
+    """`value`, or the section of the backbone that ships by the name `value`; `whole`: it is trained itself."""
     if not isinstance(value, str):
         return value
     known = packaged_backbones()
     if value not in known:
         reader.fail(path, f"got {value!r}, wanted fields, or a name that ships{suggest(value, known)}")
-    return named_section(value)
+    return named_section(value, whole=whole)
+
+
+def _method_name(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> Any:
+    """What the recipe, with what the command line says of it, trains."""
+    section = values.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    for option, text in overrides:
+        if option == "method.name":
+            name = parse_yaml(text, f"--{option}")
+        elif option == "method":
+            replaced = parse_yaml(text, f"--{option}")
+            name = replaced.get("name") if isinstance(replaced, dict) else None
+    return name
 
 
 def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> None:

@@ -1,5 +1,7 @@
 """Each example runs as its page says, here on a tiny model, and what it leaves is used."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
+from hycam.training.recipe import load_recipe
 from tests.distributed.ranks import REPOSITORY
 from tests.training.runs import save_backbone
 
@@ -74,3 +78,24 @@ def test_the_page_names_every_example():
     page = (EXAMPLES / "README.md").read_text()
     runnable = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yaml")} - {"rows.py"}
     assert all(f"`{name}`" in page for name in runnable)
+
+
+def test_the_laptop_s_tasks_are_the_real_sets_that_are_at_hand(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    laptop = importlib.import_module("laptop")
+
+    def unreachable(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    monkeypatch.delenv("HYCAM_DATA", raising=False)
+    assert laptop.real_tasks() == []
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *arguments, **options: object())
+    assert [(task["name"], "source" in task) for task in laptop.real_tasks()] == [(name, False) for name in laptop.SETS]
+    monkeypatch.setenv("HYCAM_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"HYCAM_DATA: .* has none of the files"):
+        laptop.real_tasks()
+    (tmp_path / "dolly.jsonl").touch()
+    assert laptop.real_tasks() == [{"name": "dolly", "source": str(tmp_path / "dolly.jsonl"), "max_rows": laptop.ROWS}]
+    given = [("tasks", json.dumps(laptop.real_tasks()))]
+    assert [task.name for task in load_recipe("laptop", given).tasks] == ["dolly"]

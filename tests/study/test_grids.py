@@ -41,7 +41,7 @@ def rates(of: Study) -> list[float | None]:
 
 def edges_told(of: Study) -> list[str]:
     lines: list[str] = []
-    runner = _Runner(of, lines.append)
+    runner = _Runner(of, print, lines.append)
     for _ in range(2):
         runner._warn_of_edges()
     return lines
@@ -106,7 +106,7 @@ def test_the_running_cell_says_how_far_it_is(tmp_path: Path) -> None:
     assert progress.seconds_left(0.25, 60.0) == 180.0
     assert UnitProgress(of, unit).began_at == 0.25
     lines: list[str] = []
-    runner = _Runner(of, lines.append)
+    runner = _Runner(of, print, lines.append)
     runner._report(unit, progress, 60.0)
     assert lines == [
         "[0/5] tuning/tiny/hycam/lr-0.0001: step 1/4, loss 2.5, about 3 min of training left, the study about 19 min"

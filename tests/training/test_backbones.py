@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import HfApi
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
@@ -88,6 +89,25 @@ def test_the_papers_run_is_planned_without_the_hub(capsys: pytest.CaptureFixture
     assert main(["plan", "paper", "--json", "--data.max_length", "32"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)
     assert plan["total"] - plan["trained"] == 6_738_415_616
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_small_ones_are_in_the_dtype_that_the_machine_multiplies(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    def dtype(*overrides: tuple[str, str], recipe: str = "paper") -> str:
+        return load_recipe(recipe, overrides).backbone.dtype
+
+    capabilities = {"avx512_bf16": fast, "amx_bf16": False, "avx2": True, "cpu_name": "bf16"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    frozen = "bfloat16" if fast else "float32"
+    assert dtype(recipe="laptop") == dtype(("backbone", "qwen3-0.6b")) == frozen
+    assert dtype(("method.name", "lora"), ("backbone", "smollm2-135m")) == frozen
+    assert dtype(("method", "{name: full}"), recipe="laptop") == "float32"
+    assert dtype(("backbone", "smollm2-360m"), ("method.name", "full")) == "float32"
+    assert dtype(("backbone.dtype", "float16"), recipe="laptop") == "float16"
+    assert dtype(("backbone", "llama-3-8b")) == "bfloat16", "the paper's are in the paper's"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert dtype(recipe="laptop") == "bfloat16"
 
 
 class Installed:

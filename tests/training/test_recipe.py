@@ -361,7 +361,7 @@ def test_apple_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_recipe(_MINIMAL | {"trainer": trainer | {"use_cpu": False}}, "my.yaml").training_arguments()
 
 
-@pytest.mark.parametrize("name", ["paper", "released_code", "demo"])
+@pytest.mark.parametrize("name", ["paper", "released_code", "laptop", "demo"])
 def test_shipped_recipes_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     recipe.training_arguments()
