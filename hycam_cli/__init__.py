@@ -226,9 +226,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # On busy cores, OpenMP threads that spin while they wait slow small models down tenfold; asleep they do no harm.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # these import torch, which takes seconds
-    from hycam.commands import run_command
-    from hycam.errors import InputError, RunStoppedError, is_disk_full
+    try:
+        # these import torch, which takes seconds
+        from hycam.commands import run_command
+        from hycam.errors import InputError, RunStoppedError, is_disk_full
+    except ImportError as error:
+        if error.name is not None:  # of a module that is missing or broken, not of a version that is refused
+            raise
+        return _report(error, 2)
 
     try:
         run_command(options.command, options)

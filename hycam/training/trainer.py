@@ -22,6 +22,7 @@ from hycam.data.streaming import StreamedRows
 from hycam.errors import NotFiniteError, RunStoppedError
 from hycam.evaluation.batches import Collate
 from hycam.evaluation.perplexity import evaluate_perplexity
+from hycam.reliances import warn_where_broken
 from hycam.training.callbacks import (
     DueValidation,
     FiniteGradients,
@@ -34,6 +35,8 @@ from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER, list_fi
 from hycam.training.engines import limit_deepspeed_waits
 from hycam.training.measure import own_draws
 from hycam.training.progress import ProgressLines, progress_bar
+
+warn_where_broken("transformers")
 
 _TRAINING_ARGUMENTS = "training_args.bin"
 _Kind = TypeVar("_Kind", bound=TrainerCallback)
