@@ -11,7 +11,7 @@ QUANTIZATION := $(VENV)/quantization
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2
 QUANTIZATION_PYTEST := PYTHONPATH=$(QUANTIZATION) $(PYTEST) tests/training/test_quantization.py
 
-.PHONY: setup demo laptop test test-all lint docs build gpu bench findings
+.PHONY: setup demo laptop test test-all versions lint docs build gpu bench findings
 
 setup: $(VENV)/.installed
 
@@ -49,6 +49,11 @@ test-all: setup lint docs $(QUANTIZATION)/.installed
 	$(PYTEST) tests/kernels/backends/triton --junitxml $(OUT)/kernel_tests.xml
 	$(BIN)/python -m benchmarks.outcomes $(OUT)/tests.xml $(OUT)/quantization_tests.xml \
 		$(OUT)/kernel_tests.xml --out $(OUT)/tests.json
+
+# builds an environment after the other, of up to several GB each, and takes it away; one alone: make versions ONLY=newest
+versions: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[versions]"
+	$(BIN)/nox $(if $(ONLY),--session "versions($(ONLY))")
 
 lint: setup
 	$(BIN)/ruff check .

@@ -258,9 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty():  # a bar's carriage returns would be one endless line
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # these import torch, which takes seconds
-    from hycam.commands import run_command
-    from hycam.errors import InputError, RunStoppedError, is_disk_full
+    try:
+        # these import torch, which takes seconds
+        from hycam.commands import run_command
+        from hycam.errors import InputError, RunStoppedError, is_disk_full
+    except ImportError as error:
+        if error.name is not None:  # of a module that is missing or broken, not of a version that is refused
+            raise
+        return _report(error, 2)
 
     try:
         run_command(options.command, options)

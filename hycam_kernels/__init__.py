@@ -3,6 +3,11 @@
 Importing this package needs torch alone.
 """
 
+from hycam_kernels.versions import require
+
+FLOORS = {"torch": "2.6", "triton": "3.2"}
+require(FLOORS)
+
 from hycam_kernels.modulation import explain_backend, hycam_modulation
 from hycam_kernels.norm_projection import norm_project
 from hycam_kernels.output import HyCAMOutput, NormProjectOutput

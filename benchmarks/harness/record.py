@@ -15,7 +15,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 _PACKAGES = (
-    "torch", "triton", "numpy", "transformers", "peft", "liger-kernel", "pytest", "pytest-benchmark",
+    "torch", "triton", "numpy", "transformers", "peft", "accelerate", "datasets", "trl", "liger-kernel", "pytest",
+    "pytest-benchmark",
 )  # fmt: skip
 _GPU_FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw",

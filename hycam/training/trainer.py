@@ -23,6 +23,7 @@ from hycam.errors import NotFiniteError, RunStoppedError
 from hycam.evaluation.batches import Collate
 from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.evaluation.targets import TargetLogits, find_targets, target_nll, uniform_gaps
+from hycam.reliances import warn_where_broken
 from hycam.training.callbacks import (
     DueValidation,
     FiniteGradients,
@@ -36,6 +37,8 @@ from hycam.training.engines import limit_deepspeed_waits
 from hycam.training.loss import check_loss
 from hycam.training.measure import own_draws
 from hycam.training.progress import ProgressLines, progress_bar
+
+warn_where_broken("transformers")
 
 _TRAINING_ARGUMENTS = "training_args.bin"
 _Kind = TypeVar("_Kind", bound=TrainerCallback)
