@@ -37,7 +37,6 @@ RELIANCES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
             "peft.tuners.tuners_utils:BaseTunerLayer.other_param_names": "",
         },
         "which parameters of a HyCAM adapter train": {
-            "peft.tuners.tuners_utils:BaseTuner._cast_adapter_dtype": "adapter_name autocast_adapter_dtype",
             "peft.tuners.tuners_utils:BaseTuner._mark_only_adapters_as_trainable": "model",
         },
         "switching an adapter off and taking it away": {
@@ -53,8 +52,11 @@ RELIANCES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         },
         "saving, loading and exchanging adapters": {
             "peft.config:PeftConfigMixin.save_pretrained": "save_directory",
+            "peft.tuners.tuners_utils:BaseTuner._remove_adapter_name_from_key": "key adapter_name",
             "peft.utils:AuxiliaryTrainingWrapper": "",
+            "peft.utils:CONFIG_NAME": "",
             "peft.utils:ModulesToSaveWrapper": "",
+            "peft.utils:SAFETENSORS_WEIGHTS_NAME": "",
             "peft.utils.save_and_load:get_peft_model_state_dict": "model state_dict adapter_name",
             "peft.utils.save_and_load:load_peft_weights": "model_id device",
             "peft.utils.save_and_load:set_peft_model_state_dict": "model peft_model_state_dict adapter_name",
@@ -72,8 +74,20 @@ RELIANCES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
             "transformers.trainer:Trainer.compute_loss": "model inputs return_outputs num_items_in_batch",
             "transformers.trainer:Trainer.get_batch_samples": "",
             "transformers.trainer:Trainer.log": "logs start_time",
+            "transformers.trainer:Trainer.train": "resume_from_checkpoint",
             "transformers.trainer:Trainer.training_step": "model inputs",
             "transformers.trainer:DEFAULT_PROGRESS_CALLBACK": "",
+        },
+        "the balance loss's weight under trainers": {
+            "transformers.loss.loss_utils:ForCausalLMLoss": "logits labels shift_labels",
+            "transformers.loss.loss_utils:LOSS_MAPPING": "",
+            "transformers.trainer:Trainer.get_tp_size": "",
+        },
+        "backbones in files and in the hub's cache": {
+            "transformers.utils:CONFIG_NAME": "",
+            "transformers.utils:GENERATION_CONFIG_NAME": "",
+            "transformers.utils:SAFE_WEIGHTS_NAME": "",
+            "transformers.utils:cached_file": "path_or_repo_id filename",
         },
         "validation in a run": {
             "transformers.trainer:Trainer._determine_best_metric": "metrics trial",
