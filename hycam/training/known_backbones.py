@@ -52,7 +52,7 @@ def multiplies_bfloat16() -> bool:
     if torch.accelerator.is_available():
         return True
     # torch before 2.12 doesn't tell
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
