@@ -48,7 +48,7 @@ ENVIRONMENTS = {
 def versions(session: nox.Session, pins: tuple[str, ...]) -> None:
     """Build one environment, run the tests in it, write its record, and take the environment away."""
     name = session.name.partition("(")[2].rstrip(")")
-    report = session.create_tmp() + "/tests.xml"
+    report, record = f"results/versions/{name}.xml", f"results/versions/{name}.json"
     try:
         session.install("--quiet", "--editable", ".[train]", *_TOOLS, *pins)
         environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -56,7 +56,6 @@ def versions(session: nox.Session, pins: tuple[str, ...]) -> None:
             "pytest", "-q", "-m", "not slow", "--junitxml", report, *(session.posargs or _TESTS),
             env=environment, success_codes=[0, 1],
         )  # fmt: skip
-        record = f"results/versions/{name}.json"
         session.run("python", "-m", "benchmarks.outcomes", report, "--out", record, env=environment)
     finally:
         shutil.rmtree(session.virtualenv.location)
