@@ -1,8 +1,8 @@
-"""Tables and plots of `docs/performance.md` and README from the records: ``python -m benchmarks.tables [--check]``.
+"""Tables and plots of README and two pages of `docs/` from records: ``python -m benchmarks.tables [--check]``.
 
 A table, or the plots of a record, stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Each names the record
 that it is drawn from: the newest file, by name, of each folder of ``benchmarks/results`` (``cpu``, or a GPU's name)
-that has such measurements. Without one it says so.
+that has such measurements. Without one it says so. The table of versions is drawn from every file of their folder.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from benchmarks.harness.pages import fill
 from benchmarks.harness.plots import outdated, redraw
 from benchmarks.harness.record import ROOT
 from benchmarks.harness.tables import TABLES, render, sources
+from benchmarks.harness.versions import versions
 
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "versions.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "plots"
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _draw(name: str) -> str | None:
+    if name == "versions":
+        return versions(RESULTS / "versions")
     return render(name, RESULTS) if name in TABLES else None
 
 

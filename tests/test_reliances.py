@@ -1,6 +1,7 @@
 """What this package relies on in others: each name is there, each that is used is named, old versions are refused."""
 
 import ast
+import importlib
 import importlib.metadata
 import inspect
 import pkgutil
@@ -17,6 +18,8 @@ from packaging.requirements import Requirement
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 import hycam
+import hycam.data
+import hycam.training
 import hycam_kernels
 from hycam import reliances
 from hycam.reliances import NEWEST_TESTED, RELIANCES, broken, warn_where_broken
@@ -132,7 +135,12 @@ def test_an_old_version_is_refused_by_one_line():
 
 
 @pytest.mark.parametrize(
-    ("package", "imported"), [("peft", "hycam"), ("transformers", "hycam"), ("torch", "hycam_kernels")]
+    ("package", "imported"),
+    [
+        ("peft", "hycam"),
+        ("transformers", "hycam"),
+        ("torch", "hycam_kernels"),
+    ],
 )
 def test_it_is_refused_before_it_is_imported(tmp_path, package, imported):
     """The command says the line alone."""
@@ -153,11 +161,22 @@ def test_it_is_refused_before_it_is_imported(tmp_path, package, imported):
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("package", "imported"), [("datasets", "hycam.data"), ("accelerate", "hycam.training")])
+def test_what_only_training_needs_is_refused_by_what_needs_it(monkeypatch, package, imported):
+    module = importlib.import_module(imported)
+    with monkeypatch.context() as patched, pytest.raises(VersionError, match=f"^{package} 0.1 is installed"):
+        patched.setattr(importlib.metadata, "version", lambda name: "0.1" if name == package else "99")
+        importlib.reload(module)
+
+
 def test_the_floors_are_those_of_the_metadata():
     """What is refused is what pip would not have installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {r.name: str(r.specifier) for r in map(Requirement, project["dependencies"])}
-    assert {name: f">={oldest}" for name, oldest in (hycam_kernels.FLOORS | hycam.FLOORS).items()} == wanted
+    extra = project["optional-dependencies"]["train"]
+    wanted = {r.name: str(r.specifier) for r in map(Requirement, [*project["dependencies"], *extra])}
+    floors = hycam_kernels.FLOORS | hycam.FLOORS | hycam.data.FLOORS | hycam.training.FLOORS
+    assert {name: f">={oldest}" for name, oldest in floors.items()} == {name: wanted[name] for name in floors}
+    assert {Requirement(line).name for line in project["dependencies"]} <= set(floors)
 
 
 def test_the_newest_that_is_tested_is_what_the_tests_run_with():
