@@ -62,15 +62,17 @@ def test_every_family_makes_the_logits_of_targets_alone(model_type):
     with torch.no_grad(), TargetLogits(model) as target_logits:
         whole = model(**inputs).logits.flatten(0, 1)[targets.positions]
         with target_logits.at(targets.positions):
-            narrow = model(**inputs, labels=targets.ids[None], shift_labels=targets.ids[None])
+            narrow = model(**inputs).logits
+        with target_logits.at(F.pad(targets.positions, (0, 1))):
+            loss = model(**inputs, labels=F.pad(targets.ids, (1, 0), value=-100)[None]).loss
         again = model(**inputs).logits
-    assert narrow.logits.shape == (1, len(targets.ids), whole.shape[-1])
-    torch.testing.assert_close(narrow.logits[0], whole)
-    torch.testing.assert_close(narrow.loss, F.cross_entropy(whole, targets.ids))
+    assert narrow.shape == (1, len(targets.ids), whole.shape[-1])
+    torch.testing.assert_close(narrow[0], whole)
     assert again.shape[:2] == labels.shape, "only while it lasts"
     if model_type not in UNSHIFTED:
+        torch.testing.assert_close(loss, F.cross_entropy(whole, targets.ids))
         with torch.no_grad():
-            torch.testing.assert_close(model(**inputs, labels=labels).loss, narrow.loss)
+            torch.testing.assert_close(model(**inputs, labels=labels).loss, loss)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -83,8 +85,8 @@ def test_gradients_are_those_of_all_logits(family):
         model(**inputs).loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
         model.zero_grad()
-        with target_logits.at(targets.positions):
-            model(**inputs | {"labels": targets.ids[None], "shift_labels": targets.ids[None]}).loss.backward()
+        with target_logits.at(F.pad(targets.positions, (0, 1))):
+            model(**inputs | {"labels": F.pad(targets.ids, (1, 0), value=-100)[None]}).loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     assert found[0] and all(grad is not None for grad in found[0])
     torch.testing.assert_close(found[1], found[0])
