@@ -48,6 +48,7 @@ class ForwardContext:
     Attributes:
         attention_mask: [batch, length] as the model received it, 0 for padding, or None.
         token_share: this micro-batch's part of the target tokens that the loss is averaged over.
+        trainer_share: the same for a loss that is made outside the model.
         trainer_weight: the balance loss's factor where no loss tells its gradient; None where the caller is no trainer
             that tells it.
         layer_counts: adapter name -> number of layers that it adapts.
@@ -68,7 +69,7 @@ class ForwardContext:
         self, layer_counts: dict[str, int], attention_mask: Tensor | None = None, token_share: Tensor | float = 1.0
     ) -> None:
         self.attention_mask = attention_mask
-        self.token_share = token_share
+        self.token_share = self.trainer_share = token_share
         self.trainer_weight: Tensor | float | None = None
         self.layer_counts = layer_counts
         self.is_compared = False

@@ -122,7 +122,7 @@ class Binding:
             knows_share = arguments.get("labels") is not None and arguments.get("num_items_in_batch") is not None
             if kind and needs_weight and not knows_share:
                 like = next(value for value in arguments.values() if isinstance(value, Tensor))
-                context.token_share, context.trainer_weight = step_average(like, self._shifts_labels).unbind()
+                context.trainer_share, context.trainer_weight = step_average(like, self._shifts_labels).unbind()
             return
         trainer = calling_trainer()
         if trainer is None:
@@ -131,7 +131,7 @@ class Binding:
         if trainer.compares and self._draws_noise_always():
             self._tell_noise(trainer.name)
         if needs_weight and (average := trainer.average(self._shifts_labels)) is not None:
-            context.token_share, context.trainer_weight = average
+            context.trainer_share, context.trainer_weight = average
 
     def _token_share(self, arguments: dict[str, Any]) -> Tensor | float:
         """This call's part of the target tokens that `num_items_in_batch` counts; 1 where it isn't passed."""
@@ -260,8 +260,8 @@ def track_loss(model: nn.Module, loss: Tensor, *, share: Tensor | float | None =
         model: the model, bound.
         loss: scalar.
         share: this micro-batch's part, from 0 to 1, of what `loss` is divided by, where that is counted over several
-            micro-batches: its target tokens by those of the optimizer step. None: `loss` is a mean over this
-            micro-batch.
+            micro-batches: its target tokens by those of the optimizer step. None: as the calling trainer divides, or
+            without one, `loss` is a mean over this micro-batch.
 
     Raises:
         InputError: (a ValueError) where the model isn't bound or has not run, or for another share.
@@ -273,11 +273,11 @@ def track_loss(model: nn.Module, loss: Tensor, *, share: Tensor | float | None =
         raise InputError(
             f"model: got {type(model).__name__} that is not bound or has not run, want one after hycam.bind"
         )
-    if share is not None:
-        if not isinstance(share, Tensor) and not (is_finite(share) and 0 <= share <= 1):
-            raise InputError(f"share: got {share!r}, want a tensor or a number from 0 to 1")
-        binding.differentiated.token_share = share
-    return binding.differentiated.track(loss)
+    if not (share is None or isinstance(share, Tensor) or (is_finite(share) and 0 <= share <= 1)):
+        raise InputError(f"share: got {share!r}, want a tensor or a number from 0 to 1")
+    context = binding.differentiated
+    context.token_share = context.trainer_share if share is None else share
+    return context.track(loss)
 
 
 def router_statistics(model: nn.Module, adapter_name: str | None = None) -> dict[str, RouterStatistics]:

@@ -57,7 +57,8 @@ class CallingTrainer:
         """
         step, scale = self._caller.f_locals, self._loss_scale()
         batch, num_items = step.get("inputs"), step.get("num_items_in_batch")
-        if num_items is not None:
+        # unless its user has said that the loss is a mean over the micro-batch, which the trainer then divides
+        if num_items is not None and getattr(self._trainer, "loss_is_scaled_for_ga", None) is not False:
             targets = self._targets(is_shifted)
             if targets is None:
                 return None

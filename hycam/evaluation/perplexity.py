@@ -10,7 +10,7 @@ from torch import nn
 
 from hycam.errors import InputError
 from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, place_in_group, unwrap
-from hycam.evaluation.targets import TargetLogits, find_targets, target_nll
+from hycam.evaluation.targets import TargetLogits, at_inputs, find_targets, target_nll
 
 
 def evaluate_perplexity(
@@ -53,12 +53,15 @@ def evaluate_perplexity(
         for name, dataset in tasks.items():
             total = torch.zeros(2, dtype=torch.float64, device=device)
             for rows, batch in iterate_batches(dataset, collator, batch_size, device, rank=rank, processes=processes):
-                targets = find_targets(batch.pop("labels"), batch.get("position_ids"))
-                with target_logits.at(targets.positions):
+                labels = batch.pop("labels")
+                targets = find_targets(labels, batch.get("position_ids"))
+                with target_logits.at(targets.positions, labels.shape):
                     # With a cache, transformers would not read the packed sequences off position_ids.
-                    logits = bare(**batch, use_cache=False).logits.flatten(0, -2)
-                if not target_logits.is_possible:
-                    logits = logits[targets.positions.to(logits.device)]
+                    logits = bare(**batch, use_cache=False).logits
+                if target_logits.is_possible:
+                    logits = logits[0]
+                else:
+                    logits = at_inputs(logits, labels.shape)[targets.positions.to(logits.device)]
                 nll = target_nll(logits, targets.ids.to(logits.device))
                 total[0] += nll.sum(dtype=torch.float64).to(device)
                 total[1] += nll.numel()

@@ -61,6 +61,7 @@ class TargetLogits:
         self._projection: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
         self.is_possible = self._projection is not None
         self._positions: Tensor | None = None
+        self._shape = torch.Size()
 
     def __enter__(self) -> Self:
         if self._projection is not None:
@@ -72,9 +73,14 @@ class TargetLogits:
             self._handle.remove()
 
     @contextmanager
-    def at(self, positions: Tensor) -> Iterator[None]:
-        """While this lasts, the model's logits are [1, positions, vocabulary], at places in the flattened batch."""
-        self._positions = positions
+    def at(self, positions: Tensor, shape: torch.Size) -> Iterator[None]:
+        """While this lasts, the model's logits are [1, positions, vocabulary], at places in the flattened batch.
+
+        Args:
+            positions: [targets] int64.
+            shape: [batch, length] of the inputs.
+        """
+        self._positions, self._shape = positions, shape
         try:
             yield
         finally:
@@ -84,7 +90,12 @@ class TargetLogits:
         if self._positions is None:
             return None
         hidden, *others = args
-        return (hidden.flatten(0, -2)[self._positions.to(hidden.device)][None], *others)
+        return (at_inputs(hidden, self._shape)[self._positions.to(hidden.device)][None], *others)
+
+
+def at_inputs(values: Tensor, shape: torch.Size) -> Tensor:
+    """[batch * length, d] of a model's `values` at its inputs [batch, length]; virtual tokens of PEFT's come before."""
+    return values.reshape(shape[0], -1, values.shape[-1])[:, -shape[1] :].flatten(0, 1)
 
 
 def target_nll(logits: Tensor, ids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
@@ -167,15 +168,15 @@ class HyCAMTrainer(Trainer):
         """
         if self.args.use_liger_kernel:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = find_targets(inputs["labels"], inputs.get("position_ids"))
+        targets, shape = find_targets(inputs["labels"], inputs.get("position_ids")), inputs["labels"].shape
         is_narrow = self._target_logits.is_possible
         if is_narrow:
-            inputs = {**inputs, "labels": targets.ids[None], "shift_labels": targets.ids[None]}
-        with self._target_logits.at(targets.positions):
+            # the model's own loss compares each place with the next one's label, so the last needs one beyond it
+            inputs = {**inputs, "labels": F.pad(targets.ids, (1, 0), value=-100)[None]}
+        with self._target_logits.at(F.pad(targets.positions, (0, 1)), shape):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         logits = outputs["logits"].flatten(0, -2)
-        if not is_narrow:
-            logits = logits[targets.positions.to(logits.device)]
+        logits = logits[:-1] if is_narrow else logits[targets.positions.to(logits.device)]
         ids = targets.ids.to(logits.device)
         if not self._is_loss_known and len(ids):
             check_loss(

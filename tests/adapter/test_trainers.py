@@ -94,6 +94,21 @@ class OwnLossBesideTheModels(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class MicroBatchMean(Trainer):
+    """Has the model make a mean over the micro-batch, which `loss_is_scaled_for_ga` lets the trainer divide."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OwnMicroBatchMean(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+        return cross_entropy(logits, labels[:, 1:].flatten())
+
+
 def loss_path(name, model):
     """Trainer class and options of one way to make the loss."""
 
@@ -146,6 +161,19 @@ def test_checkpointing(tmp_path, use_reentrant):
     model.enable_input_require_grads()
     probe = train(Trainer, model, data, tmp_path, 4, label_smoothing_factor=0.1)
     assert probe.error(shares(data, 4, targets)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "is_scaled", "weight"),
+    [(MicroBatchMean, False, 0.25), (OwnMicroBatchMean, False, 0.25), (MicroBatchMean, None, 1.0)],
+)
+def test_a_mean_over_the_micro_batch(tmp_path, monkeypatch, trainer_class, is_scaled, weight):
+    """The trainer divides it by the micro-batches where it is told so, and by nothing where it isn't."""
+    monkeypatch.setattr(trainer_class, "loss_is_scaled_for_ga", is_scaled, raising=False)
+    if is_scaled is False and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        monkeypatch.setattr(trainer_class, "model_accepts_loss_kwargs", False, raising=False)
+    probe = train(trainer_class, new_adapter(tiny_model()), rows(), tmp_path, 4)
+    assert probe.error([weight] * 4) < TOLERANCE
 
 
 def test_a_last_step_of_fewer_micro_batches(tmp_path):

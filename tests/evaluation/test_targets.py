@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from hycam.evaluation.perplexity import evaluate_perplexity
@@ -61,16 +61,18 @@ def test_every_family_makes_the_logits_of_targets_alone(model_type):
     model = tiny_decoder(model_type)
     with torch.no_grad(), TargetLogits(model) as target_logits:
         whole = model(**inputs).logits.flatten(0, 1)[targets.positions]
-        with target_logits.at(targets.positions):
-            narrow = model(**inputs, labels=targets.ids[None], shift_labels=targets.ids[None])
+        with target_logits.at(targets.positions, labels.shape):
+            narrow = model(**inputs).logits
+        with target_logits.at(F.pad(targets.positions, (0, 1)), labels.shape):
+            loss = model(**inputs, labels=F.pad(targets.ids, (1, 0), value=-100)[None]).loss
         again = model(**inputs).logits
-    assert narrow.logits.shape == (1, len(targets.ids), whole.shape[-1])
-    torch.testing.assert_close(narrow.logits[0], whole)
-    torch.testing.assert_close(narrow.loss, F.cross_entropy(whole, targets.ids))
+    assert narrow.shape == (1, len(targets.ids), whole.shape[-1])
+    torch.testing.assert_close(narrow[0], whole)
     assert again.shape[:2] == labels.shape, "only while it lasts"
     if model_type not in UNSHIFTED:
+        torch.testing.assert_close(loss, F.cross_entropy(whole, targets.ids))
         with torch.no_grad():
-            torch.testing.assert_close(model(**inputs, labels=labels).loss, narrow.loss)
+            torch.testing.assert_close(model(**inputs, labels=labels).loss, loss)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -83,8 +85,8 @@ def test_gradients_are_those_of_all_logits(family):
         model(**inputs).loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
         model.zero_grad()
-        with target_logits.at(targets.positions):
-            model(**inputs | {"labels": targets.ids[None], "shift_labels": targets.ids[None]}).loss.backward()
+        with target_logits.at(F.pad(targets.positions, (0, 1)), inputs["labels"].shape):
+            model(**inputs | {"labels": F.pad(targets.ids, (1, 0), value=-100)[None]}).loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     assert found[0] and all(grad is not None for grad in found[0])
     torch.testing.assert_close(found[1], found[0])
@@ -93,10 +95,30 @@ def test_gradients_are_those_of_all_logits(family):
 def test_the_model_is_left_as_it_was():
     model = tiny_model()
     head = model.get_output_embeddings()
-    with pytest.raises(IndexError), TargetLogits(model) as target_logits, target_logits.at(torch.tensor([99])):
-        model(input_ids=torch.tensor([[5, 6]]))
+    ids, outside = torch.tensor([[5, 6]]), torch.tensor([99])
+    with pytest.raises(IndexError), TargetLogits(model) as target_logits, target_logits.at(outside, ids.shape):
+        model(input_ids=ids)
     assert not head._forward_pre_hooks
     assert target_logits._positions is None
+
+
+@pytest.mark.parametrize("shows_projection", [True, False])
+def test_places_count_from_the_inputs_where_virtual_tokens_precede_them(monkeypatch, shows_projection):
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 6]])
+    labels = ids.masked_fill(torch.arange(4) < 2, -100)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, -4:-1].flatten(0, 1)
+    want = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    if not shows_projection:
+        monkeypatch.setattr(model.get_base_model(), "get_output_embeddings", lambda: None)
+
+    def collate(rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+    rows = [{"input_ids": a, "labels": b} for a, b in zip(ids.tolist(), labels.tolist(), strict=True)]
+    found = evaluate_perplexity(model, {"task": Dataset.from_list(rows)}, collate)["overall"]
+    assert found["nll"] == pytest.approx(want.item(), rel=1e-5) and found["tokens"] == 4
 
 
 def test_a_model_that_hides_its_projection_makes_all_logits(monkeypatch):

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hycam.errors import InputError
-from hycam.evaluation.targets import TargetLogits, find_targets, target_nll
+from hycam.evaluation.targets import find_targets, target_nll
 from hycam.training.callbacks import read_metrics
 from hycam.training.loss import check_loss
 from hycam.training.run import train
@@ -49,16 +51,47 @@ def test_a_step_makes_no_logits_but_the_targets(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def own_forward(
+    self: LlamaForCausalLM,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
+    output_hidden_states: bool | None = None,
+    return_dict: bool | None = None,
+    use_cache: bool | None = None,
+) -> CausalLMOutputWithPast:
+    hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    logits = self.lm_head(hidden)
+    loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_backbone_of_its_own_code(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shifts its labels itself, and takes no keyword that it doesn't name, as hubs' models do."""
+    trainer = {"max_steps": 2, "logging_steps": 1}
+    losses = []
+    for is_own in (False, True):
+        folder = tmp_path / str(is_own)
+        folder.mkdir()
+        if is_own:
+            monkeypatch.setattr(LlamaForCausalLM, "forward", own_forward)
+        train(run_recipe(folder, backbone, trainer=trainer), test=False)
+        losses.append([line["loss"] for line in read_metrics(folder / "run/metrics.jsonl") if "loss" in line])
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(("model_type", "is_refused"), [("llama", False), ("bart", True)])
 def test_another_loss_is_refused(model_type: str, is_refused: bool) -> None:
-    """Bart's decoder makes a mean over a micro-batch, whatever the number of targets of all of a step's is."""
+    """Bart's decoder compares each token with itself."""
     model, inputs = tiny_decoder(model_type), batch()
-    targets = find_targets(inputs.pop("labels"))
+    targets = find_targets(inputs["labels"])
     num_items = torch.tensor(2 * len(targets.ids))
-    with torch.no_grad(), TargetLogits(model) as target_logits, target_logits.at(targets.positions):
-        labels = targets.ids[None]
-        outputs = model(**inputs, labels=labels, shift_labels=labels, num_items_in_batch=num_items)
-    cross_entropy = target_nll(outputs.logits[0], targets.ids).sum() / num_items
+    with torch.no_grad():
+        outputs = model(**inputs, num_items_in_batch=num_items)
+    cross_entropy = target_nll(outputs.logits.flatten(0, 1)[targets.positions], targets.ids).sum() / num_items
     if not is_refused:
         check_loss(model, outputs, outputs.loss, cross_entropy)
         return
