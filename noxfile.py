@@ -31,12 +31,12 @@ _TESTS = (
 ENVIRONMENTS = {
     "oldest": (
         "3.11",
-        ("torch==2.6.0", "transformers==5.4.0", "peft==0.21.0", "accelerate==1.10.0", "datasets==4.0.0", "numpy<2"),
+        ("torch==2.6.0", "transformers==5.17.0", "peft==0.21.0", "accelerate==1.10.0", "datasets==4.0.0", "numpy<2"),
     ),
     "gpu-images": ("3.12", ("torch==2.11.0", "transformers==5.17.0", "trl")),
-    "oldest-transformers": (
+    "oldest-libraries": (
         "3.11",
-        ("torch==2.13.0", "transformers==5.4.0", "peft==0.21.0", "accelerate==1.10.0", "datasets==4.0.0"),
+        ("torch==2.13.0", "transformers==5.17.0", "peft==0.21.0", "accelerate==1.10.0", "datasets==4.0.0"),
     ),
     "transformers-5.17": ("3.11", ("torch==2.13.0", "transformers==5.17.0", "trl")),
     "transformers-5.23": ("3.11", ("torch==2.13.0", "transformers==5.23.0", "trl")),

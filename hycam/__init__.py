@@ -2,7 +2,7 @@
 
 from hycam_kernels.versions import require
 
-FLOORS = {"transformers": "5.4", "peft": "0.21"}
+FLOORS = {"transformers": "5.17", "peft": "0.21"}
 require(FLOORS)
 
 from hycam.adapter.attention import HyCAMAttention
