@@ -60,8 +60,8 @@ def check_init(model: Any, folder: str | os.PathLike, adapter_name: str = "defau
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"init_from: {folder}: not a saved adapter: {reason}") from error
     if settings.peft_type != config.peft_type:
-        wanted = config.peft_type.value
-        raise InputError(f"init_from: {folder}: an adapter of {settings.peft_type}, wanted one of {wanted}")
+        given, wanted = (method.value for method in (settings.peft_type, config.peft_type))
+        raise InputError(f"init_from: {folder}: an adapter of {given}, wanted one of {wanted}")
     weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     wanted = {name: list(tensor.shape) for name, tensor in weights.items()}
     with _opened(Path(folder)) as saved:
