@@ -18,7 +18,7 @@ class Closing:
 
     Attributes:
         token_id: the token that does: the first one of the tokenizer's added tokens that the chat template writes after
-            an answer; the eos token where it writes none, and in the style `alpaca`.
+            an answer, but for white space; the eos token where it writes none, and in the style `alpaca`.
         rendered: all text that the chat template writes after an answer.
         kept: what of it stands before that token. What follows the token is no part of a row: a generation that ended
             never comes to it.
@@ -63,7 +63,9 @@ def closing_of(style: str, tokenizer: PreTrainedTokenizerBase) -> Closing:
         raise InputError(
             f"tokenizer: chat template: makes {response!r} of the answer {_PROBE['output']!r}, wanted the answer in it"
         )
-    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    # not white space, which some tokenizers add (Gemma's line breaks, GPT-NeoX's runs of spaces): answers have it
+    added = tokenizer.added_tokens_decoder.items()
+    tokens = {token.content: number for number, token in added if not token.content.isspace()}
     ends = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
     end = re.search(ends, rendered) if ends else None
     if end is not None:

@@ -140,6 +140,14 @@ def test_an_answer_ends_in_one_token_whatever_the_template_writes_after_it(closi
         assert split_of(tokens)[1][-1] in tokenizer.added_tokens_decoder
 
 
+@pytest.mark.parametrize(("closing", "end"), [("\\n<turn>\\n", "<turn>"), ("\\n", "</s>")])
+def test_added_white_space_ends_no_answer(closing, end):
+    """Answers have line breaks in them, which some tokenizers have as added tokens."""
+    tokenizer = byte_tokenizer(chat_template=CHAT_WITH_BOS.replace("'<|end|>'", f"'{closing}'"))
+    tokenizer.add_tokens(["\n", "<turn>"])
+    assert tokenizer.convert_ids_to_tokens(closing_of("chat", tokenizer).token_id) == end
+
+
 def test_a_template_that_closes_answers_in_two_ways():
     template = CHAT_WITH_BOS.replace("'<|end|>'", "('<|end|>' if m['content'] | length < 16 else eos_token)")
     with pytest.raises(InputError, match=r"closes an answer with .*</s>', others with '<\|end\|>': wanted"):
