@@ -93,7 +93,7 @@ SCRIPTS: dict[str, Callable[[Path], object]] = {
     "HyCAM layers run without hycam.bind(model)": wrapped_by_hand,
     "the norm before the attention did not make its projections": replaced_norm,
     "HyCAM can't be merged into a backbone": lambda folder: adapted().merge_and_unload(),
-    "adapter_names: got a value, want none": lambda folder: adapted().eval()(IDS, adapter_names=["default"]),
+    "want one for each row": lambda folder: adapted().eval()(IDS, adapter_names=["default"] * 9),
     "second-order gradients are not supported": second_order,
     "backend='triton' can't run this call": lambda folder: adapted(backend="triton")(IDS),
 }

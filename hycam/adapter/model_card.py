@@ -17,10 +17,21 @@ adapter. Without the import PEFT stops with `KeyError: '{peft_type}'`.
 
 ```python
 import hycam  # makes {name} known to PEFT
+{loading}
+```"""
+
+_LOADING_LINES = """\
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
-```"""
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")"""
+
+# PEFT's Auto classes read no GGUF file
+_LOADING_LINES_ON_GGUF = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+backbone = AutoModelForCausalLM.from_pretrained("path/to/its/folder", gguf_file="{file}")
+model = PeftModel.from_pretrained(backbone, "path/to/this/adapter")"""
 
 _EVALUATING = """\
 ```bash
@@ -43,9 +54,9 @@ def write_usage(folder: str | os.PathLike, name: str, peft_type: ForeignPeftType
     card = read_card(path)
     begin(card, f"{name} adapter")
     base = card.data.to_dict().get("base_model", "BACKBONE")
-    set_section(
-        card, f"Loading this {name} adapter", _LOADING.format(name=name, peft_type=peft_type.value), replace=False
-    )
+    lines = _LOADING_LINES_ON_GGUF.format(file=Path(base).name) if base.endswith(".gguf") else _LOADING_LINES
+    loading = _LOADING.format(name=name, peft_type=peft_type.value, loading=lines)
+    set_section(card, f"Loading this {name} adapter", loading, replace=False)
     set_section(card, f"Evaluating this {name} adapter", _EVALUATING.format(base=base), replace=False)
     card.save(path)
 

@@ -9,10 +9,9 @@ from hycam.data.formats import KNOWN_SETS
 from hycam.data.sources import is_source
 from hycam.errors import InputError
 from hycam.training.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
-from hycam.training.checkpoints import last_checkpoint
 from hycam.training.folder import trained_folder
 from hycam.training.recipe import load_recipe, parse_recipe
-from hycam.training.trained import Selection, holds_model
+from hycam.training.trained import Selection, check_ended, holds_model
 
 _ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
@@ -45,7 +44,8 @@ def select(options: Namespace, tasks: list[str] | None = None) -> Selection:
     run = Path(source).expanduser() if Path(source).expanduser().is_dir() else None
     if adapter is None and run is not None and not options.base:
         adapter = run / trained_folder(recipe).name
-        _check_ended(run, adapter)
+        check_ended(run, adapter)
+        _check_adapter(adapter)
     return Selection(recipe, adapter, run)
 
 
@@ -74,16 +74,6 @@ def _chosen_tasks(chosen: list[str] | None, own: list[TaskConfig]) -> list[TaskC
         known[name] if not equals and name in known else TaskConfig(name, source or None)
         for name, equals, source in parts
     ]
-
-
-def _check_ended(run: Path, trained: Path) -> None:
-    if not trained.is_dir():
-        checkpoint = last_checkpoint(run)
-        raise InputError(
-            f"{run}: the run has not ended: hycam train {run} --resume goes on with it"
-            + ("" if checkpoint is None else f", --adapter {checkpoint} takes what it had saved")
-        )
-    _check_adapter(trained)
 
 
 def _check_adapter(folder: Path) -> None:

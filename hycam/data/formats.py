@@ -47,6 +47,12 @@ def fields_parser(instruction: str, output: str, input: str | None = None) -> Ro
     return parse
 
 
+def parse_unified(row: Mapping[str, Any]) -> UnifiedRow:
+    """A row of the unified names. Without `input` it has none, unless another field may be what is missed."""
+    has_input = "input" in row or not row.keys() <= {"instruction", "output"}
+    return fields_parser("instruction", "output", input="input" if has_input else None)(row)
+
+
 def parse_webgpt(row: Mapping[str, Any]) -> UnifiedRow:
     """A WebGPT comparison: the question, the preferred answer's quotes, the preferred answer without citation marks.
 

