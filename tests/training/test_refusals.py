@@ -42,7 +42,10 @@ def _without_model(monkeypatch: pytest.MonkeyPatch) -> None:
             "method.backend: got triton, wanted auto or torch: the triton backend can't run",
         ),
         ({"method": {"preset": "full_spec", "backend": "triton"}}, "method.backend: got triton, wanted auto or torch"),
-        ({"backbone": {"name_or_path": "./no-such-backbone"}}, "backbone.name_or_path: ./no-such-backbone: no such folder"),
+        (
+            {"backbone": {"name_or_path": "./no-such-backbone"}},
+            "backbone.name_or_path: ./no-such-backbone: no such folder",
+        ),
         ({"backbone": {"revision": "v2"}}, "backbone.revision: got 'v2' for the folder"),
         ({"backbone": {"pad_token": "<none>"}}, "backbone.pad_token: '<none>' is no token of"),
         ({"backbone": {"liger": True}}, "backbone.liger: liger_kernel is not installed"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -320,6 +322,16 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, backbone: Path) 
             train(recipe)
         losses.append([line["loss"] for line in _lines(recipe.output_path) if "loss" in line])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a program begins with no memory of its parent's")
+def test_the_peak_is_the_process_s_own() -> None:
+    """Not that of the program which started it: on Linux `ru_maxrss` goes on from there."""
+    code = "import torch; from hycam.training.callbacks import _peak_bytes; print(_peak_bytes(torch.device('cpu')))"
+    own = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    held = torch.zeros(own + 2**29, dtype=torch.uint8).fill_(1)
+    again = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert held[-1] == 1 and again == pytest.approx(own, rel=0.2)
 
 
 def test_the_log_tells_what_the_time_went_to(tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
