@@ -91,7 +91,10 @@ class HyCAMConfig(SavedConfig):
         modules_to_save: other modules to train and to save with the adapter.
         trainable_token_indices: ids of tokens whose embeddings are trained and saved with the adapter: a list for the
             input embedding, or lists by the embeddings' names.
-        target_parameters, rank_pattern, alpha_pattern, ensure_weight_tying: refused; there for tools that read them.
+        target_parameters: refused; there for tools that read it, as the next three.
+        rank_pattern: refused.
+        alpha_pattern: refused.
+        ensure_weight_tying: refused.
 
     Raises:
         InputError: (a ValueError) for a value that can't be used; it names the field.
