@@ -20,6 +20,7 @@ from hycam.adapter.calls import ModelCalls
 from hycam.adapter.config import HyCAMConfig, is_finite
 from hycam.adapter.mixed_batch import RowAdapters, WrapperRows
 from hycam.adapter.norm_fusion import NormFusion, fusible_norms
+from hycam.adapter.threads import Latest
 from hycam.adapter.trainers import calling_trainer, share, shifts_labels, step_average, target_count, traced_trainer
 from hycam.errors import InputError
 
@@ -61,7 +62,7 @@ class Binding:
             tensor_parallel_size=getattr(model, "_tp_size", None) or 1,
         )
         # track_loss may follow passes without gradients, of a reference for example
-        self.differentiated: ForwardContext | None = None
+        self.differentiated: Latest[ForwardContext] = Latest()
         self._told_no_loss = self._told_noise = False
         self._handles: list[RemovableHandle | NormFusion] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -109,7 +110,7 @@ class Binding:
             self._ask_trainer(context, arguments)
         self.calls.begin(context)
         if torch.is_grad_enabled():
-            self.differentiated = context
+            self.differentiated.set(context)
         return (args, kwargs | {CONTEXT_KEYWORD: context}) if self._takes_keywords else None
 
     def _ask_trainer(self, context: ForwardContext, arguments: dict[str, Any]) -> None:
@@ -269,13 +270,13 @@ def track_loss(model: nn.Module, loss: Tensor, *, share: Tensor | float | None =
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     binding = model.__dict__.get(_ATTRIBUTE)
-    if binding is None or binding.differentiated is None:
+    context = None if binding is None else binding.differentiated.get()
+    if context is None:
         raise InputError(
             f"model: got {type(model).__name__} that is not bound or has not run, want one after hycam.bind"
         )
     if not (share is None or isinstance(share, Tensor) or (is_finite(share) and 0 <= share <= 1)):
         raise InputError(f"share: got {share!r}, want a tensor or a number from 0 to 1")
-    context = binding.differentiated
     context.token_share = context.trainer_share if share is None else share
     return context.track(loss)
 
