@@ -32,7 +32,7 @@ def process_bytes(recipe: Recipe, arguments: TrainingArguments) -> int | None:
     tokenizer = None
     if recipe.backbone.name_or_path is not None:
         with contextlib.suppress(InputError):  # not on this machine, or behind a licence: it is small beside the rest
-            tokenizer = load_tokenizer(recipe.backbone, recipe.backbone.name_or_path)
+            tokenizer = load_tokenizer(recipe.backbone, recipe.backbone.name_or_path, local_files_only=True)
     rehearse(recipe, arguments, Dataset.from_dict({"input_ids": [[1]] * 8}))
     line = next(line for line in statistics.read_text().splitlines() if line.startswith("VmRSS:"))
     del tokenizer

@@ -123,9 +123,13 @@ def check_ids(ids: Mapping[str, int], config: PretrainedConfig, name: str) -> No
             raise InputError(f"{where} has id {number}, but {name} has embeddings for {rows} tokens (0 to {rows - 1})")
 
 
-def load_tokenizer(config: BackboneConfig, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding as the recipe says. Raises `InputError` where it has no eos or pad token."""
-    tokenizer = _load(AutoTokenizer, config, name)
+def load_tokenizer(config: BackboneConfig, name: str, *, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding as the recipe says. Raises `InputError` where it has no eos or pad token.
+
+    Args:
+        local_files_only: ask no hub, whose answer a machine without it waits for.
+    """
+    tokenizer = _load(AutoTokenizer, config, name, local_files_only=local_files_only)
     if config.pad_token is not None:
         known = tokenizer.get_vocab()
         if config.pad_token not in known:

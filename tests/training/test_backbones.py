@@ -86,10 +86,16 @@ def test_the_small_ones_have_the_parameters_that_they_are_named_after(name: str,
     assert build_model(backbone, config).num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-def test_the_papers_run_is_planned_without_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "paper", "--json", "--data.max_length", "32"]) == 0
+@pytest.mark.parametrize(
+    ("backbone", "parameters"),
+    [("llama-3.2-1b", 1_235_814_400), pytest.param("llama-2-7b", 6_738_415_616, marks=pytest.mark.slow)],
+)
+def test_the_papers_run_is_planned_without_the_hub(
+    backbone: str, parameters: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "paper", "--backbone", backbone, "--json", "--data.max_length", "32"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)
-    assert plan["total"] - plan["trained"] == 6_738_415_616
+    assert plan["total"] - plan["trained"] == parameters
 
 
 @pytest.mark.parametrize("fast", [True, False])
