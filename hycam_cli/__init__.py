@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_STUDY_OVERRIDES,
     )
     compare.add_argument(
-        "study", help="study: a YAML file, the folder of a study, or the name of one that ships (study_small, study_7b)"
+        "study", help="study: a YAML file, the folder of a study, or the name of one that ships (study_laptop, ...)"
     )
 
     report = _add(

@@ -3,8 +3,9 @@
     python -m hycam.study.corpus DATA OUTPUT [--rows 300]
 
 DATA holds the files below in the sets' native fields. OUTPUT gets `<task>.jsonl`, the tasks' rows as instruction, input
-and output; `corpus.jsonl`, lines with a `text`, for `backbone.scratch.corpus`; `general.jsonl`, more such lines that
-neither the backbone nor a task has, for `hycam report --text`; and `parts.json`, the counts.
+and output; `corpus.jsonl`, lines with a `text`, for `backbone.scratch.corpus`; for `hycam report --text` more of them
+that neither the backbone nor a task has: `general.jsonl` of the same sets, and `manual.jsonl` of Python's reference
+manual, which is like none of them; and `parts.json`, the counts.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from hycam.data.config import UNIFIED_FIELDS, TaskConfig
@@ -30,6 +32,8 @@ _TEXT_ONLY = TaskConfig("medical_qa_standin", "medical_qa_standin.json", format=
 
 # Documents that measure what a method has forgotten: those with the lowest hashes of all sets together.
 _GENERAL = 300
+# The first characters of each topic of the manual: all of them, and not the long ones' alone.
+_OF_TOPIC = 2000
 
 Row = Mapping[str, str]
 
@@ -86,6 +90,7 @@ def write_parts(data: Path, output: Path, count: int) -> dict[str, Any]:
     ]
     files = {f"{name}.jsonl": _lines(rows) for name, rows in tasks.items()}
     files |= {"general.jsonl": _lines(documents[:_GENERAL]), "corpus.jsonl": _lines(documents[_GENERAL:])}
+    files["manual.jsonl"] = _lines({"text": topics[name][:_OF_TOPIC]} for name in sorted(topics))
     parts = {
         "tasks": {name: len(rows) for name, rows in tasks.items()},
         "documents": {name: len(rows) for name, rows in texts.items()},

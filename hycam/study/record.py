@@ -98,9 +98,7 @@ def _cell(study: Study, unit: Unit) -> dict[str, Any] | None:
         "best_step": measured["best_step"],
         "curves": {key: [[line["step"], line[key]] for line in lines if key in line] for key in ("loss", "eval_loss")},
     }
-    if "expert_load" in measured:
-        entry["expert_load"] = measured["expert_load"]
-    return entry
+    return entry | {key: measured[key] for key in ("saved_bytes", "expert_load") if key in measured}
 
 
 def _test(report: dict[str, Any]) -> dict[str, Any]:

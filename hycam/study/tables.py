@@ -66,22 +66,26 @@ class _Tables:
         ]
 
     def methods(self) -> Table:
-        columns = ["method", *self._labels(), "learning rate", "trained parameters", "share, %", "steps", "time, s"]
+        # a run made by an earlier version has no size of what it saved
+        saved = ["saved, MiB"] if any("saved_bytes" in cell for cell in _done(self.record)) else []
+        costs = ["learning rate", "trained parameters", "share, %", *saved, "steps", "s a step", "peak memory, GiB"]
         rows = []
         for backbone in self.backbones:
-            rows.append(self._base_row(backbone, [(metric, OVERALL) for metric in self.metrics], blanks=6))
+            rows.append(self._base_row(backbone, [(metric, OVERALL) for metric in self.metrics], blanks=len(costs)))
             for method in self.main_methods():
-                rows.append(Row(backbone, [method, *self._overall(backbone, method), *self._costs(backbone, method)]))
+                numbers = [*self._overall(backbone, method), *self._costs(backbone, method, costs)]
+                rows.append(Row(backbone, [method, *numbers]))
         notes = [
             *self._rules(),
-            "Time: of the training steps, without validation and checkpoints. Peak memory: what a run's process had at "
+            "Seconds: of a training step, without validation and checkpoints. Peak memory: what a run's process had at "
             "most while it trained, allocated on its accelerator or, without one, resident (the packages' own "
-            "included). Learning rate: the one of the grid with the lowest validation loss of the first fold and seed.",
+            "included). Saved: the adapter's weights, or a whole model's. Learning rate: the one of the grid with the "
+            "lowest validation loss of the first fold and seed.",
             *self._mark_notes(),
             *self._fold_notes(),
             *self._incomplete(),
         ]
-        return Table("table2", "Methods and backbones", [*columns, "peak memory, GiB"], rows, notes)
+        return Table("table2", "Methods and backbones", ["method", *self._labels(), *costs], rows, notes)
 
     def sizes(self, title: str, backbones: list[str]) -> Table:
         columns = ["method", *(f"{backbone}: {label}" for backbone in backbones for label in self._labels())]
@@ -176,31 +180,31 @@ class _Tables:
     ) -> Row:
         return Row(section or backbone, [_BACKBONE_ALONE, *self._base(backbone, columns), *[None] * blanks])
 
-    def _costs(self, backbone: str, method: str) -> list[Any]:
+    def _costs(self, backbone: str, method: str, columns: Iterable[str]) -> list[Any]:
         done = finished(self.record, backbone, method)
 
         def mean(value: Callable[[Mapping[str, Any]], float], digits: int) -> Number | None:
             return Number.of(summarise(map(value, done)), digits)
 
+        def one(values: list[float], digits: int) -> Number | None:
+            """Of what is the same in every cell of a method."""
+            return Number(values[0], None, digits) if values else None
+
         rates = sorted({cell["learning_rate"] for cell in done})
-        return [
-            ", ".join(f"{rate:g}" for rate in rates) or None,
-            self._trained(backbone, method),
-            self._share(done),
-            mean(lambda cell: cell["steps"], 0),
-            mean(lambda cell: cell["train_seconds"], 1),
-            mean(lambda cell: cell["peak_bytes"] / 2**30, 2),
-        ]
+        costs = {
+            "learning rate": ", ".join(f"{rate:g}" for rate in rates) or None,
+            "trained parameters": self._trained(backbone, method),
+            "share, %": one([100 * cell["parameters"]["trainable"] / cell["parameters"]["total"] for cell in done], 2),
+            "saved, MiB": one([cell["saved_bytes"] / 2**20 for cell in done if "saved_bytes" in cell], 1),
+            "steps": mean(lambda cell: cell["steps"], 0),
+            "s a step": mean(lambda cell: cell["train_seconds"] / max(cell["steps"], 1), 2),
+            "peak memory, GiB": mean(lambda cell: cell["peak_bytes"] / 2**30, 2),
+        }
+        return [costs[column] for column in columns]
 
     def _trained(self, backbone: str, method: str) -> Number | None:
         counts = (cell["parameters"]["trainable"] for cell in finished(self.record, backbone, method))
         return Number.of(summarise(counts), 0)
-
-    @staticmethod
-    def _share(done: Iterable[Mapping[str, Any]]) -> Number | None:
-        """Of all parameters, in per cent: the same in every cell of a method."""
-        shares = [100 * cell["parameters"]["trainable"] / cell["parameters"]["total"] for cell in done]
-        return Number(shares[0], None, 2) if shares else None
 
     def _rules(self) -> list[str]:
         average = [_ROW_AVERAGE] if "row_average" in self.metrics else []

@@ -6,7 +6,7 @@ import importlib.resources
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -39,12 +39,17 @@ def named_section(name: str, *, whole: bool = False) -> dict[str, Any]:
     known = _known()[name]
     section, package = copy.deepcopy(known["section"]), known.get("package")
     if section["dtype"] == "auto":
-        section["dtype"] = "float32" if whole or not multiplies_bfloat16() else "bfloat16"
+        section["dtype"] = machine_dtype(whole=whole)
     file = None if package is None else _gguf_of(package)
     if file is None or _on_hub(section["name_or_path"]):
         return section
     logger.warning("%s: the hub can't be reached: %s of the package %s takes its place", name, file.name, package)
     return section | {"name_or_path": str(file)}
+
+
+def machine_dtype(*, whole: bool) -> Literal["float32", "bfloat16"]:
+    """What a backbone that names no dtype of its own is loaded in: `named_section` says what `whole` is."""
+    return "float32" if whole or not multiplies_bfloat16() else "bfloat16"
 
 
 def multiplies_bfloat16() -> bool:

@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from hycam.data.config import DataConfig, TaskConfig
 from hycam.errors import InputError
 from hycam.training.engines import check_checkpointing, deepspeed_settings, fsdp_backend, join_processes
-from hycam.training.known_backbones import leave_other_backbone, named_section, packaged_backbones
+from hycam.training.known_backbones import leave_other_backbone, machine_dtype, named_section, packaged_backbones
 from hycam.training.method import MethodConfig, method_fields, method_section
 from hycam.training.recipe_files import find_yaml, packaged_yaml, parse_yaml, read_yaml, set_field
 from hycam.training.schema import Reader, suggest
@@ -60,7 +60,8 @@ class BackboneConfig:
         scratch: a small Llama trained on general text before it is adapted.
         gguf_file: the GGUF file in that folder or hub repository; its weights, quantised or not, are read into `dtype`.
         revision: branch, tag or commit on the hub.
-        dtype: of the frozen weights; `auto` is the checkpoint's own, float32 for a GGUF file.
+        dtype: of the frozen weights; `auto` is the checkpoint's own. A GGUF file's blocks have none: a recipe takes
+            bfloat16 where the machine multiplies it in hardware, else float32, as it always does for `full`.
         attn_implementation: None leaves transformers' choice for the architecture.
         liger: Liger's Triton kernels in the backbone's own layers.
         trust_remote_code: run code that the hub's repository brings.
@@ -278,8 +279,10 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[tuple[str, str]] 
         sections["method"] = method_section(reader, sections["method"])
     if "trainer" in sections:
         sections["trainer"] = _trainer_section(reader, sections["trainer"] or {})
-    recipe = reader.build(Recipe, sections)
+    recipe: Recipe = reader.build(Recipe, sections)
     recipe.source = source
+    if recipe.backbone.is_gguf and recipe.backbone.dtype == "auto":
+        recipe.backbone.dtype = machine_dtype(whole=recipe.method.name == "full")
     try:
         recipe.method.adapter_config()
     except (ValueError, TypeError) as error:

@@ -161,6 +161,7 @@ def _train(
         else:
             prepared.tokenizer.save_pretrained(trained_folder(recipe))  # the model is loaded without its backbone
     results = _describe_run(recipe, prepared, model)
+    results["saved_bytes"] = sum(path.stat().st_size for path in trained_folder(recipe).glob("*.safetensors"))
     results |= {"steps": state.global_step, "epochs": state.epoch, "best_step": state.best_global_step}
     if prepared.untested is not None:
         with training_precision(recipe, prepared.arguments.device):

@@ -110,6 +110,7 @@ def test_the_record_has_what_the_runs_measured(study: Study) -> None:
         assert [step for step, _ in cell["curves"]["eval_loss"]] == [2, 4]
         assert 0 < cell["train_seconds"] == sum(line["seconds"] for line in metrics if "seconds" in line)
         assert cell["peak_bytes"] > 2**20
+        assert cell["saved_bytes"] > 4 * cell["parameters"]["trainable"]  # and the file's header
         assert ("expert_load" in cell) == (unit.method == "hycam")
     assert record["planned"] == 4 and len(record["versions"]) == len(record["devices"]) == 1
     assert record["data"]["0"]["colours"]["rows"]["all"] == 40

@@ -62,3 +62,6 @@ def test_the_real_sets_are_held_apart(tmp_path: Path) -> None:
     # a document is a row's fields, so it holds a task's whole instruction only where that is part of another field
     instructions = {row["instruction"].strip() for rows in tasks.values() for row in rows}
     assert instructions.isdisjoint(text.split("\n\n")[0].strip() for text in documents)
+    manual = [json.loads(line)["text"] for line in (tmp_path / "manual.jsonl").read_text().splitlines()]
+    assert len(manual) > 50 and set(manual).isdisjoint(documents)
+    assert parts["sha256"].keys() == {path.name for path in tmp_path.glob("*.jsonl")}

@@ -181,7 +181,7 @@ def test_the_commands_options_are_the_studys_fields() -> None:
 
 
 def test_the_shipped_studies() -> None:
-    assert set(packaged_studies()) == {"study_small", "study_7b", "study_settings"}
+    assert set(packaged_studies()) == {"study_laptop", "study_small", "study_7b", "study_settings"}
     for name in ("study_small", "study_7b"):
         study = load_study(name)
         methods = {(method.section["name"], method.section.get("preset", "paper")) for method in study.methods.values()}

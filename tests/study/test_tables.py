@@ -88,11 +88,23 @@ def test_methods_and_their_costs() -> None:
     table = _table("table2", _record())
     small = _cells(table, "small")
     assert list(small) == ["backbone alone", "full", "lora", "hycam", "shared_only", "released_code"]
-    costs = ["0.0003", "1,000", "25.00", "7", "11.0 ± 1.0", "1.00 ± 0.00"]
+    costs = ["0.0003", "1,000", "25.00", "7", "1.57 ± 0.14", "1.00 ± 0.00"]
     assert small["lora"] == ["21.250 ± 1.250", "78.75 ± 1.25", *costs]
     assert small["backbone alone"] == ["99.000", "1.00", *["-"] * 6]
     assert table.columns[1:4] == ["PPL", "BLEU-4", "learning rate"]
     assert _cells(table, "large")["full"][0] == "4.583 ± 0.629"
+
+
+def test_what_a_run_saved_is_shown_where_it_is_known() -> None:
+    record = _record()
+    assert "saved, MiB" not in _table("table2", record).columns
+    for cell in record["cells"]:
+        if cell["method"] == "lora":
+            cell["saved_bytes"] = 3 * 2**20
+    table = _table("table2", record)
+    place = table.columns.index("saved, MiB") - 1
+    small = _cells(table, "small")
+    assert (small["lora"][place], small["hycam"][place]) == ("3.0", "-")
 
 
 def test_the_reference_is_marked_where_it_differs() -> None:

@@ -1,16 +1,22 @@
 """A backbone in a GGUF file trains, reloads, answers and is planned as one of safetensors."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from gguf import GGMLQuantizationType
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hycam.data.tokenization import encode_row_prompt
 from hycam.errors import InputError
+from hycam.training import known_backbones
 from hycam.training.backbone import check_available, load_backbone_config, load_model, load_tokenizer
 from hycam.training.recipe import BackboneConfig, parse_recipe
 from hycam.training.run import train
@@ -117,6 +123,45 @@ def test_what_is_wrong_is_named(saved: tuple[Path, Path], section: dict[str, str
     }
     with pytest.raises(InputError, match=message):
         check_available(parse_recipe({"backbone": filled}, "recipe").backbone)
+
+
+@pytest.mark.parametrize(
+    ("method", "multiplies", "dtype"),
+    [("hycam", True, "bfloat16"), ("hycam", False, "float32"), ("full", True, "float32")],
+)
+def test_the_dtype_is_the_machines(
+    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, method: str, multiplies: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(known_backbones, "multiplies_bfloat16", lambda: multiplies)
+    values = {"backbone": {"name_or_path": str(saved[0])}, "method": {"name": method}}
+    assert parse_recipe(values, "recipe").backbone.dtype == dtype
+    values["backbone"]["dtype"] = "float16"
+    assert parse_recipe(values, "recipe").backbone.dtype == "float16"
+
+
+def test_a_file_of_a_hub_repository(tmp_path: Path, saved: tuple[Path, Path]) -> None:
+    """The hub's cache on this machine answers for it."""
+    repository, commit = tmp_path / "hub" / "models--owner--tiny", "0" * 40
+    for folder in ("refs", f"snapshots/{commit}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copy2(saved[0], repository / "snapshots" / commit)
+    values = recipe_values(tmp_path, saved[0], data={"max_length": 128})
+    values["backbone"] = {"name_or_path": "owner/tiny", "gguf_file": saved[0].name, "dtype": "float32"}
+    values["trainer"]["max_steps"] = 1
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    code = f"""
+from hycam.training.trained import load_run
+from hycam_cli import main
+assert main(["train", {str(recipe)!r}]) == 0
+model, tokenizer = load_run({values["output_dir"]!r})
+print(model.peft_config["default"].base_model_name_or_path, tokenizer.eos_token)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1].split() == ["owner/tiny", "<eos>"]
 
 
 def test_a_file_that_is_cut_short(tmp_path: Path, saved: tuple[Path, Path]) -> None:
