@@ -80,7 +80,7 @@ def outdated(study: Path) -> list[str]:
         shutil.copy2(study / "study.json", again)
         if (study / "data").is_dir():
             shutil.copytree(study / "data", again / "data")
-        write_report(again, again, announce=lambda line: None)
+        write_report(again, again, pictures=False, announce=lambda line: None)
         made = {path.relative_to(again): path.read_bytes() for path in _texts(again)}
     found = {path.relative_to(study): path.read_bytes() for path in _texts(study)}
     return sorted(str(name) for name in made.keys() | found.keys() if made.get(name) != found.get(name))

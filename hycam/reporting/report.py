@@ -34,6 +34,7 @@ def write_report(
     *,
     texts: Path | None = None,
     hide_text: bool = False,
+    pictures: bool = True,
     announce: Callable[[str], object] = print,
 ) -> Report:
     """Measure what the study's models are needed for, and write all figures and tables.
@@ -44,6 +45,7 @@ def write_report(
         output: the report's folder: gets `data` (measurements), `figures` (PNG, SVG, each with its JSON) and `tables`.
         texts: JSON Lines file with general text, for the forgetting.
         hide_text: keep the rows' text out of the figure of the modulation, for rows that may not be shown.
+        pictures: draw the figures; False: write their data alone.
         announce: is told what is about to be measured, a line each.
 
     Raises:
@@ -64,7 +66,7 @@ def write_report(
         for name, data in _figures(record["study"]["reference"], backbone, cells, tables, measurements):
             path = output / FIGURES_FOLDER / f"{name}-{backbone}.json"
             path.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
-            report.files += [path, *draw_figure(path)]
+            report.files += [path, *(draw_figure(path) if pictures else [])]
     tables += analysis_tables(backbones, measurements)
     report.files += sorted(write_tables(output, tables).iterdir())
     return report

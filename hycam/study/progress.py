@@ -34,7 +34,10 @@ class UnitProgress:
         total = f"/{self._steps}" if self._steps > 0 else f", {share:.0%}"
         return min(share, 1.0), f"step {step}{total}" + ("" if loss is None else f", loss {loss:.4g}")
 
-    def seconds_left(self, share: float, seconds: float) -> float:
-        """Of training, by what the run did in the `seconds` since this was made."""
+    def seconds_for(self, part: float, share: float, seconds: float) -> float | None:
+        """How long a part of the run's steps takes, by the `share` that it got to in the `seconds` since this was made.
+
+        None where it hasn't gone on yet.
+        """
         done = share - self.began_at
-        return seconds * (1 - share) / done if done > 0 else 0.0
+        return seconds * part / done if done > 0 else None

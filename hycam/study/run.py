@@ -234,9 +234,11 @@ class _Runner:
         """Say how far a unit is, and how long it and the study may take; the study alone in this process."""
         share, reached = progress.read()
         line = f"{self._count()} {unit.folder}: {reached}"
-        if share is not None:
-            line += f", {rough_time(progress.seconds_left(share, seconds))} of training left"
-        expected = sum(self._took) / len(self._took) if self._took else None if not share else seconds / share
+        left = None if share is None else progress.seconds_for(1 - share, share, seconds)
+        if left is not None:
+            line += f", {rough_time(left)} of training left"
+        of_unit = None if share is None else progress.seconds_for(1.0, share, seconds)
+        expected = sum(self._took) / len(self._took) if self._took else of_unit
         if expected is not None:
             others = sum(not is_done(self.study, other) for other in self.units) - 1
             line += f", the study {rough_time(max(0.0, expected - seconds) + others * expected)}"

@@ -104,10 +104,12 @@ def test_the_running_cell_says_how_far_it_is(tmp_path: Path) -> None:
     log.parent.mkdir(parents=True)
     log.write_text('{"step": 1, "epoch": 0.25, "loss": 2.5}\n{"step": 1, "eval_loss": 3.0}\n')
     assert progress.read() == (0.25, "step 1/4, loss 2.5")
-    assert progress.seconds_left(0.25, 60.0) == 180.0
-    assert UnitProgress(of, unit).began_at == 0.25
+    assert progress.seconds_for(0.75, 0.25, 60.0) == 180.0
     lines: list[str] = []
     runner = _Runner(of, print, lines.append)
+    runner._report(unit, UnitProgress(of, unit), 60.0)  # goes on from a checkpoint, and has not logged since
+    assert lines == ["[0/5] tuning/tiny/hycam/lr-0.0001: step 1/4, loss 2.5"]
+    lines.clear()
     runner._report(unit, progress, 60.0)
     assert lines == [
         "[0/5] tuning/tiny/hycam/lr-0.0001: step 1/4, loss 2.5, about 3 min of training left, the study about 19 min"
