@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hycam.errors import InputError
-from hycam.study.record import STUDY_RECORD
+from hycam.errors import InputError, check_format_version
+from hycam.study.record import FORMAT_VERSION, STUDY_RECORD
 from hycam.study.render import Number, Table
 from hycam.study.statistics import finished, summarise
 from hycam.study.units import Unit
@@ -22,7 +22,7 @@ def read_record(folder: Path) -> Record:
     """The record of the study in a folder.
 
     Raises:
-        InputError: a folder without one, or one without a finished cell.
+        InputError: a folder without one, one without a finished cell, or one that a later version wrote.
     """
     path = folder / STUDY_RECORD
     try:
@@ -31,6 +31,7 @@ def read_record(folder: Path) -> Record:
         raise InputError(
             f"{folder}: no {STUDY_RECORD}, wanted the folder of a study that `hycam compare` ran"
         ) from error
+    check_format_version(record.get("format_version", 1), FORMAT_VERSION, f"{path}: ")
     if not any(cell["status"] == "done" for cell in record["cells"]):
         raise InputError(f"{path}: no finished cell, wanted at least one")
     return record

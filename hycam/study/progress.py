@@ -31,8 +31,10 @@ class UnitProgress:
         last = lines[-1]
         step, loss = last["step"], last["loss"]
         share = step / self._steps if self._steps > 0 else last["epoch"] / self._epochs
-        total = f"/{self._steps}" if self._steps > 0 else f", {share:.0%}"
-        return min(share, 1.0), f"step {step}{total}" + ("" if loss is None else f", loss {loss:.4g}")
+        reached = f"step {step}" + (f"/{self._steps}" if self._steps > 0 else f", {share:.0%}")
+        if share >= 1:
+            return 1.0, f"{reached}, measuring"
+        return share, reached + ("" if loss is None else f", loss {loss:.4g}")
 
     def seconds_for(self, part: float, share: float, seconds: float) -> float | None:
         """How long a part of the run's steps takes, by the `share` that it got to in the `seconds` since this was made.

@@ -23,6 +23,8 @@ from hycam.training.callbacks import finite, read_metrics, write_whole
 from hycam.training.folder import METRICS_FILE, RECORD_FILE, read_record
 
 STUDY_RECORD = "study.json"
+# what an earlier version would read wrongly raises it
+FORMAT_VERSION = 1
 
 _TEST_METRICS = ("perplexity", "row_average", "nll", "tokens", "bleu4", "rougeL", "rows", "too_long")
 
@@ -49,7 +51,7 @@ def collect(study: Study) -> dict[str, Any]:
     """The record of what the study's folder holds.
 
     Returns:
-        `study`: the recipe. `planned`: the number of cells. `cells`: those that are done, or failed when they were last
+        `format_version`. `study`: the recipe. `planned`: the number of cells. `cells`: those that are done, or failed when they were last
         tried. `tuning`: the runs of the learning-rate grids. `data`: per fold and task the rows of each split and the
         SHA-256 of all. `backbones`: parameters, and the training of those from scratch. `versions`, `devices`: each
         combination that a run was made with.
@@ -60,6 +62,7 @@ def collect(study: Study) -> dict[str, Any]:
     collected = [entry for unit in cells(study) if (entry := _cell(study, unit)) is not None]
     finished = {unit: values for unit in cells(study) if (values := results(study, unit)) is not None}
     record = {
+        "format_version": FORMAT_VERSION,
         "study": study.to_dict(),
         "planned": len(cells(study)),
         "cells": collected,

@@ -235,7 +235,7 @@ class _Runner:
         share, reached = progress.read()
         line = f"{self._count()} {unit.folder}: {reached}"
         left = None if share is None else progress.seconds_for(1 - share, share, seconds)
-        if left is not None:
+        if left:
             line += f", {rough_time(left)} of training left"
         of_unit = None if share is None else progress.seconds_for(1.0, share, seconds)
         expected = sum(self._took) / len(self._took) if self._took else of_unit

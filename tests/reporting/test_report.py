@@ -321,6 +321,12 @@ def test_a_study_that_was_moved_finds_the_backbone_that_it_trained(study: Path) 
             ),
             r"study\.json: no finished cell",
         ),
+        (
+            lambda study: (study / "study.json").write_text(
+                json.dumps(dict.fromkeys(records.RECORD_KEYS) | {"cells": [], "format_version": 2})
+            ),
+            r"study\.json: format_version: got 2, which a later version wrote",
+        ),
         (lambda study: (study / "study.json").write_text("[]"), r"study\.json: damaged: got a list, wanted an object"),
         (lambda study: (study / "study.json").write_text('{"cells": []}'), r"study\.json: damaged: study, .* missing"),
         (lambda study: shutil.rmtree(study / "cells"), r"--text: .*study has no run to measure"),

@@ -110,6 +110,12 @@ def test_the_running_cell_says_how_far_it_is(tmp_path: Path) -> None:
     runner._report(unit, UnitProgress(of, unit), 60.0)  # goes on from a checkpoint, and has not logged since
     assert lines == ["[0/5] tuning/tiny/hycam/lr-0.0001: step 1/4, loss 2.5"]
     lines.clear()
+    text = log.read_text()
+    log.write_text(text + '{"step": 4, "epoch": 1.0, "loss": 2.0}\n')
+    runner._report(unit, progress, 60.0)
+    assert lines == ["[0/5] tuning/tiny/hycam/lr-0.0001: step 4/4, measuring, the study about 4 min"]
+    log.write_text(text)
+    lines.clear()
     runner._report(unit, progress, 60.0)
     assert lines == [
         "[0/5] tuning/tiny/hycam/lr-0.0001: step 1/4, loss 2.5, about 3 min of training left, the study about 19 min"
