@@ -51,10 +51,10 @@ def collect(study: Study) -> dict[str, Any]:
     """The record of what the study's folder holds.
 
     Returns:
-        `format_version`. `study`: the recipe. `planned`: the number of cells. `cells`: those that are done, or failed when they were last
-        tried. `tuning`: the runs of the learning-rate grids. `data`: per fold and task the rows of each split and the
-        SHA-256 of all. `backbones`: parameters, and the training of those from scratch. `versions`, `devices`: each
-        combination that a run was made with.
+        `format_version`. `study`: the recipe. `planned`: the number of cells. `cells`: those that are done, or failed
+        when they were last tried. `tuning`: the runs of the learning-rate grids. `data`: per fold and task the rows of
+        each split and the SHA-256 of all. `backbones`: parameters, and the training of those from scratch. `versions`,
+        `devices`: each combination that a run was made with.
 
     Raises:
         InputError: two cells saw other rows.
