@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from hycam.adapter.peft_type import ForeignPeftType
 
@@ -52,8 +54,8 @@ def write_usage(folder: str | os.PathLike, name: str, peft_type: ForeignPeftType
     """
     path = Path(folder) / "README.md"
     card = read_card(path)
-    begin(card, f"{name} adapter")
     base = card.data.to_dict().get("base_model", "BACKBONE")
+    begin(card, f"{name} adapter")
     lines = _LOADING_LINES_ON_GGUF.format(file=Path(base).name) if base.endswith(".gguf") else _LOADING_LINES
     loading = _LOADING.format(name=name, peft_type=peft_type.value, loading=lines)
     set_section(card, f"Loading this {name} adapter", loading, replace=False)
@@ -69,11 +71,26 @@ def read_card(path: Path) -> ModelCard:
 
 
 def begin(card: ModelCard, title: str) -> None:
-    """Put a title, and a licence that is yet to be chosen, in the place of the form that nobody has filled in."""
+    """Put a title, and a licence that is yet to be chosen, in the place of the form that nobody has filled in.
+
+    A base model of this machine leaves the card's head: the hub takes no card that names a folder or file there.
+    """
     if card.text.lstrip().startswith(_FORM):
         card.text = f"# {title}\n"
     data: Any = card.data  # its fields are those of ModelCardData
     data.license = data.license or "unknown"
+    if isinstance(data.base_model, str) and not _is_on_hub(data.base_model):
+        data.base_model = None
+        data.tags = [tag for tag in data.tags or () if not tag.startswith("base_model:")] or None
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether a model's name can be one of the hub's, and isn't a folder or file here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def set_section(card: ModelCard, heading: str, body: str, *, replace: bool) -> None:

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+from hycam.adapter.model_card import begin
 from hycam.training.method import MethodConfig, MethodName
 from hycam.training.run import train
 from tests.training.runs import run_recipe
@@ -28,7 +29,9 @@ def _trained(folder: Path, backbone: Path, method: MethodConfig | None = None) -
 def test_the_card_has_the_runs_numbers(tmp_path: Path, backbone: Path) -> None:
     results, path = _trained(tmp_path, backbone)
     card = ModelCard.load(path)
-    assert card.data.base_model == str(backbone)
+    assert card.data.base_model is None, "the hub refuses a card whose base model is a folder"
+    assert not any(tag.startswith("base_model:") for tag in card.data.tags)
+    assert f"- base model: `{backbone}`" in card.text
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     assert card.data.license == "unknown" and card.data.datasets is None
     assert ModelCardData(**card.data.to_dict()).to_dict() == card.data.to_dict()
@@ -54,6 +57,18 @@ def test_the_card_has_the_runs_numbers(tmp_path: Path, backbone: Path) -> None:
         "Results on the test split",
     ]
     assert f"--model_args pretrained={backbone},peft=path/to/this/adapter" in card.text
+
+
+@pytest.mark.parametrize(
+    ("base", "kept"), [("owner/model", True), ("gpt2", True), ("/models/model", False), ("models/mine/model", False)]
+)
+def test_a_base_model_of_the_hub_stays_in_the_head(base: str, kept: bool) -> None:
+    tags = ["lora", f"base_model:adapter:{base}"]
+    head = ModelCardData(base_model=base, tags=tags).to_yaml()
+    card = ModelCard(f"---\n{head}\n---\n")
+    begin(card, "title")
+    assert card.data.base_model == (base if kept else None)
+    assert card.data.tags == (tags if kept else ["lora"])
 
 
 def test_what_people_wrote_stays_when_a_run_is_measured_again(tmp_path: Path, backbone: Path) -> None:
