@@ -25,20 +25,9 @@ _WITHOUT_WHEELS = ("rouge-score",)
 
 def resolve(platform: str, python: str) -> dict[str, str]:
     """Package -> version; raises `subprocess.CalledProcessError` with uv's reason in ``stderr``."""
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "pyproject.toml",
-        "--extra",
-        "train",
-        "--no-header",
-        "--no-annotate",
-        "--quiet",
-    ]
-    command += ["--no-build", "--python-platform", platform, "--python-version", python]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "train", "--quiet"]
+    command += ["--no-header", "--no-annotate"]
+    command += ["--only-binary", ":all:", "--python-platform", platform, "--python-version", python]
     command += [option for name in _WITHOUT_WHEELS for option in ("--no-binary", name)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return dict(line.split("==") for line in done.stdout.splitlines())

@@ -15,7 +15,7 @@ from hycam_kernels.versions import release
 
 USER_EXTRAS = ("train", "analysis", "deepspeed", "flash-attn", "gguf", "liger", "quantization")
 _OUTCOMES = ("passed", "failed", "skipped")
-_RESOLVED = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+_RESOLVED = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
 def promises() -> dict[str, str]:
@@ -47,11 +47,11 @@ def versions(folder: Path) -> str:
 
 
 def platforms(path: Path) -> str:
-    """One row for each system and Python: the versions that pip would take there, or why it could take none."""
+    """One row for each system and Python: the versions that would be installed there."""
     if not path.exists():
         return NOT_MEASURED
     rows = []
     for entry in json.loads(path.read_text())["entries"]:
         found: dict[str, Any] = entry["packages"]
-        rows.append([entry["system"], entry["python"], *(found.get(name, "none") for name in _RESOLVED)])
+        rows.append([entry["system"], entry["python"], *(found.get(name, "") for name in _RESOLVED)])
     return markdown(["system", "Python", *_RESOLVED], rows)
