@@ -58,7 +58,7 @@ versions: setup
 # what would be installed on other systems and Pythons, by the registry's metadata
 platforms: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[versions]"
-	$(BIN)/python -m benchmarks.platforms --out $(OUT)/platforms.json
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.platforms --out $(OUT)/platforms.json
 
 lint: setup
 	$(BIN)/ruff check .

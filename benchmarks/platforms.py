@@ -25,7 +25,7 @@ _WITHOUT_WHEELS = ("rouge-score",)
 
 def resolve(platform: str, python: str) -> dict[str, str]:
     """Package -> version; raises `subprocess.CalledProcessError` with uv's reason in ``stderr``."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "train", "--quiet"]
+    command = ["uv", "pip", "compile", "pyproject.toml", "--extra", "train", "--quiet"]
     command += ["--no-header", "--no-annotate"]
     command += ["--only-binary", ":all:", "--python-platform", platform, "--python-version", python]
     command += [option for name in _WITHOUT_WHEELS for option in ("--no-binary", name)]
