@@ -11,7 +11,7 @@ QUANTIZATION := $(VENV)/quantization
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2
 QUANTIZATION_PYTEST := PYTHONPATH=$(QUANTIZATION) $(PYTEST) tests/training/test_quantization.py
 
-.PHONY: setup demo laptop test test-all versions lint docs build gpu bench findings
+.PHONY: setup demo laptop test test-all versions platforms lint docs build gpu bench findings
 
 setup: $(VENV)/.installed
 
@@ -55,6 +55,11 @@ versions: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[versions]"
 	$(BIN)/nox $(if $(ONLY),--session "versions($(ONLY))")
 
+# what would be installed on other systems and Pythons, by the registry's metadata
+platforms: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[versions]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.platforms --out $(OUT)/platforms.json
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,8 +69,13 @@ lint: setup
 docs: setup
 	$(BIN)/mkdocs build --strict
 
+# the archives of a release, what they hold, and whether all that users import says its types
 build: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[release]"
+	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 # with the Python and torch that the machine has: no virtual environment, no network
 gpu:

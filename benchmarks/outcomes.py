@@ -1,14 +1,18 @@
 """What came of a run of the tests, by pytest's reports: ``python -m benchmarks.outcomes REPORT.xml ... --out FILE``.
 
 ``pytest --junitxml REPORT.xml`` writes such a report. The record counts passed, failed and skipped cases of each test,
-with their seconds. Exit status 1 where one failed or where a report holds no case.
+with their seconds, and names every package that is installed. Exit status 1 where one failed or where a report holds no
+case.
 """
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
+
+from packaging.utils import canonicalize_name
 
 from benchmarks.harness.record import Entry, Record, environment
 
@@ -40,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of the sources that were tested; by default those of this folder")
     options = parser.parse_args(arguments)
     found = {report: outcomes(report) for report in options.reports}
-    record = Record(options.out, environment(options.commit))
+    packages = {canonicalize_name(found.name): found.version for found in importlib.metadata.distributions()}
+    record = Record(options.out, environment(options.commit) | {"packages": dict(sorted(packages.items()))})
     record.entries.extend(entry for report in options.reports for entry in found[report])
     record.write()
     totals = {outcome: sum(entry[outcome] for entry in record.entries) for outcome in OUTCOMES}

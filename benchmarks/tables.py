@@ -2,7 +2,8 @@
 
 A table, or the plots of a record, stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Each names the record
 that it is drawn from: the newest file, by name, of each folder of ``benchmarks/results`` (``cpu``, or a GPU's name)
-that has such measurements. Without one it says so. The table of versions is drawn from every file of their folder.
+that has such measurements. Without one it says so. The table of versions is drawn from every file of their folder,
+that of platforms from its one record.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from benchmarks.harness.pages import fill
 from benchmarks.harness.plots import outdated, redraw
 from benchmarks.harness.record import ROOT
 from benchmarks.harness.tables import TABLES, render, sources
-from benchmarks.harness.versions import versions
+from benchmarks.harness.versions import platforms, versions
 
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "versions.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "plots"
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(name: str) -> str | None:
     if name == "versions":
         return versions(RESULTS / "versions")
+    if name == "platforms":
+        return platforms(RESULTS / "platforms.json")
     return render(name, RESULTS) if name in TABLES else None
 
 

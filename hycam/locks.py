@@ -1,10 +1,17 @@
 """Locks of files that end with the process that holds them, however it ends."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError as error:
+    # without the module's name: the command says the line alone
+    raise ImportError(
+        "runs and studies lock their folders by flock, which this system hasn't: wanted Linux, macOS, or WSL on Windows"
+    ) from error
 
 
 @contextmanager

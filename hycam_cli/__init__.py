@@ -259,13 +259,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # a bar's carriage returns would be one endless line
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        # these import torch, which takes seconds
-        from hycam.commands import run_command
-        from hycam.errors import InputError, RunStoppedError, is_disk_full
+        return _run(options)
     except ImportError as error:
-        if error.name is not None:  # of a module that is missing or broken, not of a version that is refused
+        if error.name is not None:  # of a module that is missing or broken, not of a version or system that is refused
             raise
         return _report(error, 2)
+
+
+def _run(options: argparse.Namespace) -> int:
+    # these import torch, which takes seconds
+    from hycam.commands import run_command
+    from hycam.errors import InputError, RunStoppedError, is_disk_full
 
     try:
         run_command(options.command, options)

@@ -5,7 +5,7 @@ Importing this package needs torch alone.
 
 from hycam_kernels.versions import require
 
-FLOORS = {"torch": "2.6", "triton": "3.2"}
+FLOORS = {"torch": "2.6"}
 require(FLOORS)
 
 from hycam_kernels.modulation import explain_backend, hycam_modulation

@@ -8,6 +8,7 @@ through Python; where no gradient is wanted, a few tokens need neither.
 
 from collections.abc import Iterable
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def hycam_modulation(
     return HyCAMOutput(out.view(attn_output.shape), means.load, means.router_prob, means.balance_loss)
 
 
-def modulate(hidden: Tensor, attn_output: Tensor, *args, training: bool, **kwargs) -> DeferredOutput:
+def modulate(hidden: Tensor, attn_output: Tensor, *args: Any, training: bool, **kwargs: Any) -> DeferredOutput:
     """`hycam_modulation` whose router's means may be made when they're read only.
 
     Takes the arguments of `hycam_modulation`, which must fit each other: only in training they're checked.
@@ -130,7 +131,7 @@ def modulate(hidden: Tensor, attn_output: Tensor, *args, training: bool, **kwarg
     return DeferredOutput(out.view(attn_output.shape), means)
 
 
-def explain_backend(hidden: Tensor, attn_output: Tensor, *args, **kwargs) -> str:
+def explain_backend(hidden: Tensor, attn_output: Tensor, *args: Any, **kwargs: Any) -> str:
     """Which backend ``backend="auto"`` picks for this call of `hycam_modulation`, and why not the others.
 
     Takes the arguments of `hycam_modulation`, and raises what it would raise.

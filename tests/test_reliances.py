@@ -120,7 +120,15 @@ def test_only_a_newer_version_that_lacks_something_is_warned_of(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("older", "newer"), [("2.6.0+cpu", "2.10"), ("5.9", "5.17.0"), ("4.57.1", "5.0.0rc1"), ("0.21.0", "0.21.2")]
+    ("older", "newer"),
+    [
+        ("2.6.0+cpu", "2.10"),
+        ("5.9", "5.17.0"),
+        ("4.57.1", "5.0.0rc1"),
+        ("0.21.0", "0.21.2"),
+        ("2.9.1+rocm6.4", "2.10.0+xpu"),
+        ("2.10.0a0+b558c986e8.nv25.11", "2.11.0.dev20260101+cu130"),
+    ],
 )
 def test_versions_are_ordered(older, newer):
     assert release(older) < release(newer)

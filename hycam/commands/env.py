@@ -34,7 +34,7 @@ def run(options: Namespace) -> None:
 
 def backend_choices() -> list[dict[str, str]]:
     """What `backend="auto"` picks per device and dtype."""
-    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    names = [device["device"] for device in devices()[1:]] or ["cpu"]
     return [
         {"device": name, "dtype": str(dtype).removeprefix("torch."), "backend": _explain(torch.device(name), dtype)}
         for name in names

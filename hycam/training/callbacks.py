@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import signal
 import sys
 import threading
@@ -242,6 +241,8 @@ def _peak_bytes(device: torch.device) -> int:
     if status.is_file():  # Linux: there a program begins with its parent's ru_maxrss, however much that is
         (high_water,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(high_water.split()[1]) * 1024
+    import resource  # not on Windows, where no run gets here
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -233,8 +233,10 @@ def sources(tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns("*.so", "build", "*.egg-info", "__pycache__")
     for name in ("hycam", "hycam_cli", "hycam_kernels"):
         shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
+    (checkout / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "test_release.py", checkout / "tests")
     build(checkout, folder, "--sdist")
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
@@ -251,6 +253,13 @@ def build(checkout: Path, out: Path, *options: str, **environment: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_source_distribution_has_the_passes_and_no_half_of_the_tests(sources):
+    assert sorted(path.name for path in (sources / "hycam_kernels/backends/cpu/src").iterdir()) == sorted(
+        path.name for path in (ROOT / "hycam_kernels/backends/cpu/src").iterdir()
+    )
+    assert not (sources / "tests").exists()
 
 
 def test_a_wheel_carries_it(sources, tmp_path):

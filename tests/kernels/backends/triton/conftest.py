@@ -22,6 +22,10 @@ if INTERPRETING:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    from hycam_kernels.backends.triton.modulation import _installation_refusal
+
+    if reason := _installation_refusal():
+        pytest.skip(reason)
     from hycam_kernels.backends.triton.kernels.primitives import sigmoid
 
     if INTERPRETING and type(sigmoid).__name__ != "InterpretedFunction":
