@@ -57,7 +57,7 @@ class PlatformWheel(bdist_wheel):
 
 library = Extension(
     "hycam_kernels.backends.cpu.libhycam_cpu",
-    [str(SOURCES / name) for name in ("library.cpp", "modulation.cpp", "routing.cpp")],
+    [str(SOURCES / name) for name in ("library.cpp", "few_tokens.cpp", "modulation.cpp", "routing.cpp")],
     depends=[str(path) for path in SOURCES.glob("*")],
     optional=True,
 )

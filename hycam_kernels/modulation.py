@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from hycam_kernels.backends.cpu import few_tokens as cpu_few_tokens
 from hycam_kernels.backends.cpu import modulation as cpu_backend
 from hycam_kernels.backends.torch import inference as torch_inference
 from hycam_kernels.backends.torch import modulation as torch_backend
@@ -175,6 +176,9 @@ def _triton_refusal(call: ModulationInputs) -> str | None:
 
 
 def _few_tokens(call: ModulationInputs) -> tuple[Tensor, DeferredRouterMeans]:
+    if cpu_few_tokens.takes(call):
+        out, probs, logits = cpu_few_tokens.forward(call)
+        return out, DeferredRouterMeans(probs, logits, call.token_mask)
     device_type = call.hidden.device.type
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):

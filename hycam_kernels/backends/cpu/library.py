@@ -32,6 +32,10 @@ class Rows(Structure):
 _N, _P = c_int64, c_void_p
 # as in src/*.cpp; pointers and sizes in the order of the C functions
 _SIGNATURES: dict[str, tuple[type, ...]] = {
+    "few_tokens": (
+        _N, _N, _N, _N, Rows, Rows, Rows, Rows, _P, _N, _P, _N, _P, _N, _P, _N, _P, _N, _P, _P,
+        _P, _P, _P, _P, c_float, c_float, _N, _P, _P, _P, _N,
+    ),
     "modulate": (
         _N, _N, _N, _N, _P, _N, _P, _N, _N, _P, _P, c_float, Rows, Rows, Rows, _N,
     ),

@@ -15,6 +15,50 @@ from hycam_kernels.backends.cpu.library import Rows, function
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = Rows(None, 0, 0)
 _TOKENS_A_SUM = 64  # as kTokens in src/routing.cpp
+MOST_FEW_TOKENS = 4  # that src/few_tokens.cpp takes
+
+
+def few_tokens(
+    hidden: Tensor,
+    attn_output: Tensor,
+    residual: Tensor | None,
+    shared: Tensor | None,
+    a: Tensor | None,
+    n: Tensor | None,
+    b: Tensor | None,
+    router: Tensor | None,
+    shared_bias: Tensor | None,
+    a_bias: Tensor | None,
+    n_bias: Tensor | None,
+    b_bias: Tensor | None,
+    router_bias: Tensor | None,
+    noise: Tensor | None,
+    tau: float,
+    scale: float,
+    hard: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole op for at most 4 tokens: h_out [T, d] in attn_output's dtype, p as it is used (one-hot where ``hard``)
+    and logits [T, E].
+
+    Args:
+        hidden, attn_output, residual: [T, d].
+        shared: [d, d]; it, the other weights and the biases are contiguous, the biases and ``noise`` [T, E] float32.
+        a, n, b: [E, r, d], [E, r, r] and [E, d, r]; or b alone, [E, d, d].
+        router: [E, d].
+    """
+    tokens, d = hidden.shape
+    count = 0 if router is None else router.shape[0]
+    rank = 0 if n is None else n.shape[1]
+    probs, logits = torch.empty(2, tokens, count, dtype=torch.float32)
+    out = torch.empty(tokens, d, dtype=attn_output.dtype)
+    scratch = torch.empty(tokens * (d + 2 * count * rank), dtype=torch.float32)
+    function("few_tokens")(
+        tokens, d, count, rank, _rows(hidden), _rows(attn_output), _rows(residual), _rows(out), *_weight(shared),
+        *_weight(a), *_weight(n), *_weight(b), *_weight(router), _pointer(shared_bias), _pointer(a_bias),
+        _pointer(n_bias), _pointer(b_bias), _pointer(router_bias), _pointer(noise), tau, scale, hard,
+        logits.data_ptr(), probs.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, probs, logits
 
 
 def modulate(
@@ -159,6 +203,11 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _matrix(tensor: Tensor | None) -> tuple[int | None, int]:
     """Pointer and row stride."""
     return (None, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
+def _weight(tensor: Tensor | None) -> tuple[int | None, int]:
+    """Pointer and dtype."""
+    return (None, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
 def _rows(tensor: Tensor | None) -> Rows:

@@ -153,14 +153,6 @@ void backward(
   });
 }
 
-// f(T*) with the type of the products
-template <class F>
-void with_type(int64_t dtype, F f) {
-  if (dtype == kFloat32) f(static_cast<float*>(nullptr));
-  else if (dtype == kBFloat16) f(static_cast<BFloat16*>(nullptr));
-  else f(static_cast<Float16*>(nullptr));
-}
-
 }  // namespace
 }  // namespace VECTOR_SET
 

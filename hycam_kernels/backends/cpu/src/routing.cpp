@@ -2,6 +2,7 @@
 // fixed size, and the blocks in their order: no result depends on the threads.
 #include <cmath>
 
+#include "routing.h"
 #include "rows.h"
 
 namespace VECTOR_SET {
@@ -59,17 +60,6 @@ void make_logits(
       for (int64_t k = 0; k < count; k++) logits[t * count + k] += bias[k];
 }
 
-// out = softmax((logits + noise) / tau); NaN of a NaN
-void softmax(const float* logits, const float* noise, float tau, int64_t count, float* out) {
-  float largest = -INFINITY, total = 0.f;
-  for (int64_t k = 0; k < count; k++) {
-    out[k] = (noise ? logits[k] + noise[k] : logits[k]) / tau;
-    largest = out[k] > largest ? out[k] : largest;
-  }
-  for (int64_t k = 0; k < count; k++) total += out[k] = std::exp(out[k] - largest);
-  for (int64_t k = 0; k < count; k++) out[k] /= total;
-}
-
 // sum_k g_k p_k
 float weighted_sum(const float* grad, const float* p, int64_t count) {
   float total = 0.f;
@@ -82,13 +72,6 @@ int64_t counted_tokens(const uint8_t* mask, int64_t tokens) {
   int64_t counted = 0;
   for (int64_t t = 0; t < tokens; t++) counted += !mask || mask[t];
   return counted > 1 ? counted : 1;
-}
-
-// one-hot at the largest p, NaN where p is
-void choose(const float* p, int64_t count, float* used) {
-  int64_t best = 0;
-  for (int64_t k = 1; k < count; k++) best = p[k] > p[best] ? k : best;
-  for (int64_t k = 0; k < count; k++) used[k] = (k == best ? 1.f : 0.f) + (p[k] - p[k]);
 }
 
 // Philox 4x32-10 of the counter (c, 0, 0, 0): its first word
@@ -151,7 +134,7 @@ EXPORT(route)(
       softmax(row, noise ? noise + t * count : nullptr, tau, count, p);
       const float* counted = p;
       if (used) {
-        choose(p, count, used + t * count);
+        one_hot(p, count, used + t * count);
         counted = used + t * count;
       }
       if (!mask || mask[t])

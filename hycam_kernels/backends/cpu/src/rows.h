@@ -12,6 +12,14 @@ namespace VECTOR_SET {
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// f(T*) with the type of a dtype
+template <class F>
+void with_type(int64_t dtype, F f) {
+  if (dtype == kFloat32) f(static_cast<float*>(nullptr));
+  else if (dtype == kBFloat16) f(static_cast<BFloat16*>(nullptr));
+  else f(static_cast<Float16*>(nullptr));
+}
+
 // Part of a row whose dtype is known when it runs; absent where ``at`` is null.
 struct Row {
   char* at;
