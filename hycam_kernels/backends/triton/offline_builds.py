@@ -216,7 +216,8 @@ def compile_launch(launch: Launch, target: str) -> Binary:
         launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+        # in the arguments' order, which triton's cache tells builds apart by too
+        attrs={(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in launch.aligned},
     )
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))
     shared = compiled.metadata.shared
