@@ -1,7 +1,8 @@
-"""Least times on paper: of a kernel the time of the pipe that has the most to do, of a call their sum.
+"""Times on paper: of a kernel that of the pipe with the most to do, of a call the sum.
 
 Within a kernel the pipes are taken to overlap wholly; between kernels nothing does. Programs are dealt out evenly, and
-the multiprocessor that gets one more than another sets the time. What programs ask of global memory comes from L2.
+the multiprocessor that gets one more than another sets the time. What programs ask of global memory is taken to come
+from L2. So each pipe's time is its least but L2's, where lanes read what others of their warp read.
 """
 
 import math

@@ -48,7 +48,8 @@ def nvidia(parts: Sequence[Part], warps: int) -> tuple[list[int | None], list[Co
     """For each part of a program of ``warps`` warps: the part around it, and its counts, a loop's for one turn.
 
     A loop that waits belongs to what is around it, as one turn. A copy to shared memory outside the loop that it is
-    pipelined in is the first turns', whose own last ones are predicated off: its bytes are counted in the loop alone.
+    pipelined in is the first turns', whose own last ones are predicated off: its bytes are counted in the loop alone,
+    but one turn's where the last turn stands behind the loop, as with tcgen05.
 
     Raises:
         ValueError: what an instruction moves or multiplies can't be read off it.
@@ -62,6 +63,10 @@ def nvidia(parts: Sequence[Part], warps: int) -> tuple[list[int | None], list[Co
             if one.predicate != "!PT" and not (one.name == _COPY and before_loop):
                 counts[index] += _asked(one, warps, constants)
             _remember(one, constants)
+        if part.inside is not None and any(one.name == "UTCHMMA" for one in part.instructions):
+            for one in part.instructions:
+                if one.name == _COPY:
+                    counts[part.inside] += _asked(one, warps, constants)
     return _without_waits(parts, counts)
 
 

@@ -93,6 +93,15 @@ def test_a_pipelined_loop_s_first_copies_are_counted_once():
     assert turn == {"issue": 2 * 3, "special": 2 * 32, "global": 2 * 512, "shared": 2 * 512}
 
 
+def test_a_peeled_loop_s_copies_are_those_of_all_turns():
+    """The last turn of a loop of tcgen05 products stands behind it, so that one turn's copies are outside."""
+    loop = PIPELINED.replace("MUFU.EX2 R1, R2", "UTCHMMA gdesc[UR1], gdesc[UR2], tmem[UR8], tmem[UR4], idesc[UR5], UPT")
+    inside, (outside, turn) = nvidia(parse_sass(sass(loop.replace(".L_x_0:", ".L_x_0:\nUMOV UR5, 0x4100490"))), 2)
+    assert inside == [None, 0]
+    assert outside["global"] == 2 * 512 + 2 * 512
+    assert (turn["global"], turn["UTCHMMA"]) == (2 * 512, 64 * 64 * 16)
+
+
 def test_copies_without_a_loop_behind_them_are_counted():
     _, (counts,) = nvidia(parse_sass(sass("LDGSTS.E.BYPASS.128 [R41], desc[UR14][R68.64]\nEXIT")), 1)
     assert counts["shared"] == 512
