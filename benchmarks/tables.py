@@ -1,9 +1,9 @@
-"""Tables and plots of README and two pages of `docs/` from records: ``python -m benchmarks.tables [--check]``.
+"""Tables and plots of README and pages of `docs/` from records: ``python -m benchmarks.tables [--check]``.
 
 A table, or the plots of a record, stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Each names the record
 that it is drawn from: the newest file, by name, of each folder of ``benchmarks/results`` (``cpu``, or a GPU's name)
 that has such measurements. Without one it says so. The table of versions is drawn from every file of their folder,
-that of platforms from its one record.
+that of platforms from its one record, those named ``counts-`` from `benchmarks.count`'s.
 """
 
 import argparse
@@ -15,9 +15,13 @@ from benchmarks.harness.plots import outdated, redraw
 from benchmarks.harness.record import ROOT
 from benchmarks.harness.tables import TABLES, render, sources
 from benchmarks.harness.versions import platforms, versions
+from benchmarks.machine import pages as counts
+from benchmarks.machine.record import RECORD
 
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "versions.md", ROOT / "README.md")
-PLOTS = ROOT / "docs" / "plots"
+DOCS = ROOT / "docs"
+_NAMES = ("performance.md", "versions.md", "kernels.md", "kernels-norm-decode.md")
+PAGES = (*(DOCS / name for name in _NAMES), ROOT / "README.md")
+PLOTS = DOCS / "plots"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -45,6 +49,8 @@ def _draw(name: str) -> str | None:
         return versions(RESULTS / "versions")
     if name == "platforms":
         return platforms(RESULTS / "platforms.json")
+    if name in counts.TABLES:
+        return counts.draw(name, RESULTS / RECORD.name)
     return render(name, RESULTS) if name in TABLES else None
 
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -110,10 +110,10 @@ class Recorder(Launcher):
         return sorted(rows - self.used_rows)
 
     def __call__(self, kernel, grid, config, **arguments) -> None:
-        self.launches[_specialise(kernel, dict(config), arguments)] = None
+        self.launches[specialise(kernel, dict(config), arguments)] = None
 
 
-def _specialise(kernel, config: dict[str, int], arguments: dict[str, Any]) -> Launch:
+def specialise(kernel, config: dict[str, int], arguments: dict[str, Any]) -> Launch:
     """What triton's launcher derives: None and 1 become constants, multiples of 16 and pointers are marked aligned."""
     options = tuple((name, config.pop(name)) for name in _OPTIONS)
     values = arguments | config
@@ -141,20 +141,22 @@ def record(family: str) -> Recorder:
     recorder = Recorder(family)
     tables = (load_table(family), with_candidates(load_table(family)))
     for recorder.table, x in itertools.product(tables, calls()):
-        if isinstance(x, NormProjectInputs):
-            hidden, v, logits, mean, rstd = norm_triton_backend.forward(x, recorder)
-            needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
-            norm_triton_backend.backward(
-                NormUpstream(hidden, v, logits), x, NormSaved(hidden, mean, rstd), needs, recorder
-            )
-            continue
-        if triton_backend.decodes(x):
-            decode_forward(recorder, x)
-        else:
-            out, load, router_prob, saved = triton_backend.forward(x, recorder)
-            needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
-            triton_backend.backward(out, load, router_prob, x, saved, needs, recorder)
+        record_call(recorder, x)
     return recorder
+
+
+def record_call(recorder: Recorder, x: ModulationInputs | NormProjectInputs) -> None:
+    """The launches of both passes of one call, with all gradients, or of its decoding."""
+    if isinstance(x, NormProjectInputs):
+        hidden, v, logits, mean, rstd = norm_triton_backend.forward(x, recorder)
+        needs = [getattr(x, name) is not None for name in NORM_DIFFERENTIABLE]
+        norm_triton_backend.backward(NormUpstream(hidden, v, logits), x, NormSaved(hidden, mean, rstd), needs, recorder)
+    elif triton_backend.decodes(x):
+        decode_forward(recorder, x)
+    else:
+        out, load, router_prob, saved = triton_backend.forward(x, recorder)
+        needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
+        triton_backend.backward(out, load, router_prob, x, saved, needs, recorder)
 
 
 def one_of_each_configuration(launches: Iterable[Launch]) -> list[Launch]:
@@ -167,8 +169,46 @@ def one_of_each_configuration(launches: Iterable[Launch]) -> list[Launch]:
     return list(chosen.values())
 
 
+class Binary(NamedTuple):
+    """What the compiler made of a launch for a target.
+
+    Attributes:
+        registers: of a thread, on AMD vector registers of a lane.
+        spill_bytes: of stack or scratch memory a thread.
+        shared_bytes: of a program.
+        code: SASS as nvdisasm prints it, or AMD's assembly.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    code: str
+
+    @property
+    def mma(self) -> str:
+        """The matrix instruction in it."""
+        if "v_mfma" in self.code:
+            return "MFMA"
+        found = re.search(r"\b(HGMMA|UTCHMMA|HMMA)\b", self.code)
+        return found[1] if found else "none"
+
+
 def build(launch: Launch, target: str) -> dict[str, Any]:
     """Compile for one target and read registers, spills, shared memory and the matrix instruction off the binary."""
+    binary = compile_launch(launch, target)
+    return {
+        "kernel": launch.name,
+        "target": target,
+        "config": launch.description(),
+        "registers": binary.registers,
+        "spill_bytes": binary.spill_bytes,
+        "shared_bytes": binary.shared_bytes,
+        "mma": binary.mma,
+    }
+
+
+def compile_launch(launch: Launch, target: str) -> Binary:
+    """The launch's binary for one target."""
     arch: int | str = int(target.removeprefix("sm_")) if target.startswith("sm_") else target
     gpu = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     names = [parameter.name for parameter in launch.kernel.params]
@@ -176,22 +216,17 @@ def build(launch: Launch, target: str) -> dict[str, Any]:
         launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+        # in the arguments' order, which triton's cache tells builds apart by too
+        attrs={(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in launch.aligned},
     )
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))
-    read = _read_cubin(compiled.asm["cubin"]) if isinstance(arch, int) else _read_amdgcn(compiled.asm["amdgcn"])
-    return {
-        "kernel": launch.name,
-        "target": target,
-        "config": launch.description(),
-        "registers": read["registers"],
-        "spill_bytes": read["spill_bytes"],
-        "shared_bytes": compiled.metadata.shared,
-        "mma": read["mma"],
-    }
+    shared = compiled.metadata.shared
+    if isinstance(arch, int):
+        return _read_cubin(compiled.asm["cubin"], shared)
+    return _read_amdgcn(compiled.asm["amdgcn"], shared)
 
 
-def _read_cubin(cubin: bytes) -> dict[str, Any]:
+def _read_cubin(cubin: bytes, shared_bytes: int) -> Binary:
     """A second ``ptxas -v`` on the PTX gives other counts: triton passes it options of its own."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -202,24 +237,17 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
     if found is None:
         raise RuntimeError(f"cuobjdump --dump-resource-usage: no resource line in {usage!r}")
     registers, stack, local = map(int, found.groups())
-    mma = re.search(r"\b(HGMMA|UTCHMMA|HMMA)\b", code)
-    return {"registers": registers, "spill_bytes": max(stack, local), "mma": mma[1] if mma else "none"}
+    return Binary(registers, max(stack, local), shared_bytes, code)
 
 
-def _read_amdgcn(code: str) -> dict[str, Any]:
-    """Registers of one lane; scratch bytes of one lane."""
-
+def _read_amdgcn(code: str, shared_bytes: int) -> Binary:
     def number(field: str) -> int:
         found = re.search(rf"\.{field}:\s*(\d+)", code)
         if found is None:
             raise RuntimeError(f"the amdgcn assembly has no {field}")
         return int(found[1])
 
-    return {
-        "registers": number("vgpr_count"),
-        "spill_bytes": number("private_segment_fixed_size"),
-        "mma": "MFMA" if "v_mfma" in code else "none",
-    }
+    return Binary(number("vgpr_count"), number("private_segment_fixed_size"), shared_bytes, code)
 
 
 def _run(*command: str) -> str:

@@ -6,12 +6,13 @@ from benchmarks import study
 from benchmarks.harness.pages import BLOCK, fill
 from benchmarks.harness.record import ROOT
 from benchmarks.harness.tables import TABLES
+from benchmarks.machine import pages as counts
 from benchmarks.models import memory_plan
 from tests.adapter import outcomes
 
 
 def test_each_marker_has_one_source():
-    sources = [{*TABLES, "versions"}, set(memory_plan.TABLES)]
+    sources = [{*TABLES, "versions"}, set(counts.TABLES), set(memory_plan.TABLES)]
     sources += [set(study.drawn(folder)) for folder in study.STUDIES]
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text()):

@@ -74,6 +74,31 @@ assert not row_grad.absent
     assert done.returncode == 0, done.stderr
 
 
+def test_a_build_has_one_place_in_triton_s_cache():
+    """Whatever the order of a set in this process: a second run compiles nothing."""
+    script = """
+import triton
+from hycam_kernels import aot
+
+class Compiled(Exception):
+    pass
+
+def compile(source, **options):
+    raise Compiled(source.hash())
+
+triton.compile = compile
+launch = next(launch for launch in aot.record("sm_90").launches if launch.name == "fusion_forward_kernel")
+try:
+    aot.build(launch, "sm_90")
+except Compiled as place:
+    print(place)
+"""
+    first, second = (run_python("-c", script, PYTHONHASHSEED=seed) for seed in ("1", "2"))
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout) > 40
+    assert first.stdout == second.stdout
+
+
 def test_blocks_of_the_logits_are_summed_apart():
     """The block's product starts at 0: of a plain sum the compiler makes the product's accumulator."""
     script = r"""
