@@ -15,6 +15,8 @@ from hycam.evaluation.generation import (
     evaluate_generation_tasks,
     generate_responses,
 )
+from tests.evaluation.test_rope import KINDS as LONGROPE_KINDS
+from tests.evaluation.test_rope import SWITCH
 from tests.models import tiny_model
 
 PROMPTS = ["the cat", "a", "one two three four five six", "where is the cat that I saw", "b c"]
@@ -55,6 +57,17 @@ def test_equals_greedy_by_hand(tokenizer, family, batch_size):
     assert len(set(expected)) > 2
     given = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
     assert given == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("family", LONGROPE_KINDS)
+def test_longrope_gives_each_prompt_what_it_gives_alone(tokenizer, family, batch_size):
+    """Beside longer ones, and where a text grows into the long factors; with a cache it would be another text."""
+    model, decode = tiny_model(family, **LONGROPE_KINDS[family]), partial(tokenizer.decode, skip_special_tokens=True)
+    kinds = {(len(prompt) > SWITCH, len(prompt) + 11 > SWITCH) for prompt in PROMPTS}
+    assert kinds == {(False, False), (False, True), (True, True)}
+    expected = [decode(greedy_tokens(model, tokenizer, prompt, 12)) for prompt in PROMPTS]
+    assert generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size) == expected
 
 
 @pytest.mark.parametrize("owner", ["model", "tokenizer"])
