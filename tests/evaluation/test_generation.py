@@ -14,6 +14,7 @@ from hycam.evaluation.generation import (
     evaluate_generation,
     evaluate_generation_tasks,
     generate_responses,
+    note_on_bleu,
 )
 from tests.evaluation.test_rope import KINDS as LONGROPE_KINDS
 from tests.evaluation.test_rope import SWITCH
@@ -309,3 +310,18 @@ def test_sampling_draws_by_the_distribution_that_is_asked_for(tokenizer):
     torch.manual_seed(0)
     seen = {c for _ in range(6) for text in draw(sampling={"temperature": 3.0}) for c in text}
     assert len(seen) > 50
+
+
+@pytest.mark.parametrize(
+    ("responses", "is_told"),
+    [(["Paris", "Yes."], True), (["the cat sat on the mat"] * 2, False), (["", "the cat sat on the mat"], False)],
+)
+def test_a_bleu_of_0_is_explained(responses, is_told):
+    """Not one that is low, and not where nothing was generated."""
+    right = {"a": ["the cat sat on the mat"] * 2, "b": responses}
+    report = evaluate_generation_tasks(right, right)
+    assert report["tasks"]["b"]["rougeL"] >= 50
+    note = note_on_bleu([report])
+    assert (note is not None and "no run of four tokens matched" in note) == is_told
+    perplexities = {"tasks": {"a": {"perplexity": 2.0}}, "overall": {"perplexity": 2.0}}
+    assert note_on_bleu([perplexities]) is None

@@ -95,6 +95,19 @@ def test_methods_and_their_costs() -> None:
     assert _cells(table, "large")["full"][0] == "4.583 ± 0.629"
 
 
+def test_a_bleu_of_0_is_explained_below_the_tables() -> None:
+    record = _record()
+    names = ("table2", "table5", "table6", "figure3")
+    for cell in record["cells"]:
+        for report in (cell["test"], cell["base"]):
+            for values in (report["overall"], *report["tasks"].values()):
+                values["bleu4"] = 7.0
+    assert not any("A BLEU-4 of 0" in note for name in names for note in _table(name, record).notes)
+    record["cells"][0]["test"]["tasks"]["a"]["bleu4"] = 0.0
+    for name in names:
+        assert any(note.startswith("A BLEU-4 of 0: no run of four tokens") for note in _table(name, record).notes)
+
+
 def test_the_reference_is_marked_where_it_differs() -> None:
     """Against LoRA, the one PEFT baseline: differences -2, -2.25, -2.5; full fine-tuning is none."""
     assert _cells(_table("table2", _record()), "small")["hycam"][:2] == ["19.000 ± 1.000*", "81.00 ± 1.00*"]

@@ -89,3 +89,11 @@ def test_a_backbone_that_mixes_packed_rows_is_refused_before_a_step(tmp_path: Pa
 
 def test_a_backbone_that_keeps_them_apart_trains(tmp_path: Path, backbone: Path) -> None:
     assert train(run_recipe(tmp_path, backbone, data={"packing": True}, trainer={"max_steps": 2}))["steps"] == 2
+
+
+def test_a_cache_in_training_mixes_rows(tmp_path: Path, backbone: Path) -> None:
+    recipe = run_recipe(tmp_path, backbone, data={"packing": True}, trainer={"use_cache": True})
+    with pytest.raises(
+        InputError, match=r"^data\.packing: got true, wanted false: LlamaForCausalLM doesn't keep packed"
+    ):
+        train(recipe)
