@@ -98,7 +98,8 @@ RELIANCES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         },
         "checkpoints, and going on from one": {
             "transformers.trainer:Trainer._get_output_dir": "trial",
-            "transformers.trainer:Trainer._load_from_checkpoint": "resume_from_checkpoint",
+            "transformers.trainer:Trainer._load_best_model": "",
+            "transformers.trainer:Trainer._load_from_checkpoint": "resume_from_checkpoint model",
             "transformers.trainer:Trainer._prepare_for_training": "",
             "transformers.trainer:Trainer._save": "output_dir state_dict",
             "transformers.trainer:Trainer._save_checkpoint": "model trial",

@@ -9,7 +9,7 @@ from torch import nn
 
 from hycam.adapter.discovery import CACHE
 from hycam.errors import InputError
-from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, unwrap
+from hycam.evaluation.batches import Collate, evaluation_mode, iterate_batches, unwrap
 
 # t-SNE's perplexity where there are tokens enough; a third of the others is the most that it can use.
 _PERPLEXITY = 30.0
@@ -54,7 +54,7 @@ def token_value_states(
         for name, rows in tasks.items():
             chosen = _drawn(sum(map(len, rows["input_ids"])), count, seed)
             found, first = [], 0
-            for _, batch in iterate_batches(rows, collator, batch_size, device_of(bare)):
+            for _, batch in iterate_batches(rows, collator, batch_size, bare):
                 batch.pop("labels")
                 cache = bare(**batch, use_cache=True)[CACHE]
                 layers = len(cache.layers)

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hycam.evaluation.generation import note_on_bleu
+
 _LARGE = 1e5  # from here on digits are no information
 
 _METRICS = (("perplexity", "perplexity"), ("bleu4", "BLEU-4"), ("rougeL", "ROUGE-L"))
@@ -20,7 +22,7 @@ def metrics_table(title: str, reports: Mapping[str, Mapping[str, Any]]) -> Table
     """
     first = next(iter(reports.values()))
     metrics = [metric for metric in _METRICS if metric[0] in first["overall"]]
-    table = Table(title=title)
+    table = Table(title=title, caption=note_on_bleu(reports.values()), caption_justify="left")
     table.add_column("task")
     for _, label in metrics:
         for name in [*reports, *(["gain"] if len(reports) == 2 else [])]:

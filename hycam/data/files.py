@@ -82,13 +82,28 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[PlacedRow]:
             # else pyarrow reads row groups whole, and keeps all that it has read
             parquet = pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
             for batch in parquet.iter_batches(batch_size=1000, columns=_present(columns, parquet.schema_arrow.names)):
+                of_json = [field for field in batch.schema if str(pa.json_()) in str(field.type)]
                 for row in batch.to_pylist():
+                    row |= {field.name: _parsed(row[field.name], field.type) for field in of_json}
                     number += 1
                     yield f"{path}: row {number}", row
     except OSError as error:
         raise _unreadable(path, error) from error
     except (pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: after row {number}: broken parquet: {_first_line(error)}") from error
+
+
+def _parsed(value: Any, kind: pa.DataType) -> Any:
+    """A Parquet value in which texts of the logical type JSON are the values that they hold."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {field.name: _parsed(value[field.name], field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_parsed(entry, kind.value_type) for entry in value]
+    return value
 
 
 def _separated_rows(path: Path, columns: Columns, *, delimiter: str) -> Iterator[PlacedRow]:

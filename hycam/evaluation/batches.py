@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hycam.errors import InputError
+from hycam.evaluation.rope import group_by_frequencies
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
 
@@ -34,11 +35,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def iterate_batches(
-    dataset: Dataset, collator: Collate, batch_size: int, device: torch.device, *, rank: int = 0, processes: int = 1
+    dataset: Dataset, collator: Collate, batch_size: int, model: nn.Module, *, rank: int = 0, processes: int = 1
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Yield (rows, model inputs on `device`).
+    """Yield (rows, inputs of `model` where it computes).
 
-    The longest rows come first: batches have little padding, and one that is too large fails at once.
+    The longest rows come first: batches have little padding, and one that is too large fails at once. The rows of a
+    batch have the frequencies of rotary embeddings that each has alone.
 
     Of several processes each takes its batch of every round, and the rows are those of the whole round. A process that
     the last round has no batch for gets the round's first with all labels -100: a forward of a model that is in parts
@@ -46,15 +48,16 @@ def iterate_batches(
     """
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size} given, at least 1 is wanted")
+    device = device_of(model)
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for start in range(0, len(order), batch_size * processes):
-        turn = order[start : start + batch_size * processes]
-        own = turn[rank * batch_size : (rank + 1) * batch_size]
-        batch = dict(collator([dataset[row] for row in own or turn[:batch_size]]))
-        if not own:
-            batch["labels"] = torch.full_like(batch["labels"], -100)
-        yield len(turn), {name: tensor.to(device) for name, tensor in batch.items()}
+    for group in group_by_frequencies(lengths, getattr(model, "config", None)):
+        for start in range(0, len(group.rows), batch_size * processes):
+            turn = group.rows[start : start + batch_size * processes]
+            own = turn[rank * batch_size : (rank + 1) * batch_size]
+            batch = dict(collator([dataset[row] for row in own or turn[:batch_size]]))
+            if not own:
+                batch["labels"] = torch.full_like(batch["labels"], -100)
+            yield len(turn), {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def place_in_group() -> tuple[int, int]:

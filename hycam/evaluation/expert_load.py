@@ -8,7 +8,7 @@ from torch import nn
 
 from hycam.adapter.binding import router_statistics
 from hycam.errors import InputError
-from hycam.evaluation.batches import Collate, device_of, evaluation_mode, iterate_batches, unwrap
+from hycam.evaluation.batches import Collate, evaluation_mode, iterate_batches, unwrap
 
 
 def evaluate_expert_load(
@@ -34,7 +34,6 @@ def evaluate_expert_load(
     if not tasks:
         raise InputError("tasks: none given, at least one is wanted")
     bare = unwrap(model)
-    device = device_of(bare)
     loads: dict[str, dict[str, list[float]]] = {}
     with evaluation_mode(bare):
         for name, dataset in tasks.items():
@@ -42,7 +41,7 @@ def evaluate_expert_load(
                 raise InputError(f"tasks: {name!r} has no row, at least one is wanted")
             weighted: dict[str, torch.Tensor] = {}
             tokens: dict[str, torch.Tensor] = {}
-            for _, batch in iterate_batches(dataset, collator, batch_size, device):
+            for _, batch in iterate_batches(dataset, collator, batch_size, bare):
                 batch.pop("labels")
                 bare(**batch, use_cache=False)
                 of_layers = router_statistics(bare)

@@ -3,7 +3,7 @@
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hycam.data.closing import closing_of
 from hycam.data.tokenization import encode_prompt
 from hycam.errors import InputError
 from hycam.evaluation.batches import device_of, evaluation_mode, unwrap
+from hycam.evaluation.rope import group_by_frequencies
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ def generate_responses(
     """The model's continuation of each prompt, up to its end-of-sequence token: greedy, or sampled.
 
     Prompts of a batch are padded on the left here, so the tokenizer's own padding settings neither matter nor
-    change. Of the model's generation settings none but its end tokens counts.
+    change. Of the model's generation settings none but its end tokens counts. Where the frequencies of rotary
+    embeddings follow a row's length (longrope), each response is that of its prompt alone, without a cache where the
+    row grows into other ones.
 
     Args:
         prompts: texts, in which special tokens are meant as such, or token ids.
@@ -65,15 +68,18 @@ def generate_responses(
         settings.update(do_sample=True, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0} | dict(sampling))
     streamer = None if on_text is None else _Pieces(tokenizer, ends, on_text)
     responses = [""] * len(encoded)
-    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    # the last new token is never an input
+    groups = group_by_frequencies([len(ids) for ids in encoded], bare.config, growth=max_new_tokens - 1)
     with evaluation_mode(bare), _own_settings(bare, settings):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            inputs = _pad_left([encoded[row] for row in rows], pad, device_of(bare))
-            output = bare.generate(**inputs, generation_config=settings, streamer=streamer)
-            new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-            for row, ids in zip(rows, new_tokens, strict=True):
-                responses[row] = str(tokenizer.decode(_until(ids, ends), skip_special_tokens=True))
+        for group in groups:
+            settings.use_cache = not group.crosses
+            for start in range(0, len(group.rows), batch_size):
+                rows = group.rows[start : start + batch_size]
+                inputs = _pad_left([encoded[row] for row in rows], pad, device_of(bare))
+                output = bare.generate(**inputs, generation_config=settings, streamer=streamer)
+                new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+                for row, ids in zip(rows, new_tokens, strict=True):
+                    responses[row] = str(tokenizer.decode(_until(ids, ends), skip_special_tokens=True))
     return responses
 
 
@@ -240,3 +246,18 @@ def evaluate_generation_tasks(
     pooled = [row for rows in predictions.values() for row in rows]
     wanted = [row for name in predictions for row in references[name]]
     return {"tasks": tasks, "overall": {**evaluate_generation(pooled, wanted), "rows": len(pooled)}}
+
+
+def note_on_bleu(reports: Iterable[Mapping[str, Any]]) -> str | None:
+    """What the reader of a BLEU-4 of 0 is told; None where there is none.
+
+    Args:
+        reports: with `{"tasks": {name: {"bleu4", ...}}, "overall": {"bleu4", ...}}` each, where they were generated.
+    """
+    measured = [values for report in reports for values in (*report["tasks"].values(), report["overall"])]
+    if 0 not in (values.get("bleu4") for values in measured):
+        return None
+    return (
+        "A BLEU-4 of 0: no run of four tokens matched, and nothing is smoothed. An answer of fewer tokens has no such "
+        "run, however right it is: of short answers ROUGE-L tells more."
+    )

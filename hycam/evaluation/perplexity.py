@@ -52,7 +52,7 @@ def evaluate_perplexity(
     with evaluation_mode(bare), TargetLogits(bare) as target_logits:
         for name, dataset in tasks.items():
             total = torch.zeros(2, dtype=torch.float64, device=device)
-            for rows, batch in iterate_batches(dataset, collator, batch_size, device, rank=rank, processes=processes):
+            for rows, batch in iterate_batches(dataset, collator, batch_size, bare, rank=rank, processes=processes):
                 labels = batch.pop("labels")
                 targets = find_targets(labels, batch.get("position_ids"))
                 with target_logits.at(targets.positions, labels.shape):

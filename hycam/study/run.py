@@ -79,9 +79,8 @@ def compare(
     """
     for backbone, method in itertools.product(study.backbones, study.methods):
         recipe = study.recipe(backbone, method, fold=0, seed=0, learning_rate=1.0, folder=".")
-        rounding = recipe.method.rounding(recipe.backbone.dtype)
-        if rounding is not None and not recipe.trainer.get("deepspeed"):
-            announce(f"{backbone}, {method}: {rounding}")
+        for warning in recipe.method.losses_in_16_bits(recipe.backbone.dtype, recipe.trainer):
+            announce(f"{backbone}, {method}: {warning}")
     runner = _Runner(study, announce, inform)
     with _open_folder(study), runner.stoppable():
         while runner.step():

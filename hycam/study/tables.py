@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from hycam.adapter.config import HyCAMConfig
+from hycam.evaluation.generation import note_on_bleu
 from hycam.study.recipe import Study, parse_study
 from hycam.study.render import Number, Row, Table
 from hycam.study.statistics import METRICS, OVERALL, Comparison, against_best_baseline, finished, scores, summarise
@@ -208,7 +209,8 @@ class _Tables:
 
     def _rules(self) -> list[str]:
         average = [_ROW_AVERAGE] if "row_average" in self.metrics else []
-        return [*_RULES, *average, *self._not_finite()]
+        bleu = note_on_bleu(report for cell in _done(self.record) for report in (cell["base"], cell["test"]))
+        return [*_RULES, *average, *([] if bleu is None else [bleu]), *self._not_finite()]
 
     def _not_finite(self) -> list[str]:
         """What no mean and no test has: metrics that a finished cell has as null."""

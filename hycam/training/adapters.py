@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hycam.errors import InputError
 from hycam.training.backbone import build_model
@@ -14,6 +14,7 @@ from hycam.training.recipe import BackboneConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_SHARDS_FILE = f"{WEIGHTS_FILE}.index.json"
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:
@@ -51,6 +52,11 @@ def check_adapter(folder: Path, backbone: BackboneConfig, config: PretrainedConf
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     path = folder / WEIGHTS_FILE
+    if not path.exists() and (folder / _SHARDS_FILE).exists():
+        raise InputError(
+            f"--adapter: {folder / _SHARDS_FILE}: weights in several files, which PEFT doesn't read, wanted one file, "
+            f"{WEIGHTS_FILE}, as save_pretrained writes it with a max_shard_size that holds them all"
+        )
     found = _shapes_of_finite(path)
     flaw = _difference(wanted, found)
     if flaw is not None:
@@ -84,3 +90,12 @@ def _shapes_of_finite(path: Path) -> dict[str, tuple[int, ...]]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"--adapter: {path}: can't be read: {error}") from error
     return shapes
+
+
+def keeps_dtype(folder: Path, model: PreTrainedModel) -> bool:
+    """Whether the weights of the adapter in a folder have the dtype of the model that they are to be loaded into.
+
+    Then they keep it. PEFT would make float32 ones of 16 bits, with which inference rounds elsewhere than training did.
+    """
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        return {file.get_tensor(name).dtype for name in file.keys()} == {model.dtype}  # noqa: SIM118 (it is no mapping)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from hycam.errors import InputError, RunStoppedError
@@ -140,3 +142,9 @@ def join_processes(trainer: Mapping[str, Any]) -> None:
     if trainer["use_cpu"] and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         timeout = trainer.get("ddp_timeout", TrainingArguments.ddp_timeout)
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+
+def whole(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter on the CPU, gathered where FSDP2 has it in parts."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()

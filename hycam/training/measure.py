@@ -112,3 +112,12 @@ def _add_generation(
     for name, chosen in prompts.items():
         report["tasks"][name] |= scores["tasks"][name] | {"too_long": chosen["too_long"]}
     report["overall"] |= scores["overall"]
+
+
+def perplexity_metrics(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The Trainer's flat metrics from what `evaluate_perplexity` returns."""
+    metrics: dict[str, float] = {}
+    for name, result in [("", report["overall"]), *((f"{task}_", r) for task, r in report["tasks"].items())]:
+        metrics[f"{prefix}_{name}loss"] = result["nll"] / result["tokens"]
+        metrics[f"{prefix}_{name}perplexity"] = result["perplexity"]
+    return metrics

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 from hycam.adapter.config import HyCAMConfig, check_targets, is_int
 from hycam.adapter.saved_config import SavedConfig
@@ -40,6 +41,10 @@ _LORA_FIELDS = (
 # RieMoE-LoRA's published training: the gates' rates as shares of the experts', and alpha / r.
 _GATE_LR_RATIO, _GATE_LR_RATIO_OF_SGD = 0.003, 0.001
 _MOE_SCALE = 4
+
+_IN_16_BITS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Optimizers whose moments have the weights' dtype.
+_PYTORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 _GATE_FIELDS = {"gate_lr_ratio": float}
 _RIEMANNIAN_FIELDS = {"delta": float}
@@ -119,24 +124,39 @@ class MethodConfig:
         if not reason.startswith("triton"):
             raise InputError(f"method.backend: got triton, wanted auto or torch: {reason.removeprefix('torch: ')}")
 
-    def rounding(self, dtype: object) -> str | None:
-        """A warning where steps of the usual size are lost in weights of `dtype`, None where they aren't."""
-        if str(dtype).removeprefix("torch.") not in ("bfloat16", "float16"):
-            return None
+    def losses_in_16_bits(self, dtype: object, trainer: Mapping[str, Any]) -> Iterator[str]:
+        """Warnings of what is lost in weights that train in `dtype`: steps of the usual size, and AdamW's forgetting.
+
+        Args:
+            dtype: the backbone's.
+            trainer: a recipe's section. Under DeepSpeed nothing is lost: it keeps float32 weights by itself.
+        """
+        held = _IN_16_BITS.get(str(dtype).removeprefix("torch."))
+        if held is None or trainer.get("deepspeed"):
+            return
         config = self.adapter_config()
-        if config is not None and any(getattr(config, name, None) for name in ("train_norms", "modules_to_save")):
-            return (
+        trains_others = any(getattr(config, name, None) for name in ("train_norms", "modules_to_save"))
+        if trains_others:
+            yield (
                 "trained norms and modules_to_save in 16 bits: unlike the adapter they keep the backbone's dtype, in "
                 "which most updates round to nothing; backbone.dtype: float32 with trainer.bf16: true keeps float32 "
                 "weights and computes in bfloat16"
             )
-        if self.name != "full":
-            return None
-        return (
-            "full fine-tuning in 16 bits: training at 2e-5 leaves 78% of bfloat16 weights where they were (float32: "
-            "22%), while adapters are float32; backbone.dtype: float32 with trainer.bf16: true keeps float32 weights "
-            "and computes in bfloat16"
-        )
+        if self.name == "full":
+            yield (
+                "full fine-tuning in 16 bits: training at 2e-5 leaves 78% of bfloat16 weights where they were "
+                "(float32: 22%), while adapters are float32; backbone.dtype: float32 with trainer.bf16: true keeps "
+                "float32 weights and computes in bfloat16"
+            )
+        beta2 = trainer.get("adam_beta2", TrainingArguments.adam_beta2)
+        decay = torch.finfo(held).eps / 2
+        trains = trains_others or self.name == "full" or not self.autocast_adapter_dtype
+        if trains and trainer.get("optim", TrainingArguments.optim) in _PYTORCH_ADAMW and 1 - beta2 < decay:
+            yield (
+                f"trainer.adam_beta2: {beta2} with weights that train in {dtype}: AdamW's second moment rounds back to "
+                "what it was, so that steps stay small for good after one large gradient; wanted float32 weights "
+                "(method.autocast_adapter_dtype: true, backbone.dtype: float32), or a smaller one, such as 0.99"
+            )
 
     def prepare_optimizer(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Give an optimizer that was just made what the method changes in it."""

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 
 from hycam.adapter.model_card import begin, read_card, set_section
 from hycam.data.sources import origin
+from hycam.evaluation.generation import note_on_bleu
 from hycam.training.folder import trained_folder
 from hycam.training.recipe import Recipe
 
@@ -87,7 +88,8 @@ def _table(test: Mapping[str, Any]) -> str:
         pair = [report["overall"] if task == "overall" else report["tasks"][task] for report in (base, adapted)]
         cells = [f"{report[name]:.4g}" for name in metrics for report in pair]
         lines.append(f"| {task} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    note = note_on_bleu((base, adapted))
+    return "\n".join(lines if note is None else [*lines, "", note])
 
 
 def _eval_results(adapted: Mapping[str, Any], sources: Mapping[str, str]) -> list[EvalResult]:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hycam.adapter.init_from import check_init
 from hycam.data.config import DataConfig
 from hycam.errors import InputError
+from hycam.evaluation.rope import longrope_switch
 from hycam.training.backbone import (
     backbone_commit,
     backbone_name,
@@ -36,6 +37,7 @@ from hycam.training.checkpoints import last_checkpoint
 from hycam.training.engines import check_gpus, check_launcher
 from hycam.training.folder import check_folder, check_held_out
 from hycam.training.method import MethodConfig
+from hycam.training.packing import check_packing
 from hycam.training.recipe import Recipe
 from hycam.training.resume import check_record, check_same_recipe, check_undamaged
 from hycam.training.schema import suggest
@@ -114,11 +116,11 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool, untested: bool = F
         check_record(recipe, rows, commit, arguments.world_size)
         check_undamaged(recipe, config, name)
     check_max_length(config, recipe.data.max_length, name)
+    _check_frequencies(config, recipe.data, arguments)
     _check_adapter(recipe, config, starts=not goes_on)
     dtype = config.dtype if recipe.backbone.dtype == "auto" else recipe.backbone.dtype
-    rounding = recipe.method.rounding(dtype)
-    if rounding is not None and not arguments.deepspeed:  # which keeps float32 weights by itself
-        logger.warning(rounding)
+    for warning in recipe.method.losses_in_16_bits(dtype, recipe.trainer):
+        logger.warning(warning)
     tokenizer = load_tokenizer(recipe.backbone, name)
     measured = responses_alone(recipe.data)
     with _first_of_machine(recipe, arguments):
@@ -185,6 +187,21 @@ def _check_streaming(recipe: Recipe, arguments: TrainingArguments) -> None:
                 "its rows of the stream"
             )
     accelerator.dispatch_batches = False  # accelerate's default for streams is true
+
+
+def _check_frequencies(config: PretrainedConfig, data: DataConfig, arguments: TrainingArguments) -> None:
+    """Raise `InputError` for packed rows of which the backbone makes something else; warn of rows side by side."""
+    if data.packing:
+        check_packing(config, data, arguments.train_batch_size)
+        return
+    switch = longrope_switch(config)
+    if switch is not None and data.max_length > switch and arguments.train_batch_size > 1:
+        logger.warning(
+            "data.max_length: %d: longrope gives every row of a micro-batch other frequencies where one is longer than "
+            "%d tokens; trainer.per_device_train_batch_size: 1 trains each row as it is evaluated, alone",
+            data.max_length,
+            switch,
+        )
 
 
 def _check_liger(recipe: Recipe) -> None:

@@ -46,6 +46,7 @@ from hycam.training.folder import (
 )
 from hycam.training.measure import measure, own_draws, training_precision
 from hycam.training.model_card import write_run_card
+from hycam.training.packing import IsolatedRows
 from hycam.training.prepare import PreparedRun, adapted_backbone, prepare
 from hycam.training.recipe import Recipe
 from hycam.training.rehearsal import rehearse
@@ -188,6 +189,8 @@ def _trainer(
     if recipe.early_stopping is not None:
         stopping = recipe.early_stopping
         callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.threshold))
+    if recipe.data.packing:
+        callbacks.append(IsolatedRows())
     pad = prepared.tokenizer.pad_token_id
     return HyCAMTrainer(
         model=model,

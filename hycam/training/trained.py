@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hycam.errors import InputError
 from hycam.evaluation.generation import end_with_answers
-from hycam.training.adapters import check_adapter
+from hycam.training.adapters import check_adapter, keeps_dtype
 from hycam.training.backbone import (
     backbone_name,
     check_available,
@@ -105,7 +105,8 @@ def load_selected_model(
         check_adapter(selection.adapter, selection.recipe.backbone, config, name)
     model: Any = load_model(selection.recipe.backbone, name)
     if selection.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(selection.adapter))
+        autocast = not keeps_dtype(selection.adapter, model)
+        model = PeftModel.from_pretrained(model, str(selection.adapter), autocast_adapter_dtype=autocast)
     return _ready(selection, model, tokenizer)
 
 

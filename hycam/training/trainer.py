@@ -12,7 +12,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -34,9 +33,9 @@ from hycam.training.callbacks import (
     layer_statistics,
 )
 from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER, list_files
-from hycam.training.engines import limit_deepspeed_waits
+from hycam.training.engines import limit_deepspeed_waits, whole
 from hycam.training.loss import check_loss
-from hycam.training.measure import own_draws
+from hycam.training.measure import own_draws, perplexity_metrics
 from hycam.training.progress import ProgressLines, progress_bar
 
 warn_where_broken("transformers")
@@ -103,6 +102,21 @@ class HyCAMTrainer(Trainer):
             set_peft_model_state_dict(self.adapted, load_peft_weights(str(checkpoint), device="cpu"))
         else:
             self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # the Trainer has PEFT load an adapter anew, which makes float32 weights of 16 bits
+        if isinstance(self.adapted, PeftModel) and not self.is_fsdp_enabled:
+            self.load_weights(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if isinstance(self.adapted, PeftModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            assert best is not None
+            self.load_weights(Path(best))
+        else:
+            super()._load_best_model()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self._target_logits:
@@ -367,7 +381,7 @@ class HyCAMTrainer(Trainer):
             with deepspeed.zero.GatheredParameters(list(parameters.values())):
                 self._save(output_dir)
         elif self.is_fsdp_enabled:
-            self._save(output_dir, {name: _whole(parameter) for name, parameter in parameters.items()})
+            self._save(output_dir, {name: whole(parameter) for name, parameter in parameters.items()})
         else:
             self._save(output_dir)
 
@@ -381,20 +395,5 @@ class HyCAMTrainer(Trainer):
         Path(folder, _TRAINING_ARGUMENTS).unlink(missing_ok=True)
 
 
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
-    """A parameter on the CPU, gathered where it is in parts."""
-    value = parameter.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
-
-
 class _EvaluationInterruptedError(Exception):
     """A signal came between two batches of an evaluation."""
-
-
-def perplexity_metrics(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The Trainer's flat metrics from what `evaluate_perplexity` returns."""
-    metrics: dict[str, float] = {}
-    for name, result in [("", report["overall"]), *((f"{task}_", r) for task, r in report["tasks"].items())]:
-        metrics[f"{prefix}_{name}loss"] = result["nll"] / result["tokens"]
-        metrics[f"{prefix}_{name}perplexity"] = result["perplexity"]
-    return metrics

@@ -64,6 +64,16 @@ RECURRENT = ("dory", "hrm_text")
 # Found, and refused by the first forward.
 REFUSED_LATE = {"prophetnet": "attention_mask: got shape"}
 
+# Found, but a packed row's logits change with the row before it: why -> model types.
+MIXED = {
+    "no mask is made of the positions (with `eager` and `sdpa`)": "afmoe bart bigbird_pegasus biogpt blenderbot "
+    "blenderbot-small gpt_oss marian mbart mpt mvp opt pegasus plbart trocr xglm",
+    "convolutions, recurrent layers or compressed keys go on over a row's border": "bailing_hybrid bamba deepseek_v4 "
+    "falcon_h1 granitemoehybrid inkling2_loop_text inkling2_text inkling_text jamba kimi_linear lara_mini lfm2 "
+    "lfm2_moe lfm3 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next "
+    "qwen4_exp qwen4_exp_text recurrent_gemma zaya",
+}
+
 # What building a small one, or running it, says.
 UNBUILT = {
     "gemma3n": "requires the timm library",
@@ -84,7 +94,7 @@ def decoder_type(model_type: str) -> str:
 
 
 def table(name: str) -> str:
-    return {"found": _found_table, "refused": _refused_table}[name]()
+    return {"found": _found_table, "refused": _refused_table, "packed": _packed_table}[name]()
 
 
 def _found_table() -> str:
@@ -124,6 +134,11 @@ def _refused_table() -> str:
     rows.append(
         "| `prophetnet` | the attention sees several streams of the same tokens (refused when the model runs) |"
     )
+    return "\n".join(["| model types | why |", "| --- | --- |", *rows])
+
+
+def _packed_table() -> str:
+    rows = [f"| {', '.join(f'`{name}`' for name in types.split())} | {reason} |" for reason, types in MIXED.items()]
     return "\n".join(["| model types | why |", "| --- | --- |", *rows])
 
 

@@ -10,8 +10,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.harness.pages import fill
 from hycam import router_statistics
 from hycam.adapter.discovery import self_attention_names
+from hycam.errors import InputError
+from hycam.training.packing import check_isolation
 from tests.adapter.builders import batch, config, gradients, largest_error, layers_of, plain_loss, randomise
-from tests.adapter.outcomes import COUNTS, FOUND, PAGE, RECURRENT, REFUSED, REFUSED_LATE, UNBUILT, by_type, table
+from tests.adapter.outcomes import COUNTS, FOUND, MIXED, PAGE, RECURRENT, REFUSED, REFUSED_LATE, UNBUILT, by_type, table
+from tests.adapter.test_packed import LENGTHS, packed_and_alone, token_rows
 from tests.decoders import MODEL_TYPES, tiny_decoder, tiny_decoder_config
 
 QUICK = [
@@ -31,7 +34,7 @@ QUICK = [
     "qwen3_moe",
     "smollm3",
 ]
-NAMES, REASONS = by_type(FOUND), by_type(REFUSED)
+NAMES, REASONS, MIXING = by_type(FOUND), by_type(REFUSED), by_type(MIXED)
 newest = pytest.mark.skipif(
     not transformers.__version__.startswith("5.24."), reason="the types are those of transformers 5.24"
 )
@@ -168,3 +171,26 @@ def test_generation_with_a_cache(model_type):
         if not torch.equal(generate(model, True), want):
             pytest.skip("the bare model's text depends on its cache")
     assert torch.equal(generate(model, True), generate(model, False))
+
+
+@each_that_works
+def test_packed_rows(model_type):
+    """Of each the logits that it has alone, or `data.packing` is refused."""
+    model = adapted(model_type, noise="never").eval()
+    text = model.config.get_text_config()
+    text.use_cache = False
+    try:
+        check_isolation(model)
+        is_refused = False
+    except InputError as error:
+        assert str(error).startswith("data.packing: got true, wanted false: ")
+        is_refused = True
+    if transformers.__version__.startswith("5.24."):
+        assert is_refused == (model_type in MIXING)
+    # where fewer tokens are attended to than there are, those with equal scores are chosen by their place
+    lengths = [4, 2, 3, 1, 4] if hasattr(text, "index_topk") else LENGTHS
+    packed, alone = packed_and_alone(model, token_rows(lengths))
+    pairs = zip(packed, alone, strict=True)
+    is_apart = all(torch.allclose(got, want, rtol=1e-3, atol=1e-3) for got, want in pairs)
+    # the convolutions of a tiny lfm2 are so weak that its rows are nearly apart
+    assert is_apart != is_refused or model_type in ("lfm2", "lfm2_moe")

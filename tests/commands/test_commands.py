@@ -427,7 +427,11 @@ def test_tables_are_never_cut(capsys, monkeypatch):
         assert number in shown
     assert "…" not in shown
     show(metrics_table("test split", {"base": reports["base"]}))
-    assert "gain" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "gain" not in shown and "A BLEU-4 of 0" not in shown
+    report["bleu4"] = 0.0
+    show(metrics_table("test split", reports))
+    assert "A BLEU-4 of 0: no run of four tokens matched" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_version_is_the_installed_package_s(capsys):

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -16,12 +19,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 import hycam.training.resume as resuming
 from hycam.data.collation import Collator
 from hycam.evaluation.perplexity import evaluate_perplexity
+from hycam.training.adapters import keeps_dtype
 from hycam.training.callbacks import SaveOnSignal
 from hycam.training.engines import join_processes, packaged_engines
 from hycam.training.recipe import BackboneConfig, Recipe
 from hycam.training.trainer import HyCAMTrainer
 from hycam_cli import main
-from tests.adapter.builders import adapted_model
+from tests.adapter.builders import adapted_model, by_saved_name
 
 # Every parameter in parts, and let go as soon as it may be.
 EVERYTHING_PARTED = {
@@ -161,17 +165,42 @@ def _check_parted(trainer: HyCAMTrainer, engine: str) -> None:
 
 
 def _check_file(trainer: HyCAMTrainer, folder: Path, dtype: str) -> None:
-    """The file's weights, in a plain model as it loads, give the engine's model's very logits.
+    """The file's weights are the engine's, to the bit, and in a plain model they give the engine's model's very logits.
 
-    With gradients, where a weight is rounded to the products' dtype: without, the plain model's float32 ones aren't.
+    In the dtype that they have, as `load_run` loads them; and as PEFT does by default, in float32, where gradients are
+    taken and a weight is rounded to the products' dtype.
     """
+    engine = _engine_weights(trainer)
     trainer.accelerator.wait_for_everyone()
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert saved.keys() == engine.keys()
+    assert all(torch.equal(saved[name], engine[name].to(saved[name].dtype)) for name in saved)
     batch = {"input_ids": torch.arange(3, 40)[None]}
-    got = trainer.adapted.eval()(**batch).logits
+    model = trainer.adapted.eval()
+    with torch.no_grad():
+        inferred = model(**batch).logits
+    got = model(**batch).logits
     unset_hf_deepspeed_config()  # else the plain model is in parts too
     plain = step_model(dtype)
     plain.load_adapter(str(folder), "default")
     torch.testing.assert_close(plain.eval()(**batch).logits, got, rtol=0, atol=0)
+    base = plain.unload()
+    plain = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=not keeps_dtype(folder, base))
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**batch).logits, inferred, rtol=0, atol=0)
+
+
+def _engine_weights(trainer: HyCAMTrainer) -> dict[str, torch.Tensor]:
+    """The adapter's weights by their names in a file: DeepSpeed's float32 ones, gathered, or FSDP2's whole."""
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_fp32_param as whole
+    else:
+
+        def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+            return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    named = ((name, parameter) for name, parameter in trainer.adapted.named_parameters() if "hycam_" in name)
+    return by_saved_name((name, whole(parameter).detach().cpu()) for name, parameter in named)
 
 
 def hycam(folder: Path, *, arguments: list[str], fault: dict[str, Any] | None = None, status: int = 0) -> int:

@@ -185,6 +185,18 @@ def test_stop_before_a_validation_and_resume_under_every_engine(tmp_path: Path, 
     _assert_same_run(tmp_path / engine / "stop" / "run", tmp_path / engine / "straight" / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES[:-1])
+def test_packed_rows_are_checked_under_every_engine(tmp_path: Path, backbone: Path, engine: str) -> None:
+    """Before the first step, by processes that may hold a part of each weight."""
+    recipe = _recipe(tmp_path / engine, backbone, engine, data={"packing": True})
+    _assert_done(tmp_path, run_jobs(tmp_path, [{"job": "hycam", "arguments": ["train", recipe]}]), [0, 0])
+    mixing = ["--trainer.use_cache", "true", "--output_dir", str(tmp_path / "mixing")]
+    jobs = [{"job": "hycam", "arguments": ["train", recipe, *mixing], "status": 2}]
+    _assert_done(tmp_path, run_jobs(tmp_path, jobs), [0, 0])
+    assert "data.packing: got true, wanted false: LlamaForCausalLM doesn't keep packed rows" in log_of(tmp_path, 0)
+
+
 @pytest.mark.parametrize("engine", ["zero2", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_process_that_hangs_ends_the_run_with_a_message(tmp_path: Path, backbone: Path, engine: str) -> None:
     recipe = _recipe(tmp_path / "run", backbone, engine, trainer={"ddp_timeout": 6})

@@ -14,7 +14,10 @@ from hycam.evaluation.generation import (
     evaluate_generation,
     evaluate_generation_tasks,
     generate_responses,
+    note_on_bleu,
 )
+from tests.evaluation.test_rope import KINDS as LONGROPE_KINDS
+from tests.evaluation.test_rope import SWITCH
 from tests.models import tiny_model
 
 PROMPTS = ["the cat", "a", "one two three four five six", "where is the cat that I saw", "b c"]
@@ -55,6 +58,17 @@ def test_equals_greedy_by_hand(tokenizer, family, batch_size):
     assert len(set(expected)) > 2
     given = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
     assert given == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("family", LONGROPE_KINDS)
+def test_longrope_gives_each_prompt_what_it_gives_alone(tokenizer, family, batch_size):
+    """Beside longer ones, and where a text grows into the long factors; with a cache it would be another text."""
+    model, decode = tiny_model(family, **LONGROPE_KINDS[family]), partial(tokenizer.decode, skip_special_tokens=True)
+    kinds = {(len(prompt) > SWITCH, len(prompt) + 11 > SWITCH) for prompt in PROMPTS}
+    assert kinds == {(False, False), (False, True), (True, True)}
+    expected = [decode(greedy_tokens(model, tokenizer, prompt, 12)) for prompt in PROMPTS]
+    assert generate_responses(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size) == expected
 
 
 @pytest.mark.parametrize("owner", ["model", "tokenizer"])
@@ -296,3 +310,18 @@ def test_sampling_draws_by_the_distribution_that_is_asked_for(tokenizer):
     torch.manual_seed(0)
     seen = {c for _ in range(6) for text in draw(sampling={"temperature": 3.0}) for c in text}
     assert len(seen) > 50
+
+
+@pytest.mark.parametrize(
+    ("responses", "is_told"),
+    [(["Paris", "Yes."], True), (["the cat sat on the mat"] * 2, False), (["", "the cat sat on the mat"], False)],
+)
+def test_a_bleu_of_0_is_explained(responses, is_told):
+    """Not one that is low, and not where nothing was generated."""
+    right = {"a": ["the cat sat on the mat"] * 2, "b": responses}
+    report = evaluate_generation_tasks(right, right)
+    assert report["tasks"]["b"]["rougeL"] >= 50
+    note = note_on_bleu([report])
+    assert (note is not None and "no run of four tokens matched" in note) == is_told
+    perplexities = {"tasks": {"a": {"perplexity": 2.0}}, "overall": {"perplexity": 2.0}}
+    assert note_on_bleu([perplexities]) is None

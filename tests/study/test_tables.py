@@ -105,6 +105,17 @@ def test_what_a_run_saved_is_shown_where_it_is_known() -> None:
     place = table.columns.index("saved, MiB") - 1
     small = _cells(table, "small")
     assert (small["lora"][place], small["hycam"][place]) == ("3.0", "-")
+def test_a_bleu_of_0_is_explained_below_the_tables() -> None:
+    record = _record()
+    names = ("table2", "table5", "table6", "figure3")
+    for cell in record["cells"]:
+        for report in (cell["test"], cell["base"]):
+            for values in (report["overall"], *report["tasks"].values()):
+                values["bleu4"] = 7.0
+    assert not any("A BLEU-4 of 0" in note for name in names for note in _table(name, record).notes)
+    record["cells"][0]["test"]["tasks"]["a"]["bleu4"] = 0.0
+    for name in names:
+        assert any(note.startswith("A BLEU-4 of 0: no run of four tokens") for note in _table(name, record).notes)
 
 
 def test_the_reference_is_marked_where_it_differs() -> None:
