@@ -105,6 +105,8 @@ def test_what_a_run_saved_is_shown_where_it_is_known() -> None:
     place = table.columns.index("saved, MiB") - 1
     small = _cells(table, "small")
     assert (small["lora"][place], small["hycam"][place]) == ("3.0", "-")
+
+
 def test_a_bleu_of_0_is_explained_below_the_tables() -> None:
     record = _record()
     names = ("table2", "table5", "table6", "figure3")
