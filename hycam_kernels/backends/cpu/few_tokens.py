@@ -39,11 +39,11 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor]:
     noise = x.gumbel
     if x.seed is not None:
         noise = gumbel_noise(x.seed, x.hidden.shape[0], x.num_experts, x.hidden.device)
-    biases = (x.shared_bias, x.lora_a_bias, x.lora_n_bias, x.lora_b_bias, x.router_bias)
     out, probs, logits = passes.few_tokens(
         x.hidden, x.attn_output, x.residual, x.shared_weight, x.lora_a, x.lora_n,
-        x.lora_b if x.expert_weight is None else x.expert_weight, x.router_weight,
-        *map(_float, (*biases, noise)), x.tau, x.scale, x.hard,
+        x.lora_b if x.expert_weight is None else x.expert_weight, x.router_weight, _float(x.shared_bias),
+        _float(x.lora_a_bias), _float(x.lora_n_bias), _float(x.lora_b_bias), _float(x.router_bias), _float(noise),
+        x.tau, x.scale, x.hard,
     )  # fmt: skip
     return out, probs.T, logits.T
 
