@@ -11,7 +11,6 @@ from benchmarks.harness.record import Entry
 from benchmarks.machine import calls
 from benchmarks.machine.builds import describe, identity
 from benchmarks.machine.calls import DTYPE, Operation, Use, UseRecorder
-from benchmarks.machine.inductor import inductor_operations
 from benchmarks.machine.record import SHOWN, TARGET
 from benchmarks.machine.turns import LOOPS, turns
 from benchmarks.op.kernels import COSTS
@@ -124,6 +123,9 @@ def _launch_entry(use: Use, shape: Shape, builds: Mapping[str, Entry]) -> Entry:
 
 def peer_entries(shapes: Iterable[Shape] = TRAINING) -> list[Entry]:
     """What the kernels are held to: plain PyTorch's operations, and those of torch.compile's graph."""
+    # seconds of import, for this alone
+    from benchmarks.machine.inductor import inductor_operations
+
     found = []
     for shape in shapes:
         with calls.OperationLog() as log:
