@@ -141,7 +141,5 @@ def test_a_transformers_that_reads_the_end_token_wrong(
     saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
-    with pytest.raises(
-        InputError, match=r"tiny\.gguf is a GGUF file, whose end token transformers 5\.17\.0 reads wrong"
-    ):
+    with pytest.raises(InputError, match=r"tiny\.gguf is a GGUF file, .* transformers 5\.17\.0 reads wrong"):
         check_available(BackboneConfig(name_or_path=str(saved[0])))
