@@ -1,6 +1,7 @@
 """Argument checks of the ops: each error names the argument, what was given and what is wanted.
 
-Types are asked for by tuples: torch.compile of torch 2.6 knows no unions.
+Types are asked for by tuples, and no function is made inside one: torch.compile of torch 2.6 takes neither unions nor
+annotations like ``list[str]`` there.
 """
 
 import functools
@@ -202,30 +203,31 @@ def _check_types(tensors: _Tensors, token_mask: Tensor | _Described | None) -> N
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {token_mask.dtype}")
 
 
-def _check_presence(tensors: _Tensors) -> None:
-    def given(*names: str) -> list[str]:
-        return [name for name in names if tensors[name] is not None]
+def _given(tensors: _Tensors, *names: str) -> list[str]:
+    return [name for name in names if tensors[name] is not None]
 
+
+def _check_presence(tensors: _Tensors) -> None:
     low_rank = ("lora_a", "lora_n", "lora_b")
-    if given("projections[0]"):
+    if _given(tensors, "projections[0]"):
         wanted: tuple[str, ...] = ("projections[0]", "projections[1]", "lora_b")
-        unwanted = given("lora_a", "lora_n", "router_weight", *_PROJECTED_BIASES, "expert_weight")
+        unwanted = _given(tensors, "lora_a", "lora_n", "router_weight", *_PROJECTED_BIASES, "expert_weight")
         why = "projections hold what lora_a, lora_n, router_weight and their biases make"
-    elif given("expert_weight"):
+    elif _given(tensors, "expert_weight"):
         wanted = ("expert_weight", "router_weight")
-        unwanted = given(*low_rank, "lora_a_bias", "lora_n_bias")
+        unwanted = _given(tensors, *low_rank, "lora_a_bias", "lora_n_bias")
         why = "expert_weight holds full-rank experts in place of lora_a, lora_n and lora_b"
-    elif given(*low_rank, "router_weight"):
+    elif _given(tensors, *low_rank, "router_weight"):
         wanted, unwanted, why = (*low_rank, "router_weight"), [], ""
     else:
         wanted = ()
-        unwanted = given("lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bias", "gumbel")
+        unwanted = _given(tensors, "lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bias", "gumbel")
         why = "there are no experts"
     missing = [name for name in wanted if tensors[name] is None]
     if missing:
         raise ValueError(
-            f"hycam_modulation: experts are given in part: {', '.join(given(*wanted))} without {', '.join(missing)}; "
-            f"give {', '.join(wanted)} together, or none of them"
+            f"hycam_modulation: experts are given in part: {', '.join(_given(tensors, *wanted))} without "
+            f"{', '.join(missing)}; give {', '.join(wanted)} together, or none of them"
         )
     if unwanted:
         raise ValueError(f"hycam_modulation: {unwanted[0]} must be None: {why}")
