@@ -1,8 +1,4 @@
-"""Argument checks of the ops: each error names the argument, what was given and what is wanted.
-
-Types are asked for by tuples, and no function is made inside one: torch.compile of torch 2.6 takes neither unions nor
-annotations like ``list[str]`` there.
-"""
+"""Argument checks of the ops: each error names the argument, what was given and what is wanted."""
 
 import functools
 import math
@@ -126,7 +122,7 @@ def split_projections(projections: object) -> tuple[Tensor | None, Tensor | None
     """V and the logits of the argument ``projections``; None and None where there is none."""
     if projections is None:
         return None, None
-    if not isinstance(projections, (tuple, list)) or len(projections) != 2:
+    if not isinstance(projections, tuple | list) or len(projections) != 2:
         raise TypeError(
             "hycam_modulation: projections must be a pair of tensors, V [..., E, r] and logits [..., E], got "
             f"{type(projections).__name__}"
@@ -184,7 +180,7 @@ def _check_floats(op: str, tensors: _Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, (Tensor, _Described)):
+        if not isinstance(tensor, Tensor | _Described):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
@@ -197,37 +193,36 @@ def _check_backend(op: str, backend: str) -> None:
 
 def _check_types(tensors: _Tensors, token_mask: Tensor | _Described | None) -> None:
     _check_floats("hycam_modulation", tensors)
-    if token_mask is not None and not isinstance(token_mask, (Tensor, _Described)):
+    if token_mask is not None and not isinstance(token_mask, Tensor | _Described):
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {type(token_mask).__name__}")
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {token_mask.dtype}")
 
 
-def _given(tensors: _Tensors, *names: str) -> list[str]:
-    return [name for name in names if tensors[name] is not None]
-
-
 def _check_presence(tensors: _Tensors) -> None:
+    def given(*names: str) -> list[str]:
+        return [name for name in names if tensors[name] is not None]
+
     low_rank = ("lora_a", "lora_n", "lora_b")
-    if _given(tensors, "projections[0]"):
+    if given("projections[0]"):
         wanted: tuple[str, ...] = ("projections[0]", "projections[1]", "lora_b")
-        unwanted = _given(tensors, "lora_a", "lora_n", "router_weight", *_PROJECTED_BIASES, "expert_weight")
+        unwanted = given("lora_a", "lora_n", "router_weight", *_PROJECTED_BIASES, "expert_weight")
         why = "projections hold what lora_a, lora_n, router_weight and their biases make"
-    elif _given(tensors, "expert_weight"):
+    elif given("expert_weight"):
         wanted = ("expert_weight", "router_weight")
-        unwanted = _given(tensors, *low_rank, "lora_a_bias", "lora_n_bias")
+        unwanted = given(*low_rank, "lora_a_bias", "lora_n_bias")
         why = "expert_weight holds full-rank experts in place of lora_a, lora_n and lora_b"
-    elif _given(tensors, *low_rank, "router_weight"):
+    elif given(*low_rank, "router_weight"):
         wanted, unwanted, why = (*low_rank, "router_weight"), [], ""
     else:
         wanted = ()
-        unwanted = _given(tensors, "lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bias", "gumbel")
+        unwanted = given("lora_a_bias", "lora_n_bias", "lora_b_bias", "router_bias", "gumbel")
         why = "there are no experts"
     missing = [name for name in wanted if tensors[name] is None]
     if missing:
         raise ValueError(
-            f"hycam_modulation: experts are given in part: {', '.join(_given(tensors, *wanted))} without "
-            f"{', '.join(missing)}; give {', '.join(wanted)} together, or none of them"
+            f"hycam_modulation: experts are given in part: {', '.join(given(*wanted))} without {', '.join(missing)}; "
+            f"give {', '.join(wanted)} together, or none of them"
         )
     if unwanted:
         raise ValueError(f"hycam_modulation: {unwanted[0]} must be None: {why}")
@@ -309,7 +304,7 @@ def _check_devices(tensors: _Tensors, token_mask: Tensor | _Described | None, se
 def _check_options(tensors: _Tensors, tau: float, scale: float, backend: str, has_seed: bool) -> None:
     for name, value in (("tau", tau), ("scale", scale)):
         # torch.compile may hold a number symbolically
-        if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
             raise TypeError(f"hycam_modulation: {name} must be a float, got {type(value).__name__}")
     if not (MIN_TAU <= tau < math.inf):
         raise ValueError(f"hycam_modulation: tau must be above 0, at least {MIN_TAU}, and finite, got {tau}")

@@ -154,7 +154,7 @@ def _run(call: ModulationInputs) -> tuple[Tensor, RouterMeans | DeferredRouterMe
     if backend == "torch" and not is_traced and _is_few_tokens_inference(call):
         return _few_tokens(call)
     if backend != call.backend:
-        call = ModulationInputs(*call[:-2], backend, call.inference)  # torch 2.6 can't compile _replace
+        call = call._replace(backend=backend)
     if triton_backend.decodes(call):
         out, *means = torch.ops.hycam.modulation_decode(*call)
         return out, RouterMeans(*means)

@@ -82,7 +82,7 @@ def norm_project(
         backend=backend,
     )
     if call.backend == "auto":
-        call = NormProjectInputs(*call[:-1], "torch" if _triton_refusal(call) else "triton")
+        call = call._replace(backend="torch" if _triton_refusal(call) else "triton")
     elif call.backend == "triton" and (refusal := _triton_refusal(call)):
         raise RuntimeError(f"norm_project: backend='triton' can't run this call: {refusal}")
     hidden, v, logits, *_ = torch.ops.hycam.norm_project(*call)
