@@ -51,7 +51,9 @@ def devices() -> list[dict[str, Any]]:
         {"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     ]
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    for index in range(0 if accelerator is None else torch.accelerator.device_count()):
+    if accelerator is None:
+        return found
+    for index in range(torch.accelerator.device_count()):
         device = torch.device(accelerator.type, index)
         entry: dict[str, Any] = {"device": str(device), "name": accelerator.type}
         module = torch.get_device_module(device)
