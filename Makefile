@@ -69,7 +69,7 @@ lint: setup
 docs: setup
 	$(BIN)/mkdocs build --strict
 
-# the archives of a release, what they hold, and whether all that users import says its types
+# the archives of a release, and what they hold
 build: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[release]"
 	rm -rf dist

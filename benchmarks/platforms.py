@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness.record import ROOT, Record, environment
+from benchmarks.harness.record import ROOT, Entry, Record, environment
 
 SYSTEMS = {
     "Linux, x86-64": "x86_64-manylinux_2_28",
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     refused = 0
     for system, platform in SYSTEMS.items():
         for python in PYTHONS:
-            entry = {"system": system, "python": python, "packages": {}}
+            entry: Entry = {"system": system, "python": python, "packages": {}}
             try:
                 entry["packages"] = resolve(platform, python)
             except subprocess.CalledProcessError as error:

@@ -105,9 +105,7 @@ def test_without_flock_the_adapter_works_and_runs_are_refused():
     """As on Windows: by one line."""
 
     def command(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", _ON_WINDOWS, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
-        )
+        return subprocess.run([sys.executable, "-c", _ON_WINDOWS, *arguments], capture_output=True, text=True, cwd=ROOT)
 
     shown = command("env")
     assert shown.returncode == 0, shown.stderr

@@ -3,16 +3,26 @@
 import importlib.util
 from pathlib import Path
 
+import transformers
 from transformers.utils import cached_file
 
 from hycam.errors import InputError
 from hycam.training.recipe import GGUF_SUFFIX, BackboneConfig
+from hycam_kernels.versions import release
+
+# 5.17 takes the token that begins a text for the one that ends it
+_OLDEST_TRANSFORMERS = "5.18"
 
 
 def check_gguf(config: BackboneConfig) -> None:
-    """Raise `InputError` where the package that reads the file is missing, or a file on this machine."""
+    """Raise `InputError` where what reads the file is missing or too old, or a file on this machine is missing."""
+    given = config.gguf_file or config.name_or_path
+    if release(transformers.__version__) < release(_OLDEST_TRANSFORMERS):
+        raise InputError(
+            f"backbone: {given} is a GGUF file, whose end token transformers {transformers.__version__} reads wrong, "
+            f"wanted: pip install 'transformers>={_OLDEST_TRANSFORMERS}'"
+        )
     if importlib.util.find_spec("gguf") is None:
-        given = config.gguf_file or config.name_or_path
         raise InputError(
             f"backbone: {given} is a GGUF file, but gguf is not installed, wanted: pip install 'hycam-kernels[gguf]'"
         )

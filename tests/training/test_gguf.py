@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from gguf import GGMLQuantizationType
 from peft import PeftModel
@@ -22,8 +23,11 @@ from hycam.training.recipe import BackboneConfig, parse_recipe
 from hycam.training.run import train
 from hycam.training.trained import load_run
 from hycam_cli import main
+from hycam_kernels.versions import release
 from tests.training.gguf_files import save_gguf
 from tests.training.runs import recipe_values
+
+pytestmark = pytest.mark.skipif(release(transformers.__version__) < (5, 18), reason="refused with this transformers")
 
 
 @pytest.fixture(scope="module")
@@ -175,4 +179,12 @@ def test_a_file_that_is_cut_short(tmp_path: Path, saved: tuple[Path, Path]) -> N
 def test_without_the_package(saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"tiny\.gguf is a GGUF file, but gguf is not installed, wanted: pip install"):
+        check_available(BackboneConfig(name_or_path=str(saved[0])))
+
+
+def test_a_transformers_that_reads_the_end_token_wrong(
+    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(InputError, match=r"tiny\.gguf is a GGUF file, .* transformers 5\.17\.0 reads wrong"):
         check_available(BackboneConfig(name_or_path=str(saved[0])))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("liger_kernel")
+pytest.importorskip("triton", minversion="3.6")  # the interpreter of 3.2 takes no argument that is None
 
 # Liger replaces functions of transformers, and triton reads at its import whether it interprets.
 _CODE = """
@@ -19,9 +20,7 @@ def step(liger):
     model = adapted_model(noise="never")
     if liger:
         apply_liger_kernel(model, None)
-        assert "liger" in type(model.get_base_model().model.norm).forward.__module__ + str(
-            model.get_base_model().model.norm.forward.__module__
-        )
+        assert "liger" in model.get_base_model().model.norm.forward.__module__
     outputs = model(**batch())
     outputs.loss.backward()
     return outputs, gradients(model)

@@ -1,5 +1,6 @@
 """The record of a test run counts what pytest reported."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def test_cases_are_counted_by_test_and_outcome(report, tmp_path, capsys):
         "tests/part/test_some.py::test_with_a_broken_fixture": [0, 1, 0],
     }
     assert all(entry["seconds"] >= 0 for entry in content["entries"])
+    assert content["packages"]["pytest"] == pytest.__version__
+    assert content["packages"]["typing-extensions"] == importlib.metadata.version("typing_extensions")
 
 
 def test_a_report_without_a_case_is_a_failure(tmp_path, capsys):
