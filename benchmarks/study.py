@@ -24,13 +24,15 @@ STUDY = ROOT / "docs" / "study"
 # folder -> the pages that show its tables
 STUDIES = {
     STUDY: (ROOT / "docs" / "study.md", ROOT / "docs" / "index.md", ROOT / "README.md"),
+    ROOT / "docs" / "study_small": (ROOT / "docs" / "study-small.md",),
     ROOT / "docs" / "settings": (ROOT / "docs" / "choosing.md",),
 }
 
-# the summary's methods, by their names in the tables
+# the summary's methods, where the study has run them, by their names in the tables
 _SUMMARY = {
     "backbone alone": "backbone alone",
     "hycam": "HyCAM",
+    "shared_only": "HyCAM without experts",
     "lora": "LoRA",
     "moelora": "MoE-LoRA",
     "full": "full fine-tuning",
@@ -63,6 +65,8 @@ def _summary(study: Path) -> str:
     before = next(iter(cells["forgetting"].values()))["PPL before"]
     lines = []
     for method, shown in _SUMMARY.items():
+        if cells["table2"].get(method, {}).get("PPL") is None:
+            continue
         general = cells["forgetting"][method]["PPL after"] if method in cells["forgetting"] else before
         of_method = cells["table2"][method]
         lines.append([shown, *(_shown(cell) for cell in (of_method["trained parameters"], of_method["PPL"], general))])
@@ -70,7 +74,7 @@ def _summary(study: Path) -> str:
 
 
 def _shown(cell: dict[str, Any] | None) -> str:
-    return "-" if cell is None else str(Number(**cell | {"digits": min(cell["digits"], 1), "mark": ""}))
+    return "-" if cell is None else str(Number(**cell | {"digits": min(cell["digits"], 2), "mark": ""}))
 
 
 def outdated(study: Path) -> list[str]:

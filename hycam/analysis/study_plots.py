@@ -56,7 +56,7 @@ def _means(figure: SubFigure, curves: Curves) -> None:
     panels = figure.subplots(1, 2)
     for axes, kind in zip(panels, ("training", "validation"), strict=True):
         for index, (method, kinds) in enumerate(curves.items()):
-            axes.plot(kinds[kind]["step"], _numbers(kinds[kind]["mean"]), **_line(index), linewidth=1.5, label=method)
+            _curve(axes, kinds[kind], **_line(index), linewidth=1.5, label=method)
         axes.set(title=f"{kind} loss", xlabel="optimiser step", ylabel="loss (nats per token that it is taken on)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -74,7 +74,7 @@ def _spreads(figure: SubFigure, curves: Curves, methods: Sequence[str]) -> None:
     )
     for axes, method in zip(grid, methods, strict=False):
         for kinds in curves.values():
-            axes.plot(kinds["validation"]["step"], _numbers(kinds["validation"]["mean"]), color="0.8", linewidth=0.8)
+            _curve(axes, kinds["validation"], color="0.8", linewidth=0.8)
         color = _line(list(curves).index(method))["color"]
         for kind, style in (("training", ":"), ("validation", "-")):
             _band(axes, curves[method][kind], color, style)
@@ -92,9 +92,14 @@ def _line(index: int) -> dict[str, str]:
     return {"color": f"C{index % _COLORS}", "linestyle": _LINE_STYLES[index // _COLORS % len(_LINE_STYLES)]}
 
 
+def _curve(axes: Axes, curve: Mapping[str, Sequence[Any]], **style: Any) -> None:
+    """The means; a single one, of which no line is drawn, as a point."""
+    axes.plot(curve["step"], _numbers(curve["mean"]), marker="o" if len(curve["step"]) == 1 else "", **style)
+
+
 def _band(axes: Axes, curve: Mapping[str, Sequence[Any]], color: str, style: str) -> None:
     mean, spread = _numbers(curve["mean"]), _numbers(curve["std"])
-    axes.plot(curve["step"], mean, color=color, linestyle=style, linewidth=1.5)
+    _curve(axes, curve, color=color, linestyle=style, linewidth=1.5)
     axes.fill_between(curve["step"], mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
 
 

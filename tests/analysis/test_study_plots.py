@@ -82,6 +82,8 @@ def test_loss_curves_have_a_mean_for_each_method_and_a_legend_beside_them(draw):
     lines = {line.get_label(): line.get_xydata().tolist() for line in training.lines}
     assert lines == {"hycam": [[1, 3.0], [2, 2.0], [3, 1.5]], "lora_$r$": [[1, 3.5], [2, 3.0]]}
     assert [line.get_xydata().tolist() for line in validation.lines] == [[[2, 2.5]], []]
+    assert validation.lines[0].get_marker() == "o", "of one point no line is drawn"
+    assert all(line.get_marker() == "" for line in training.lines)
     (legend,) = figure.subfigs[0].legends
     assert [text.get_text() for text in legend.get_texts()] == list(CURVES)
     assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in (training, validation))
