@@ -1,4 +1,4 @@
-"""Gumbel noise by Philox 4x32-10, the same stream as `tl.rand` in the fused kernels: in torch, or natively on a CPU.
+"""Gumbel noise by Philox 4x32-10, the same stream as `tl.rand` in the fused kernels.
 
 Philox is counter-based (Salmon et al., SC 2011): the draw for token t and expert k is a function of the seed and the
 counter ``t * E + k`` alone, so noise is never stored and any backend can replay it.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hycam_kernels.backends.cpu import library, passes
 from hycam_kernels.inputs import ModulationInputs
-from hycam_kernels.philox import gumbel_noise
 
 _STREAMS = ("hidden", "attn_output", "residual")
 _WEIGHTS = ("shared_weight", "lora_a", "lora_n", "lora_b", "router_weight", "expert_weight")
@@ -38,7 +37,7 @@ def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor]:
     """h_out [T, d], p as it was used and the router's logits [E, T], both in float32."""
     noise = x.gumbel
     if x.seed is not None:
-        noise = gumbel_noise(x.seed, x.hidden.shape[0], x.num_experts, x.hidden.device)
+        noise = passes.gumbel_noise(int(x.seed), x.hidden.shape[0], x.num_experts)
     out, probs, logits = passes.few_tokens(
         x.hidden, x.attn_output, x.residual, x.shared_weight, x.lora_a, x.lora_n,
         x.lora_b if x.expert_weight is None else x.expert_weight, x.router_weight, _float(x.shared_bias),

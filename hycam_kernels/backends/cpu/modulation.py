@@ -23,7 +23,6 @@ from hycam_kernels.backends.torch.products import (
 )
 from hycam_kernels.folding import fold, has_bias, unfold_grads
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
-from hycam_kernels.philox import gumbel_noise
 
 # of one column of a block of rows: in fewer rows the products are slow, more leave the cache
 _BLOCK_COLUMN_BYTES = 2048
@@ -249,7 +248,7 @@ def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor,
         bias = None if x.router_bias is None else x.router_bias.to(torch.float32).contiguous()
     noise = None if x.gumbel is None else x.gumbel.to(torch.float32).contiguous()
     if x.seed is not None:
-        noise = gumbel_noise(x.seed, hidden.shape[0], x.num_experts, hidden.device)
+        noise = passes.gumbel_noise(int(x.seed), hidden.shape[0], x.num_experts)
     return passes.route(hidden, weight, bias, x.given_logits, noise, x.tau, _mask(x), x.hard)
 
 

@@ -6,6 +6,7 @@ import torch
 from hycam_kernels import gumbel_noise, hycam_modulation
 from hycam_kernels.backends.cpu import library
 from hycam_kernels.backends.cpu import modulation as cpu_backend
+from hycam_kernels.backends.cpu import passes as native
 from hycam_kernels.preparation import prepare
 from tests.kernels.cases import Case, assert_as_good_as_eager, packed, run
 from tests.kernels.test_modulation import *  # noqa: F403
@@ -109,13 +110,21 @@ def test_backward_twice():
         assert torch.equal(a, b)
 
 
-def test_noise_has_the_bits_of_its_definition(choose):
-    """To the rounding of two logarithms."""
+@pytest.mark.parametrize("tokens", [2, 500])
+def test_the_op_draws_noise_by_the_native_pass(passes, monkeypatch, tokens):
+    """Of the definition's bits, to the rounding of two logarithms."""
+    drawn = []
+    draw = native.gumbel_noise
+    monkeypatch.setattr(native, "gumbel_noise", lambda *of: drawn.append(draw(*of)) or drawn[-1])
+    arguments = Case((tokens,), 16).make(torch.float32) | {"gumbel": None}
     for seed in (0, 42, -7, 1234567890123456789, 2**64 - 1):
-        got = gumbel_noise(seed, 2000, 5)
-        choose("0")
-        want = gumbel_noise(seed, 2000, 5)
-        torch.testing.assert_close(got, want, rtol=5e-7, atol=2e-7)
+        with torch.inference_mode(tokens == 2):
+            hycam_modulation(**arguments, seed=seed)
+        if passes == "0":
+            assert not drawn
+            continue
+        want = gumbel_noise(seed, tokens, arguments["router_weight"].shape[0])
+        torch.testing.assert_close(drawn.pop(), want, rtol=5e-7, atol=2e-7)
 
 
 def test_refusals_of_a_call(passes):
