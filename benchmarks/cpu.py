@@ -20,7 +20,7 @@ from benchmarks.harness.timing import HostTimer
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.longest import measure_longest
 from benchmarks.models.measure import measure_attention, measure_generation, measure_steps
-from benchmarks.models.shapes import CPU_DECODING, CPU_GENERATION, CPU_MODELS, LONGEST, NEW_TOKENS
+from benchmarks.models.shapes import CPU_DECODING, CPU_GENERATION, CPU_MODELS, CPU_STEPS, LONGEST, NEW_TOKENS
 from benchmarks.models.training import PLAIN, Setting
 from benchmarks.op.floor import PRODUCTS, measure_products
 from benchmarks.op.measure import measure_op, measure_overhead, measure_rates
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 LAYER_METHODS = ("frozen", "hycam-eager", "hycam-torch")
-DECODING_METHODS = (*LAYER_METHODS, "lora")
+WHOLE_METHODS = (*LAYER_METHODS, "lora")
 STEP_METHODS = ("frozen", "hycam-eager", "hycam-torch", "lora", "multilora", "moe-lora", "full")
 
 
@@ -59,7 +59,7 @@ def measure_inference(
         for call in calls:
             measure_op(session, call, dtype, ("eager", "torch"), passes=("inference",), group="decode")
         for shape in decoding:
-            measure_generation(session, shape, dtype, DECODING_METHODS, NEW_TOKENS["cpu"], seconds=40)
+            measure_generation(session, shape, dtype, WHOLE_METHODS, NEW_TOKENS["cpu"], seconds=40)
 
 
 def measure_floors(
@@ -92,8 +92,11 @@ def measure_models(
     generation: Sequence[ModelShape] = CPU_GENERATION,
     longest: ModelShape = LONGEST,
     longest_methods: Sequence[str] = STEP_METHODS,
+    trained: Sequence[ModelShape] = CPU_STEPS,
 ) -> None:
     """Attention layers, training steps, generation, and the longest row of a 7B shape by count."""
+    for shape in trained:
+        measure_steps(session, shape, torch.bfloat16, WHOLE_METHODS, seconds=60)
     for shape in shapes:
         measure_attention(session, shape, torch.float32, LAYER_METHODS)
         for setting in (PLAIN, Setting(checkpointing=True)):

@@ -166,7 +166,7 @@ def attention(record: Entry) -> str:
 def steps(record: Entry) -> str:
     """Tokens per second and bytes of a training step by method; without a time, why."""
     memory_of = {
-        (of_model(entry), entry["setting"], entry["peer"]): entry
+        (of_model(entry), entry["dtype"], entry["setting"], entry["peer"]): entry
         for entry in record["entries"]
         if entry["group"] == "memory" and entry.get("what") == "step"
     }
@@ -174,7 +174,7 @@ def steps(record: Entry) -> str:
     for entry in record["entries"]:
         if entry["group"] != "step" or "peer" not in entry:
             continue
-        head = of_model(entry), entry["setting"], entry["peer"]
+        head = of_model(entry), entry["dtype"], entry["setting"], entry["peer"]
         found = memory_of.get(head)
         if "samples_us" not in entry or found is None:
             rows.append([*head, _no_time(entry), "", "", "", ""])
@@ -183,8 +183,8 @@ def steps(record: Entry) -> str:
         amounts = [f"{found[name] / 1e6:.1f}" for name in ("kept_bytes", "peak_bytes", "optimizer_bytes")]
         rate = 1e6 * tokens / statistics.median(entry["samples_us"])
         rows.append([*head, f"{rate:.0f}", _against(record, entry, "frozen"), *amounts])
-    header = ["shape", "setting", "method", "tokens/s", "x frozen's time", "kept, MB", "peak, MB", "optimizer, MB"]
-    return markdown(header, rows)
+    amounts = ["kept, MB", "peak, MB", "optimizer, MB"]
+    return markdown(["shape", "dtype", "setting", "method", "tokens/s", "x frozen's time", *amounts], rows)
 
 
 def _no_time(entry: Entry) -> str:

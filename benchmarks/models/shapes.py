@@ -8,6 +8,8 @@ LAYERS = (ModelShape("Llama-3.1-8B", 8, 1200), ModelShape("Llama-3.2-1B", 2, 120
 GENERATION = (ModelShape("Llama-3.1-8B", 1, 128), ModelShape("Llama-3.1-8B", 16, 128))
 CPU_MODELS = (ModelShape("tiny-llama", 2, 128, rank=16), ModelShape("tiny-qwen2", 2, 128, rank=16))
 CPU_GENERATION = (ModelShape("tiny-llama", 1, 32, rank=16),)
+# a step bound by the backbone's products, as on a laptop
+CPU_STEPS = (ModelShape("SmolLM2-135M", 2, 256),)
 # deep and wide enough that a token is bound by reading weights; the prompt hardly counts
 CPU_DECODING = (ModelShape("SmolLM2-135M", 1, 8),)
 # by the device's type

@@ -25,7 +25,7 @@ from hycam_kernels.folding import fold, has_bias, unfold_grads
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
 
 # of one column of a block of rows: in fewer rows the products are slow, more leave the cache
-_BLOCK_COLUMN_BYTES = 2048
+_BLOCK_COLUMN_BYTES = 1024
 
 
 def refusal(x: ModulationInputs) -> str | None:

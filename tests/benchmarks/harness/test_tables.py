@@ -76,7 +76,9 @@ def cpu_record(tmp_path_factory):
     measure_sweep(session, [Shape(20, 32, 3, 8), Shape(40, 16, 3, 8)], copy_bytes=1 << 10)
     measure_products(session, shape, torch.float32, 1, (PRODUCTS, "torch"), seconds=1)
     models = [ModelShape("tiny-llama", 1, 16, num_experts=2, rank=4)]
-    measure_models(session, models, models, replace(models[0], layers=4), longest_methods=("hycam-torch",))
+    measure_models(
+        session, models, models, replace(models[0], layers=4), longest_methods=("hycam-torch",), trained=models[:1]
+    )
     return session.record.path
 
 
