@@ -1,5 +1,7 @@
 """Tiny models, random weights, built from a seed: one per architecture that the tests need."""
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -71,3 +73,15 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype=torch.float32, **o
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def longrope(switch: int) -> dict[str, Any]:
+    """Rope parameters whose frequencies change for rows of more than ``switch`` tokens, of heads 8 wide."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": switch,
+    }

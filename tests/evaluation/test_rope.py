@@ -10,17 +10,10 @@ from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.evaluation.rope import Group, group_by_frequencies, longrope_switch
 from tests.adapter.builders import adapted_model
 from tests.evaluation.rows import make_rows, pack, pad_right
-from tests.models import tiny_config, tiny_model
+from tests.models import longrope, tiny_config, tiny_model
 
 SWITCH = 12
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": SWITCH,
-}
+LONGROPE = longrope(SWITCH)
 KINDS = {
     "llama": {"rope_parameters": LONGROPE},
     "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": SWITCH},

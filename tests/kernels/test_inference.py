@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -68,9 +69,7 @@ def test_equals_reference_in_float64(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("without_the_other_path")
 def test_low_precision_is_as_good_as_eager(case, dtype, weight_dtype):
-    def run(arguments):
-        return outputs(hycam_modulation, arguments, backend="torch")
-
+    run = partial(outputs, hycam_modulation, backend="torch")
     assert_as_good_as_eager(run, case, dtype, weight_dtype, reference=reference_outputs)
 
 

@@ -181,7 +181,13 @@ def test_the_commands_options_are_the_studys_fields() -> None:
 
 
 def test_the_shipped_studies() -> None:
-    assert set(packaged_studies()) == {"study_laptop", "study_small", "study_7b", "study_settings"}
+    assert set(packaged_studies()) == {
+        "study_laptop",
+        "study_laptop_settings",
+        "study_small",
+        "study_7b",
+        "study_settings",
+    }
     for name in ("study_small", "study_7b"):
         study = load_study(name)
         methods = {(method.section["name"], method.section.get("preset", "paper")) for method in study.methods.values()}
@@ -195,6 +201,8 @@ def test_the_shipped_studies() -> None:
     settings = load_study("study_settings")
     assert {method.section["name"] for method in settings.methods.values()} == {"lora", "hycam"}
     assert all(len(settings.rates(method)) == 1 for method in settings.methods)
+    laptop, changed = load_study("study_laptop"), load_study("study_laptop_settings")
+    assert all(getattr(changed, name) == getattr(laptop, name) for name in ("tasks", "data", "trainer", "backbones"))
     small, large = load_study("study_small"), load_study("study_7b")
     assert (small.seeds, small.folds) == ([0, 1, 2], [0])
     assert {task["name"] for task in small.tasks} == {"auto_cot", "icliniq", "dolly", "code_alpaca", "webgpt_standin"}

@@ -14,22 +14,14 @@ from hycam.training.packing import check_packing
 from hycam.training.prepare import prepare
 from hycam.training.run import train
 from tests.decoders import tiny_decoder, tiny_decoder_config
+from tests.models import longrope
 from tests.training.runs import run_recipe, save_tokenizer
-
-_LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 32,
-}
 
 
 def _with_longrope(backbone: Path, folder: Path) -> Path:
     changed = shutil.copytree(backbone, folder / "longrope")
     config = json.loads((changed / "config.json").read_text())
-    (changed / "config.json").write_text(json.dumps(config | {"rope_parameters": _LONGROPE}))
+    (changed / "config.json").write_text(json.dumps(config | {"rope_parameters": longrope(32)}))
     return changed
 
 

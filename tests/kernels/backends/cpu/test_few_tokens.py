@@ -1,5 +1,7 @@
 """Few tokens without gradients in one native pass: as good as eager, and which calls take it."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -42,9 +44,7 @@ def alone(monkeypatch, vectors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("alone")
 def test_as_good_as_eager(case, dtype, weight_dtype):
-    def run(arguments):
-        return outputs(hycam_modulation, arguments, backend="torch")
-
+    run = partial(outputs, hycam_modulation, backend="torch")
     assert_as_good_as_eager(run, case, dtype, weight_dtype, reference=reference_outputs)
 
 
