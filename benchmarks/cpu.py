@@ -42,12 +42,16 @@ def measure(
     copy_bytes: int = 1 << 26,
     paper_peers: Sequence[str] = PAPER_PEERS,
 ) -> None:
-    """Rates and floors, the op's passes, memory, and the overhead per call. A compiler needs half a minute for each."""
+    """Rates and floors, the op's passes, and memory. A compiler needs half a minute for each."""
     for dtype in DTYPES:
         measure_rates(session, dtype, shapes, copy_bytes)
         for shape in shapes:
             measure_op(session, shape, dtype, paper_peers)
             measure_op(session, shape, dtype, RELEASED_PEERS)
+
+
+def measure_calls(session: Session) -> None:
+    """The host's time of a call whose arithmetic hardly counts."""
     measure_overhead(session, LAUNCH, torch.float32, ("eager", "torch"))
 
 
@@ -108,6 +112,7 @@ def measure_models(
 
 PARTS: dict[str, Callable[[Session], None]] = {
     "op": measure,
+    "calls": measure_calls,
     "inference": measure_inference,
     "models": measure_models,
     "floors": measure_floors,

@@ -16,6 +16,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "triton")
 NORM_KINDS = ("rms", "layer")
 _PROJECTED_BIASES = ("lora_a_bias", "lora_n_bias", "router_bias")
+# Below, types are told apart by tuples of them: a union is beyond torch.compile before torch 2.11.
 # float32 holds logits up to 1e8 divided by it
 MIN_TAU = 1e-30
 
@@ -122,7 +123,7 @@ def split_projections(projections: object) -> tuple[Tensor | None, Tensor | None
     """V and the logits of the argument ``projections``; None and None where there is none."""
     if projections is None:
         return None, None
-    if not isinstance(projections, tuple | list) or len(projections) != 2:
+    if not isinstance(projections, (tuple, list)) or len(projections) != 2:
         raise TypeError(
             "hycam_modulation: projections must be a pair of tensors, V [..., E, r] and logits [..., E], got "
             f"{type(projections).__name__}"
@@ -180,7 +181,7 @@ def _check_floats(op: str, tensors: _Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor | _Described):
+        if not isinstance(tensor, (Tensor, _Described)):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
@@ -193,7 +194,7 @@ def _check_backend(op: str, backend: str) -> None:
 
 def _check_types(tensors: _Tensors, token_mask: Tensor | _Described | None) -> None:
     _check_floats("hycam_modulation", tensors)
-    if token_mask is not None and not isinstance(token_mask, Tensor | _Described):
+    if token_mask is not None and not isinstance(token_mask, (Tensor, _Described)):
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {type(token_mask).__name__}")
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise TypeError(f"hycam_modulation: token_mask must be a bool tensor, got {token_mask.dtype}")
@@ -304,7 +305,7 @@ def _check_devices(tensors: _Tensors, token_mask: Tensor | _Described | None, se
 def _check_options(tensors: _Tensors, tau: float, scale: float, backend: str, has_seed: bool) -> None:
     for name, value in (("tau", tau), ("scale", scale)):
         # torch.compile may hold a number symbolically
-        if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
+        if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"hycam_modulation: {name} must be a float, got {type(value).__name__}")
     if not (MIN_TAU <= tau < math.inf):
         raise ValueError(f"hycam_modulation: tau must be above 0, at least {MIN_TAU}, and finite, got {tau}")

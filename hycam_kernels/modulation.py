@@ -179,6 +179,8 @@ def _few_tokens(call: ModulationInputs) -> tuple[Tensor, DeferredRouterMeans]:
     if cpu_few_tokens.takes(call):
         out, probs, logits = cpu_few_tokens.forward(call)
         return out, DeferredRouterMeans(probs, logits, call.token_mask)
+    if call.seed is not None and cpu_backend.refusal(call) is None:
+        call = call._replace(gumbel=cpu_backend.draw_noise(call), seed=None)
     device_type = call.hidden.device.type
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):

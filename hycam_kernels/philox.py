@@ -113,7 +113,7 @@ def check_seed(seed: object, caller: str) -> None:
             raise TypeError(f"{caller}: seed must be an int or a 0-d int64 tensor, got a {seed.dtype} tensor")
         if seed.ndim != 0:
             raise ValueError(f"{caller}: seed must be an int or a 0-d int64 tensor, got shape {tuple(seed.shape)}")
-    elif isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+    elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         raise TypeError(f"{caller}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
     elif not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"{caller}: seed must fit 64 bits, got {seed}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hycam_kernels.backends.cpu import library, passes
+from hycam_kernels.backends.cpu.modulation import draw_noise
 from hycam_kernels.inputs import ModulationInputs
 
 _STREAMS = ("hidden", "attn_output", "residual")
@@ -35,13 +36,10 @@ def _fits(tensor: Tensor | None, *, rows: bool) -> bool:
 
 def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor]:
     """h_out [T, d], p as it was used and the router's logits [E, T], both in float32."""
-    noise = x.gumbel
-    if x.seed is not None:
-        noise = passes.gumbel_noise(int(x.seed), x.hidden.shape[0], x.num_experts)
     out, probs, logits = passes.few_tokens(
         x.hidden, x.attn_output, x.residual, x.shared_weight, x.lora_a, x.lora_n,
         x.lora_b if x.expert_weight is None else x.expert_weight, x.router_weight, _float(x.shared_bias),
-        _float(x.lora_a_bias), _float(x.lora_n_bias), _float(x.lora_b_bias), _float(x.router_bias), _float(noise),
+        _float(x.lora_a_bias), _float(x.lora_n_bias), _float(x.lora_b_bias), _float(x.router_bias), draw_noise(x),
         x.tau, x.scale, x.hard,
     )  # fmt: skip
     return out, probs.T, logits.T

@@ -47,6 +47,13 @@ def explain(x: ModulationInputs) -> str:
     return f"; native code for {library.vector_set().upper()} runs the element-wise passes"
 
 
+def draw_noise(x: ModulationInputs) -> Tensor | None:
+    """The Gumbel noise of a call that the native passes can run, [T, E] float32; None without noise."""
+    if x.seed is not None:
+        return passes.gumbel_noise(int(x.seed), x.shape[0], x.num_experts)
+    return None if x.gumbel is None else x.gumbel.to(torch.float32).contiguous()
+
+
 def forward(x: ModulationInputs) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """h_out [T, d], load [E], router_prob [E] and what the backward needs."""
     hidden = _rows(x.hidden.to(x.compute_dtype))
@@ -246,10 +253,7 @@ def _route(x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor,
         assert x.router_weight is not None
         weight = x.router_weight.to(x.compute_dtype).to(torch.float32).contiguous()
         bias = None if x.router_bias is None else x.router_bias.to(torch.float32).contiguous()
-    noise = None if x.gumbel is None else x.gumbel.to(torch.float32).contiguous()
-    if x.seed is not None:
-        noise = passes.gumbel_noise(int(x.seed), hidden.shape[0], x.num_experts)
-    return passes.route(hidden, weight, bias, x.given_logits, noise, x.tau, _mask(x), x.hard)
+    return passes.route(hidden, weight, bias, x.given_logits, draw_noise(x), x.tau, _mask(x), x.hard)
 
 
 def _route_backward(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tables as command
-from benchmarks.cpu import measure, measure_models, measure_sweep
+from benchmarks.cpu import measure, measure_calls, measure_models, measure_sweep
 from benchmarks.harness import plots
 from benchmarks.harness.pages import NOT_MEASURED, fill
 from benchmarks.harness.record import environment
@@ -73,6 +73,7 @@ def cpu_record(tmp_path_factory):
     session.record.content = environment() | session.record.content | {"git": {"commit": "f" * 40, "dirty": False}}
     shape = Shape(40, 32, num_experts=3, rank=8)
     measure(session, [shape], copy_bytes=1 << 10, paper_peers=("eager", "torch", "torch-recompute"))
+    measure_calls(session)
     measure_sweep(session, [Shape(20, 32, 3, 8), Shape(40, 16, 3, 8)], copy_bytes=1 << 10)
     measure_products(session, shape, torch.float32, 1, (PRODUCTS, "torch"), seconds=1)
     models = [ModelShape("tiny-llama", 1, 16, num_experts=2, rank=4)]

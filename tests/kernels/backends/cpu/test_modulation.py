@@ -110,15 +110,15 @@ def test_backward_twice():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("tokens", [2, 500])
-def test_the_op_draws_noise_by_the_native_pass(passes, monkeypatch, tokens):
+@pytest.mark.parametrize(("tokens", "inference"), [(2, True), (30, True), (500, False)])
+def test_the_op_draws_noise_by_the_native_pass(passes, monkeypatch, tokens, inference):
     """Of the definition's bits, to the rounding of two logarithms."""
     drawn = []
     draw = native.gumbel_noise
     monkeypatch.setattr(native, "gumbel_noise", lambda *of: drawn.append(draw(*of)) or drawn[-1])
     arguments = Case((tokens,), 16).make(torch.float32) | {"gumbel": None}
     for seed in (0, 42, -7, 1234567890123456789, 2**64 - 1):
-        with torch.inference_mode(tokens == 2):
+        with torch.inference_mode(inference):
             hycam_modulation(**arguments, seed=seed)
         if passes == "0":
             assert not drawn
