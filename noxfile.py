@@ -50,7 +50,7 @@ ENVIRONMENTS = {
     "oldest": (
         "3.11",
         (
-            "torch==2.6", "transformers==5.17", "peft==0.21", "accelerate==1.10", "datasets==4", "matplotlib==3.10",
+            "torch==2.9", "transformers==5.17", "peft==0.21", "accelerate==1.10", "datasets==4", "matplotlib==3.10",
             "pyyaml==6", "rich==13", "rouge-score==0.1.2", "sacrebleu==2.4", "scipy==1.13", "tensorboard==2.16.2",
             "scikit-learn==1.5", "deepspeed==0.19.2", "gguf==0.19", "liger-kernel==0.7", "bitsandbytes==0.49",
             "torchao==0.16", "setuptools==77.0.3", "numpy==2.0",

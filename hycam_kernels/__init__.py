@@ -5,7 +5,7 @@ Importing this package needs torch alone.
 
 from hycam_kernels.versions import require
 
-FLOORS = {"torch": "2.6"}
+FLOORS = {"torch": "2.9"}
 require(FLOORS)
 
 from hycam_kernels.modulation import explain_backend, hycam_modulation
