@@ -1,4 +1,4 @@
-"""Liger's kernels in an adapted backbone, by triton's interpreter: the loss and the adapter's gradients stay."""
+"""Liger's rope and loss in an adapted backbone, by triton's interpreter: loss and adapter's gradients stay."""
 
 import os
 import subprocess
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("liger_kernel")
-# Before 3.7 the interpreter hands kernels plain floats; Liger 0.8's RMSNorm casts one as a tensor.
-pytest.importorskip("triton", minversion="3.7")
+pytest.importorskip("triton", minversion="3.6")  # the interpreter of 3.2 takes no argument that is None
 
 # Liger replaces functions of transformers, and triton reads at its import whether it interprets.
 _CODE = """
@@ -20,8 +19,9 @@ from tests.adapter.builders import adapted_model, batch, gradients, largest_erro
 def step(liger):
     model = adapted_model(noise="never")
     if liger:
-        apply_liger_kernel(model, None)
-        assert "liger" in model.get_base_model().model.norm.forward.__module__
+        # Liger 0.8.5's others cast numbers, which the interpreter hands them as Python's floats
+        apply_liger_kernel(model, {"rms_norm": False, "swiglu": False})
+        assert "liger" in model.get_base_model().forward.__module__
     outputs = model(**batch())
     outputs.loss.backward()
     return outputs, gradients(model)
