@@ -51,7 +51,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         _N, _N, _P, _P, _P, _P, _P, c_float, _P, _P, Rows, _N,
     ),
     "sum_tokens": (_N, _N, _N, _P, Rows, _P, _P, _N, _N),
-    "gumbel_noise": (_N, _N, _P, _N),
+    "uniforms": (_N, _N, _P, _N),
 }  # fmt: skip
 
 

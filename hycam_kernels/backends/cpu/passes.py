@@ -190,10 +190,11 @@ def sum_tokens(
 
 
 def gumbel_noise(seed: int, num_tokens: int, num_experts: int) -> Tensor:
-    """`hycam_kernels.philox.gumbel_noise` of a seed that fits int64: [T, E]."""
+    """`hycam_kernels.philox.gumbel_noise` of a seed that fits int64, bit for bit: [T, E]."""
     out = torch.empty(num_tokens, num_experts, dtype=torch.float32, device="cpu")
-    function("gumbel_noise")(out.numel(), seed, out.data_ptr(), torch.get_num_threads())
-    return out
+    function("uniforms")(out.numel(), seed, out.data_ptr(), torch.get_num_threads())
+    # torch's logarithms, as the definition's
+    return out.log_().neg_().log_().neg_()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

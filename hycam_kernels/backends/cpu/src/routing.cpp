@@ -95,19 +95,19 @@ inline uint32_t philox(uint64_t seed, uint32_t counter) {
 
 using namespace VECTOR_SET;
 
-// Gumbel noise of the counters below ``size``, as `hycam_kernels.philox` defines it: -log(-log u).
-EXPORT(gumbel_noise)(int64_t size, int64_t seed, float* out, int64_t threads) {
+// The uniforms of the counters below ``size``, in [2^-31, 1): those of `hycam_kernels.philox` but for 0, whose logarithm
+// would not be finite.
+EXPORT(uniforms)(int64_t size, int64_t seed, float* out, int64_t threads) {
   constexpr int64_t kDraws = 1024;
   constexpr float kUnit = 4.6566127342e-10f;
   parallel_blocks((size + kDraws - 1) / kDraws, threads, [&](int64_t block) {
     const int64_t start = block * kDraws, end = start + kDraws < size ? start + kDraws : size;
     for (int64_t i = start; i < end; i++) {
       const int32_t word = static_cast<int32_t>(philox(static_cast<uint64_t>(seed), static_cast<uint32_t>(i)));
-      // the negative half mirrored onto [0, 2^31); 0 is a possible draw, whose logarithm would not be finite
+      // the negative half mirrored onto [0, 2^31)
       const float uniform = static_cast<float>(word < 0 ? ~word : word) * kUnit;
       out[i] = uniform > kUnit ? uniform : kUnit;
     }
-    for (int64_t i = start; i < end; i++) out[i] = -std::log(-std::log(out[i]));
   });
 }
 
