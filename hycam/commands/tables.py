@@ -67,8 +67,10 @@ def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
 
 def show(*tables: Table) -> None:
     """Print tables: words are wrapped, numbers (columns set to the right) stay whole in the narrowest terminal."""
+    widest = Console(width=sys.maxsize)
     for table in tables:
         for column in table.columns:
-            column.no_wrap = column.justify == "right"
-        needed = Console(width=sys.maxsize).measure(table).minimum
-        Console(width=max(Console().width, needed)).print(table)
+            if column.justify == "right":
+                whole = [widest.measure(cell).maximum for cell in column.cells]  # `6.05 ± 0.01` is one number
+                column.width = max(widest.measure(column.header).minimum, *whole)
+        Console(width=max(Console().width, widest.measure(table).minimum)).print(table)

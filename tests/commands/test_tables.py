@@ -5,7 +5,10 @@ import math
 
 import pytest
 
+from hycam.commands.compare import study_table
 from hycam.commands.tables import metrics_table, show
+from hycam.study.render import Number, Row
+from hycam.study.render import Table as StudyTable
 from hycam_cli import main
 
 
@@ -49,3 +52,16 @@ def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(choice["backend"].split(":")[0] in ("torch", "triton") for choice in report["backends"])
     assert main(["env"]) == 0
     assert "hycam_modulation" in capsys.readouterr().out
+
+
+def test_a_study_s_tables_are_never_cut(capsys, monkeypatch):
+    """Their numbers have spaces, and their columns' names several words."""
+    monkeypatch.setenv("COLUMNS", "40")
+    numbers = [Number(21_713_280, None, digits=0), None, Number(1234.5, 98.7654, digits=3, count=3)]
+    columns = ["method", "trained parameters", "share, %", "PPL, row average"]
+    rows = [Row("smollm2-135m", [name, *numbers]) for name in ("backbone alone", "hycam")]
+    show(study_table(StudyTable("table2", "Methods", columns, rows)))
+    shown = capsys.readouterr().out
+    for text in ("1,234.500 ± 98.765", "21,713,280", "trained", "parameters", "average", "alone", "hycam", "smollm2"):
+        assert text in shown
+    assert "…" not in shown
