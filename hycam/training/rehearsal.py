@@ -83,7 +83,7 @@ def _failure(arguments: TrainingArguments, dataset: Any) -> Exception | None:
     own.use_liger_kernel = False
     own.report_to, own.disable_tqdm, own.max_steps = [], True, 1
     # with `push_to_hub` the repository is made, or refused, here; its name would follow from the temporary folder
-    own.hub_model_id = own.hub_model_id or Path(own.output_dir).absolute().name
+    own.hub_model_id = own.hub_model_id or Path(str(own.output_dir)).absolute().name
     rows: Any = _Rows() if isinstance(dataset, IterableDataset) else dataset
     with tempfile.TemporaryDirectory() as folder, own_draws(arguments.seed, arguments.device):
         own.output_dir = folder
