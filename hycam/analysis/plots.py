@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from hycam.errors import InputError
 
@@ -23,6 +24,7 @@ _MOST_ANNOTATED_PANELS = 8
 _MOST_TOKEN_LABELS = 80
 _LABEL_LENGTH = 14
 _LEAST_UNEVEN = 0.05
+_WIDE = 3.0
 _DARK = 0.7
 _ENDS = (0.01, 0.99)
 MODULATION_COLORS = "RdBu_r"
@@ -30,6 +32,9 @@ MODULATION_COLORS = "RdBu_r"
 
 def plot_loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Training loss and validation loss, overall and per task, over the optimiser's steps.
+
+    Where the losses differ by more than a factor of 3 their axis is logarithmic: the first ones, or a hard task's,
+    would flatten the others.
 
     Args:
         metrics: log events with `step` and `loss`, or `step`, `eval_loss` and `eval_<task>_loss`, as in a run's
@@ -57,6 +62,12 @@ def plot_loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> 
         points = zip(*validation, strict=True)
         axes.plot(*points, color="black", marker="o", markersize=4, linewidth=2, label="validation, all tasks")
     axes.set(title="Loss during training", xlabel="optimiser step", ylabel="loss (nats per response token)")
+    losses = [loss for key in ("loss", "eval_loss", *tasks) for _, loss in _curve(metrics, key) if loss > 0]
+    if losses and max(losses) > _WIDE * min(losses):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     save(figure, path)

@@ -102,8 +102,10 @@ def _event(line: bytes, place: str) -> dict[str, Any]:
     try:
         event = json.loads(line)
         if isinstance(event, dict) and isinstance(event.get("step"), int):
-            return event
-        reason = "no object with a step"
+            losses = [value for key, value in event.items() if key.endswith("loss")]
+            if all(value is None or isinstance(value, int | float) for value in losses):
+                return event
+        reason = "no object with a step and losses that are numbers"
     except ValueError as error:
         reason = str(error)
     raise InputError(f"{place}: damaged, wanted the log events as the run wrote them: {reason}")

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -56,9 +58,29 @@ def flaw(folder: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, wanted {size}"
+            if not _can_be_opened(file):
+                return f"{name} can't be read"
     except (OSError, ValueError, AttributeError, TypeError):
         return f"{_FILES} can't be read"
     return None
+
+
+def _can_be_opened(file: Path) -> bool:
+    """Whether a file is of the kind that its name says; the numbers in it, which may be many GB, are not read."""
+    try:
+        if file.suffix in (".pt", ".pth"):  # torch.save's archive: a pickle, and the tensors' bytes in data/
+            with zipfile.ZipFile(file) as archive:
+                for name in archive.namelist():
+                    if Path(name).parent.name != "data":
+                        archive.read(name)
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix == ".json":
+            json.loads(file.read_bytes())
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError):
+        return False
+    return True
 
 
 def checkpoint_state(folder: Path) -> TrainerState | None:

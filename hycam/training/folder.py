@@ -99,7 +99,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return results if isinstance(results, dict) and "steps" in results else None
+    return results if isinstance(results, dict) and {"steps", "epochs", "best_step"} <= results.keys() else None
 
 
 def read_object(path: Path, wanted: Collection[str], advice: str) -> dict[str, Any]:
@@ -224,9 +224,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         check_format_version(record.get("format_version", 1), FORMAT_VERSION, f"{path}: ")
-        if isinstance(record["data"], dict) and isinstance(record["processes"], int):
+        fingerprints, settings = record["data"].values(), record.get("settings", {})
+        whole = all(isinstance(fingerprint["sha256"], str) for fingerprint in fingerprints)
+        if whole and isinstance(settings, dict) and isinstance(record["processes"], int):
             return record
-        reason = "data or processes are not what a run writes"
+        reason = "data, settings or processes are not what a run writes"
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

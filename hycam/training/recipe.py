@@ -31,6 +31,7 @@ RESERVED_TRAINER_FIELDS = {
     "logging_nan_inf_filter": "a loss that is not finite always stops the run",
     "remove_unused_columns": "the collator chooses the columns",
     "save_on_each_node": "output_dir must lie where every node sees it",
+    "restore_callback_states_from_checkpoint": "`hycam train --resume` always restores them",
 }
 
 GGUF_SUFFIX = ".gguf"
@@ -324,7 +325,9 @@ def _drop_other_method(values: dict[str, Any], overrides: Sequence[tuple[str, st
 
 def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingArguments)
-    known = {item.name: hints[item.name] for item in dataclasses.fields(TrainingArguments) if item.init}
+    items = [item for item in dataclasses.fields(TrainingArguments) if item.init]
+    known = {item.name: hints[item.name] for item in items}
+    choices = {item.name: list(item.metadata["choices"]) for item in items if "choices" in item.metadata}
     for name, instead in RESERVED_TRAINER_FIELDS.items():
         if isinstance(value, Mapping) and name in value:
             reader.fail(f"trainer.{name}", instead)
@@ -335,6 +338,9 @@ def _trainer_section(reader: Reader, value: Any) -> dict[str, Any]:
         if values.get(name, 1) < 1:
             reader.fail(f"trainer.{name}", f"got {values[name]}, wanted at least 1")
     for name, entry in values.items():
+        # transformers doesn't look: a sampling strategy that it doesn't know is the random one
+        if entry is not None and entry not in choices.get(name, [entry]):
+            reader.fail(f"trainer.{name}", f"got {entry!r}, wanted {' | '.join(choices[name])}")
         # transformers has a number below 0 for what is not set, and none of its settings is one
         is_number = isinstance(entry, int | float) and not isinstance(entry, bool)
         if is_number and entry < 0 and entry != getattr(TrainingArguments, name, None):

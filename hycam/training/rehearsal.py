@@ -7,6 +7,7 @@ is built here once, with a tiny model, and takes a step.
 import copy
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ def _failure(arguments: TrainingArguments, dataset: Any) -> Exception | None:
     own.load_best_model_at_end = own.auto_find_batch_size = own.eval_on_start = False
     own.use_liger_kernel = False
     own.report_to, own.disable_tqdm, own.max_steps = [], True, 1
+    # with `push_to_hub` the repository is made, or refused, here; its name would follow from the temporary folder
+    own.hub_model_id = own.hub_model_id or Path(str(own.output_dir)).absolute().name
     rows: Any = _Rows() if isinstance(dataset, IterableDataset) else dataset
     with tempfile.TemporaryDirectory() as folder, own_draws(arguments.seed, arguments.device):
         own.output_dir = folder

@@ -90,8 +90,8 @@ def check_record(recipe: Recipe, rows: Mapping[str, TaskRows], commit: str | Non
         # a step would see another number of rows, and the data's order and the optimizer's parts belong to ranks
         raise InputError(f"--resume: the run in {folder} began on {before['processes']} processes, got {processes}")
     for name, task in rows.items():
-        began, now = before["data"][name], task.fingerprint()
-        if is_split_otherwise(began, now):
+        began, now = before["data"].get(name), task.fingerprint()
+        if began is not None and is_split_otherwise(began, now):
             raise InputError(
                 f"--resume: the rows of {name} fall to other parts than when the run in {folder} began, {SPLIT_SINCE}: "
                 "wanted a run from the start (--overwrite, or another output_dir)"

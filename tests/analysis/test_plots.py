@@ -50,6 +50,19 @@ def test_loss_curves_without_validation(tmp_path, figures):
         plot_loss_curves([{"step": 1, "train_runtime": 2.0}], tmp_path / "none.png")
 
 
+@pytest.mark.parametrize("first", [3.5, 40.0])
+def test_no_first_loss_flattens_the_others(tmp_path, figures, first):
+    """What the later losses take of the axis, in its own scale."""
+    metrics = [{"step": 0, "eval_loss": first}, *METRICS, {"step": 60, "eval_loss": 0.5 if first == 40.0 else 2.0}]
+    plot_loss_curves(metrics, tmp_path / "loss.png")
+    (axes,) = figures[0].axes
+    later = [event[key] for event in metrics[1:] for key in ("loss", "eval_loss") if event.get(key) is not None]
+    heights = axes.transData.transform([(0, loss) for loss in later])[:, 1]
+    assert (heights.max() - heights.min()) / axes.get_window_extent().height > 0.4
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) > 3 and not any("^" in label for label in labels), "numbers, not powers of ten"
+
+
 def test_expert_load_has_a_panel_per_layer(tmp_path, figures):
     plot_expert_load(LOADS, tmp_path / "load.png")
     assert is_picture(tmp_path / "load.png")

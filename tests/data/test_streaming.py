@@ -203,6 +203,26 @@ def test_held_out_rows_are_the_first_of_their_parts_and_never_trained_on(tmp_pat
     }
 
 
+@pytest.mark.parametrize("split_by", ["instruction", "prompt"])
+def test_a_question_of_several_inputs_is_parted_as_without_streaming(tmp_path, split_by):
+    """As WebGPT's: one question, each time with other quotes and another answer."""
+    rows = [
+        {"instruction": f"Why is {n}?", "input": f"quote {n}.{i}", "output": f"answer {n}.{i}"}
+        for n in range(80)
+        for i in range(3)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TaskConfig("asked", str(path), split_by=split_by)
+    parts = split_dataset(load_task(source), 0, split_by)
+    held_out = read_held_out(source, 0, 1000)
+    assert all(held_out[part].to_list() == parts[part].to_list() for part in ("validation", "test"))
+    trained = list(itertools.islice(stream([source], config(shuffle_buffer=1)), len(parts["train"])))
+    assert trained == parts["train"].to_list()
+    asked = {row["instruction"] for row in trained} & set(held_out["test"]["instruction"])
+    assert bool(asked) == (split_by == "prompt")
+
+
 def test_rows_to_train_on_may_come_last(tmp_path):
     source = task(tmp_path, "colours", 400)
     parts = split_dataset(load_task(source), 0)

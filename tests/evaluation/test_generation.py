@@ -147,17 +147,14 @@ def test_the_model_s_sampling_settings_do_not_matter(tokenizer):
 # What a backbone's own generation_config.json may bring: each changes the text, or ends in an exception.
 FOREIGN = {
     "suppress_tokens": list(range(3, 60)),
-    "begin_suppress_tokens": list(range(3, 60)),
+    "begin_suppress_tokens": list(range(3, 127)),
     "bad_words_ids": [[token] for token in range(3, 60)],
     "sequence_bias": [[[token], 10.0] for token in range(3, 30)],
     "encoder_repetition_penalty": 5.0,
     "exponential_decay_length_penalty": [1, 5.0],
     "forced_eos_token_id": 5,
-    "forced_bos_token_id": 5,
     "guidance_scale": 3.0,
     "max_time": 1e-9,
-    "max_length": 3,
-    "min_new_tokens": 11,
     "watermarking_config": {"greenlist_ratio": 0.1, "bias": 50.0},
     "stop_strings": ["a"],
     "num_return_sequences": 2,
@@ -167,8 +164,6 @@ FOREIGN = {
     "return_dict_in_generate": True,
     "cache_implementation": "offloaded_static",
     "assistant_early_exit": 1,
-    "low_memory": True,
-    "typical_p": 0.1,
     "no_repeat_ngram_size": 1,
 }
 

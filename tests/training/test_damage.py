@@ -118,7 +118,7 @@ def test_an_adapter_loads_where_nothing_is_wrong(straight: Path) -> None:
 
 
 def test_a_backbone_with_another_adapter_in_its_folder(
-    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """transformers would load it under the run's own."""
     merged = tmp_path / "merged"
@@ -129,6 +129,9 @@ def test_a_backbone_with_another_adapter_in_its_folder(
     monkeypatch.setattr("hycam.training.prepare.load_model", _no_model)
     with pytest.raises(InputError, match=r"merged holds an adapter too \(adapter_config.json\)"):
         train(run_recipe(tmp_path, backbone, backbone={"name_or_path": str(merged)}))
+    monkeypatch.setattr("hycam.training.trained.load_model", _no_model)
+    assert main(["generate", "--backbone.name_or_path", str(merged), "--prompt", "hello"]) == 2
+    assert "merged holds an adapter too (adapter_config.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_a_config_that_differs_from_the_weights(
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "overwritten"])
 def test_resuming_falls_back_to_the_last_whole_checkpoint(
     tmp_path: Path, backbone: Path, straight: Path, name: str, damage: str
 ) -> None:
@@ -165,7 +168,7 @@ def test_resuming_falls_back_to_the_last_whole_checkpoint(
     content = file.read_bytes()
     file.unlink()
     if damage != "missing":
-        file.write_bytes(b"" if damage == "empty" else content[:-1])
+        file.write_bytes({"empty": b"", "cut": content[:-1], "overwritten": bytes(len(content))}[damage])
     said: list[str] = []
     train(run_recipe(tmp_path, backbone), resume=True, announce=said.append)
     assert any(f"checkpoint-8 is not whole ({name} " in line for line in said)
@@ -173,12 +176,42 @@ def test_resuming_falls_back_to_the_last_whole_checkpoint(
     assert_same_run(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"data": 3', '{"data": [], "processes": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"data": 3',
+        '{"data": [], "processes": 1}',
+        '{"data": {"colours": 3}, "processes": 1}',
+        '{"data": {"colours": {}}, "processes": 1}',
+        '{"data": {}, "processes": 1, "settings": []}',
+    ],
+)
 def test_a_damaged_record_is_named(tmp_path: Path, backbone: Path, straight: Path, content: str) -> None:
     shutil.copytree(straight, tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run\.json: not a run's record"):
         train(run_recipe(tmp_path, backbone), resume=True)
+
+
+def test_a_record_without_a_task_is_of_other_rows(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    del record["data"]["colours"]
+    file.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="rows of colours are no longer those that the run began with"):
+        train(run_recipe(tmp_path, backbone), resume=True)
+
+
+def test_results_that_say_too_little_are_no_end(tmp_path: Path, backbone: Path, straight: Path) -> None:
+    """The last checkpoint has what they lack."""
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text('{"steps": 8}')
+    train(run_recipe(tmp_path, backbone), resume=True)
+    assert_same_run(tmp_path / "run", straight)
 
 
 def test_a_record_of_a_later_version_is_no_damaged_one(tmp_path: Path, backbone: Path, straight: Path) -> None:
@@ -276,6 +309,15 @@ def test_a_full_disk_is_told_and_the_run_goes_on(
             train(recipe)
     train(recipe, resume=True)
     assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device without room")
+@pytest.mark.parametrize("command", [["eval", "--no-generation"], ["generate", *_SHORT]])
+def test_a_full_disk_is_told_where_numbers_and_answers_are_written(
+    straight: Path, command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, str(straight), "--output", "/dev/full"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("hycam: error: disk full: ")
 
 
 def _full_at(name: str, save: Any) -> Any:
@@ -381,6 +423,18 @@ def test_a_token_without_an_embedding_in_a_streams_training_row(tmp_path: Path, 
     task = [{"name": "colours", "source": str(save_rows(tmp_path / "tickets.jsonl", values))}]
     with pytest.raises(InputError, match=r"the token '<\|ticket\|>' has id 320"):
         train(run_recipe(tmp_path, copy, tasks=task, data={"streaming": {}}))
+
+
+def test_rows_to_evaluate_with_a_token_without_an_embedding(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hycam.training.trained.load_model", _no_model)
+    copy = _with_tokens(backbone, tmp_path / "copy", special=False, pad=False)
+    source = save_rows(tmp_path / "tickets.jsonl", [rows(1)[0] | {"output": "a <|ticket|>"}])
+    options = ["--task", f"tickets={source}", "--split", "all", "--no-generation", "--data.prompt", "chat"]
+    options += ["--data.max_length", "64", "--output", str(tmp_path / "all.json")]
+    assert main(["eval", "--backbone.name_or_path", str(copy), *options]) == 2
+    assert "tickets: the token '<|ticket|>' has id 320" in capsys.readouterr().err
 
 
 def test_a_prompt_with_a_token_without_an_embedding(

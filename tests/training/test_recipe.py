@@ -120,6 +120,15 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"trainer": {"optim": "adam"}}, "my.yaml: trainer.optim: got 'adam' (str), wanted"),
         ({"trainer": {"seed": 3}}, "my.yaml: trainer.seed: set `seed` at the top"),
         ({"trainer": {"save_on_each_node": True}}, "my.yaml: trainer.save_on_each_node: output_dir must lie where"),
+        (
+            {"trainer": {"restore_callback_states_from_checkpoint": True}},
+            "my.yaml: trainer.restore_callback_states_from_checkpoint: `hycam train --resume` always restores them",
+        ),
+        (
+            {"trainer": {"train_sampling_strategy": "by_length"}},
+            "my.yaml: trainer.train_sampling_strategy: got 'by_length', wanted random | sequential | group_by_length",
+        ),
+        ({"trainer": {"log_level": "loud"}}, "my.yaml: trainer.log_level: got 'loud', wanted"),
         ({"trainer": {"fsdp": "full_shard"}}, "my.yaml: trainer.fsdp: got 'full_shard' (str), wanted bool"),
         ({"early_stopping": {"patience": 0}}, "my.yaml: early_stopping.patience: got 0, wanted at least 1"),
         ({"evaluation": {"batch_size": 0}}, "my.yaml: evaluation.batch_size: got 0, wanted at least 1"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config, ViTConfig
 
@@ -143,6 +145,24 @@ def test_yamls_no_is_the_word(tmp_path: Path, backbone: Path) -> None:
     assert train(recipe, test=False)["steps"] == 1
 
 
+def test_a_hub_that_takes_no_repository_is_found_before_the_model_is_loaded(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is asked for is the run's own, not one that is named after a temporary folder."""
+    asked: list[str] = []
+
+    def create_repo(self: HfApi, repo_id: str, **options: Any) -> None:
+        asked.append(repo_id)
+        raise OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled.")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    _without_model(monkeypatch)
+    with pytest.raises(InputError, match=r"trainer\.push_to_hub: got True: Cannot reach the hub: offline mode"):
+        train(run_recipe(tmp_path, backbone, trainer={"push_to_hub": True}))
+    assert set(asked) == {"run"}
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -194,7 +214,7 @@ def test_a_chat_template_that_fails_in_its_own_way(tmp_path: Path, backbone: Pat
         train(run_recipe(tmp_path, copy))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1.0}', "null", "\x00"])
+@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1.0}', '{"step": 3, "eval_loss": "x"}', "null", "\x00"])
 def test_a_damaged_log_is_named_before_going_on(tmp_path: Path, backbone: Path, line: str) -> None:
     recipe = run_recipe(tmp_path, backbone, trainer={"max_steps": 4})
     train(recipe, test=False)
