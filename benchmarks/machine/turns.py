@@ -37,6 +37,16 @@ def _router(values: Values, grid: Grid) -> list[Loop]:
     return [] if values["hidden"] is None else [Loop(_features(values))]
 
 
+def _columns(values: Values) -> Loop:
+    """The blocks of a split of d, a mean over the splits."""
+    return Loop(_features(values) / cdiv(values["d"], values["columns"]))
+
+
+def _stream(values: Values, grid: Grid) -> list[Loop]:
+    """Through the features with every V at hand, or of one block through the experts."""
+    return [_columns(values) if values["RESIDENT"] else Loop(values["NUM_EXPERTS"])]
+
+
 def _product_forward(values: Values, grid: Grid) -> list[Loop]:
     strips = values["BLOCK_D"] // values["BLOCK_STRIP"]
     return [Loop(_features(values, "BLOCK_K")), *[Loop(values["NUM_EXPERTS"])] * strips]
@@ -74,9 +84,9 @@ def _norm_backward(values: Values, grid: Grid) -> list[Loop]:
 LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
     "router_kernel": _router,
     "token_mean_kernel": _token_mean,
-    "fusion_forward_kernel": lambda values, _: [Loop(values["NUM_EXPERTS"])],
+    "fusion_forward_kernel": _stream,
     "product_forward_kernel": _product_forward,
-    "stream_grad_kernel": lambda values, _: [Loop(values["NUM_EXPERTS"])],
+    "stream_grad_kernel": _stream,
     "row_grad_kernel": lambda values, grid: [Loop(_features(values) / grid[1])],
     "v_grad_kernel": lambda values, grid: [Loop(_features(values) / grid[1])],
     "b_grad_kernel": lambda values, grid: [Loop(_tokens(values) / grid[1])],

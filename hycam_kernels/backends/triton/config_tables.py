@@ -1,8 +1,9 @@
 """Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
 
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
-list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank`` and ``kept`` (whether S is kept for the
-backward); an absent one always holds. The rest of a row is what the kernel is launched with: its block sizes,
+list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank``, ``kept`` (whether S is kept for the
+backward) and ``plain`` (whether there is neither a residual stream nor a bias of the experts, which take registers); an
+absent one always holds. The rest of a row is what the kernel is launched with: its block sizes,
 ``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a call: others do their work
 there. Every other kernel's last row is without limits. A row with ``"candidate": true`` takes no call: nothing says yet
 that it pays, but it is built, tested and measured like the others.
@@ -28,7 +29,7 @@ INTERPRETER = "interpreter"
 OPTIONAL = ("row_grad", "product_forward")
 _FOLDER = resources.files("hycam_kernels.backends.triton") / "configs"
 _LIMITS = ("max_tokens", "max_dim", "max_experts", "max_rank")
-_NOT_LAUNCHED = ("candidate", "dtypes", "kept", "min_rank", *_LIMITS)
+_NOT_LAUNCHED = ("candidate", "dtypes", "kept", "min_rank", "plain", *_LIMITS)
 
 
 def families() -> list[str]:
@@ -73,6 +74,7 @@ def select(
     rank: int,
     *,
     kept: bool = True,
+    plain: bool = True,
 ) -> int | None:
     """Index of the first of the kernel's rows that takes the call, None where none does."""
     values = dict(zip(_LIMITS, (tokens, d, num_experts, rank), strict=True))
@@ -84,6 +86,7 @@ def select(
             and all(values[key] <= row.get(key, values[key]) for key in _LIMITS)
             and rank >= row.get("min_rank", rank)
             and kept == row.get("kept", kept)
+            and plain == row.get("plain", plain)
         ):
             return index
     return None

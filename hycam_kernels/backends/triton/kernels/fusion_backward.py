@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from hycam_kernels.backends.triton.config_tables import Config
 from hycam_kernels.backends.triton.kernels.cost import Cost
 from hycam_kernels.backends.triton.kernels.fusion_backward_kernels import (
     b_grad_kernel,
@@ -28,7 +29,7 @@ from hycam_kernels.backends.triton.kernels.fusion_backward_kernels import (
     stream_grad_kernel,
     v_grad_kernel,
 )
-from hycam_kernels.backends.triton.launch import Launcher, add_parts, row_stride, split_length
+from hycam_kernels.backends.triton.launch import Launcher, add_parts, row_stride, split
 from hycam_kernels.inputs import ModulationInputs
 
 
@@ -59,17 +60,21 @@ class FusionBackward:
     def stream(
         self, *, attn: bool, residual: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of h_att and h_in [T, d] where asked for, of S [T, d], and of p [column blocks, T, E] in parts."""
+        """Gradients of h_att and h_in [T, d] where asked for, of S [T, d], and of p [splits of d, T, E] in parts."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("stream_grad", x)
-        column_blocks = triton.cdiv(d, config["BLOCK_D"])
+        row_blocks = triton.cdiv(tokens, config["BLOCK_T"])
+        resident = "PROGRAMS" in config
+        columns, splits = split(config, row_blocks, d, config["BLOCK_D"])
         stream = self._stream_arguments(attn, residual)
-        partial_d_probs = self._empty(column_blocks, tokens, x.num_experts) if x.num_experts else None
+        partial_d_probs = self._empty(splits, tokens, x.num_experts) if x.num_experts else None
         self.launch(
             stream_grad_kernel,
-            (triton.cdiv(tokens, config["BLOCK_T"]) * column_blocks,),
+            (row_blocks * splits,),
             config,
+            columns=columns,
+            RESIDENT=resident,
             partial_d_probs=partial_d_probs,
             **stream,
             **self.arguments,
@@ -83,13 +88,14 @@ class FusionBackward:
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("row_grad", x)
-        columns, splits = split_length(d, config.pop("SPLITS"), config["BLOCK_D"])
+        row_blocks = triton.cdiv(tokens, config["BLOCK_T"])
+        columns, splits = split(config, row_blocks, d, config["BLOCK_D"])
         stream = self._stream_arguments(attn, residual)
         partial_d_probs = self._empty(splits, tokens, x.num_experts)
         partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
         self.launch(
             row_grad_kernel,
-            (triton.cdiv(tokens, config["BLOCK_T"]), splits),
+            (row_blocks, splits),
             config,
             partial_d_probs=partial_d_probs,
             partial_d_v=partial_d_v,
@@ -116,23 +122,29 @@ class FusionBackward:
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("v_grad", x)
-        columns, splits = split_length(d, config.pop("SPLITS"), config["BLOCK_D"])
+        programs = triton.cdiv(tokens, config["BLOCK_T"]) * self._groups(config)
+        columns, splits = split(config, programs, d, config["BLOCK_D"])
         partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
-        programs = triton.cdiv(tokens, config["BLOCK_T"]) * x.num_experts * triton.cdiv(x.rank, config["BLOCK_R"])
         self.launch(
             v_grad_kernel, (programs, splits), config, partial_d_v=partial_d_v, columns=columns, **self.arguments
         )
         return add_parts(partial_d_v).to(x.compute_dtype)
+
+    def _groups(self, config: Config) -> int:
+        """Of experts, times the blocks of their rank; EXPERTS become as even as their groups allow."""
+        groups = triton.cdiv(self.x.num_experts, config["EXPERTS"])
+        config["EXPERTS"] = triton.cdiv(self.x.num_experts, groups)
+        return groups * triton.cdiv(self.x.rank, config["BLOCK_R"])
 
     def b(self) -> tuple[Tensor, Tensor | None]:
         """Gradients of B [E, d, r] and, where there is one, of its bias [E, d], in float32."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("b_grad", x)
-        tokens_per_split, splits = split_length(tokens, config.pop("SPLITS"), config["BLOCK_T"])
+        programs = triton.cdiv(d, config["BLOCK_D"]) * self._groups(config)
+        tokens_per_split, splits = split(config, programs, tokens, config["BLOCK_T"])
         partial_d_b = self._empty(splits, x.num_experts, d, x.rank)
         partial_d_bias = None if x.lora_b_bias is None else self._empty(splits, x.num_experts, d)
-        programs = triton.cdiv(d, config["BLOCK_D"]) * x.num_experts * triton.cdiv(x.rank, config["BLOCK_R"])
         self.launch(
             b_grad_kernel,
             (programs, splits),
