@@ -69,6 +69,10 @@ def _router_backward(values: Values, grid: Grid) -> list[Loop]:
     return [Loop(values["partials"], bytes=4 * values["BLOCK_T"] * values["PADDED_EXPERTS"])]
 
 
+def _sum_parts(values: Values, grid: Grid) -> list[Loop]:
+    return [Loop(values["parts"], bytes=4 * values["BLOCK_T"] * values["BLOCK_D"])]
+
+
 def _norm_projection(values: Values, grid: Grid) -> list[Loop]:
     """The rows' statistics, then the product."""
     asked = values["hidden_in"].itemsize * values["BLOCK_T"] * values["BLOCK_D"]
@@ -91,6 +95,7 @@ LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
     "v_grad_kernel": lambda values, grid: [Loop(_features(values) / grid[1])],
     "b_grad_kernel": lambda values, grid: [Loop(_tokens(values) / grid[1])],
     "router_backward_kernel": _router_backward,
+    "sum_parts_kernel": _sum_parts,
     "router_weight_grad_kernel": lambda values, grid: [Loop(_tokens(values) / grid[1])],
     "decode_down_kernel": _decode_down,
     "decode_fusion_kernel": lambda values, _: [Loop(_features(values, "BLOCK_K")), Loop(values["NUM_EXPERTS"])],

@@ -29,6 +29,7 @@ from hycam_kernels.backends.triton.kernels.fusion_backward_kernels import (
     stream_grad_kernel,
     v_grad_kernel,
 )
+from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
 from hycam_kernels.backends.triton.launch import Launcher, add_parts, row_stride, split
 from hycam_kernels.inputs import ModulationInputs
 
@@ -84,7 +85,7 @@ class FusionBackward:
     def stream_and_v(
         self, *, attn: bool, residual: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-        """What `stream` and `v` give, by one kernel; p's gradient in parts over splits of d."""
+        """What `stream` and `v` give, by one kernel."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("row_grad", x)
@@ -103,8 +104,7 @@ class FusionBackward:
             **stream,
             **self.arguments,
         )
-        d_v = add_parts(partial_d_v).to(x.compute_dtype)
-        return stream["d_attn"], stream["d_residual"], stream["d_s"], partial_d_probs, d_v
+        return stream["d_attn"], stream["d_residual"], stream["d_s"], partial_d_probs, partial_d_v
 
     def _stream_arguments(self, attn: bool, residual: bool) -> dict[str, Any]:
         """What the kernels take that make the gradients of h_att, h_in and S: S, and these as far as they are asked."""
@@ -118,7 +118,7 @@ class FusionBackward:
         }
 
     def v(self) -> Tensor:
-        """Gradient of V, [T, E r] in the compute dtype."""
+        """Gradient of V in parts, [splits of d, T, E r]."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("v_grad", x)
@@ -128,7 +128,7 @@ class FusionBackward:
         self.launch(
             v_grad_kernel, (programs, splits), config, partial_d_v=partial_d_v, columns=columns, **self.arguments
         )
-        return add_parts(partial_d_v).to(x.compute_dtype)
+        return partial_d_v
 
     def _groups(self, config: Config) -> int:
         """Of experts, times the blocks of their rank; EXPERTS become as even as their groups allow."""
@@ -137,7 +137,7 @@ class FusionBackward:
         return groups * triton.cdiv(self.x.rank, config["BLOCK_R"])
 
     def b(self) -> tuple[Tensor, Tensor | None]:
-        """Gradients of B [E, d, r] and, where there is one, of its bias [E, d], in float32."""
+        """Gradients of B [E, d, r] in B's dtype and, where there is one, of its bias [E, d] in float32."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("b_grad", x)
@@ -154,7 +154,10 @@ class FusionBackward:
             tokens_per_split=tokens_per_split,
             **self.arguments,
         )
-        return add_parts(partial_d_b), None if partial_d_bias is None else add_parts(partial_d_bias)
+        assert x.lora_b is not None
+        d_b = self._empty(x.num_experts, d, x.rank, dtype=x.lora_b.dtype)
+        sum_parts(self.launch, x, partial_d_b.flatten(1, 2), d_b.flatten(0, 1))
+        return d_b, None if partial_d_bias is None else add_parts(partial_d_bias)
 
 
 def fusion_backward_reference(

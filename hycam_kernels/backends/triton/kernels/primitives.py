@@ -26,9 +26,7 @@ def silu_gate(a, SIGMOID: tl.constexpr):
     gives the 0 that is wanted. A full-range division costs about 12 instructions more.
     """
     if SIGMOID == "tanh.approx":
-        return tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1)
     elif SIGMOID == "tanh":
         return 2.0 / (1.0 + tl.exp2(a * -2.8853900817779268)) - 1.0
     elif SIGMOID == "rcp.approx":
