@@ -22,7 +22,8 @@ _GRACE = 8.0
 
 
 def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDER) -> Entry:
-    """Run the tests of a folder, those that need triton in shards: counts, failures' names and last lines, and whether all passed.
+    """Run the tests of a folder, those that need triton in shards: counts, failures with their last lines, and whether
+    all passed.
 
     All passed means: every process ended in time with pytest's success and its report, and at least one test ran. A
     shard may be empty. A process that is out of time is interrupted, so that it reports what it has run.

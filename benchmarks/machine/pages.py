@@ -60,6 +60,17 @@ def loops(record: Entry) -> str:
     return markdown(header, rows)
 
 
+def resources(record: Entry) -> str:
+    """What the compiler made of each kernel on every target that has calls."""
+    found = {
+        target: {build["kernel"]: _resources(build) for _, _, build in _kernels(record, target, SHOWN[0])}
+        for target in GPUS
+    }
+    names = dict.fromkeys(name for made in found.values() for name in made)
+    rows = [[f"`{name}`", *(made.get(name, "—") for made in found.values())] for name in names]
+    return markdown(["kernel", *found], rows)
+
+
 def kernels(record: Entry, target: str = TARGET) -> str:
     """Each kernel's least time by pipe at the training shapes of d = 4096."""
     return _bounds(GPUS[target], {shape: _kernels(record, target, shape) for shape in SHOWN})
@@ -112,6 +123,7 @@ def targets(record: Entry) -> str:
 
 
 TABLES: dict[str, Callable[[Entry], str]] = {
+    "counts-resources": resources,
     "counts-loops": loops,
     "counts-kernels": kernels,
     "counts-calls": calls,
@@ -119,6 +131,12 @@ TABLES: dict[str, Callable[[Entry], str]] = {
     "counts-decoding": decoding,
     "counts-norm": norm,
 }
+
+
+def _resources(build: Entry) -> str:
+    """Registers of a thread, KiB of shared memory, matrix instruction."""
+    multiplies = {name for part in build["parts"] for name in part["counts"]} & {"HMMA", "HGMMA", "UTCHMMA"}
+    return ", ".join([f"{build['registers']}", f"{build['shared_bytes'] / 1024:.0f} KB", *sorted(multiplies)])
 
 
 def _bounds(gpu: Gpu, launches_of: Mapping[Shape, Sequence[Row]]) -> str:

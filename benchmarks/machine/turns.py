@@ -18,11 +18,13 @@ class Loop(NamedTuple):
         turns: of a program that runs it.
         share: of the programs that do.
         bytes: that a turn asks of global memory, where that tells how many turns the compiler made one of.
+        constant: whether the compiler knows the turns, and may leave no loop.
     """
 
     turns: float
     share: float = 1.0
     bytes: int | None = None
+    constant: bool = False
 
 
 def _features(values: Values, block: str = "BLOCK_D") -> int:
@@ -44,7 +46,7 @@ def _columns(values: Values) -> Loop:
 
 def _stream(values: Values, grid: Grid) -> list[Loop]:
     """Through the features with every V at hand, or of one block through the experts."""
-    return [_columns(values) if values["RESIDENT"] else Loop(values["NUM_EXPERTS"])]
+    return [_columns(values) if values["RESIDENT"] else Loop(values["NUM_EXPERTS"], constant=True)]
 
 
 def _product_forward(values: Values, grid: Grid) -> list[Loop]:
@@ -107,7 +109,8 @@ LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
 def turns(loops: Sequence[Loop], parts: Sequence[Entry]) -> list[float]:
     """How often a program runs each part of a build, from the loops of its kernel's source.
 
-    Of an unrolled loop one turn is several, and those that are left may be a loop behind it. Of a loop that multiplies
+    Of an unrolled loop one turn is several, and those that are left may be a loop behind it; of one that is unrolled as a
+    whole nothing is left. Of a loop that multiplies
     by tcgen05, triton's pipeline puts the last turn behind it.
 
     Raises:
@@ -115,6 +118,8 @@ def turns(loops: Sequence[Loop], parts: Sequence[Entry]) -> list[float]:
     """
     found = [1.0]
     of_code = [part["counts"] for part in parts[1:]]
+    if len(of_code) < len(loops):
+        loops = [loop for loop in loops if not loop.constant]
     for index, loop in enumerate(loops):
         if not of_code:
             break

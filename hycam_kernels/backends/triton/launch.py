@@ -10,6 +10,8 @@ from torch import Tensor
 from hycam_kernels.backends.triton.config_tables import Config, launch_parameters, load_table, select
 from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
 
+# what a row says of the splits of a dimension, through each of which a program goes
+SPLIT_BY = {"SPLITS", "PROGRAMS"}
 # what a program does beside its loop, in turns of it
 TURNS_TO_START = 2
 # tl.dot needs at least 16 along every dimension

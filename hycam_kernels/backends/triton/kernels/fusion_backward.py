@@ -30,7 +30,7 @@ from hycam_kernels.backends.triton.kernels.fusion_backward_kernels import (
     v_grad_kernel,
 )
 from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
-from hycam_kernels.backends.triton.launch import Launcher, add_parts, row_stride, split
+from hycam_kernels.backends.triton.launch import SPLIT_BY, Launcher, add_parts, row_stride, split
 from hycam_kernels.inputs import ModulationInputs
 
 
@@ -66,7 +66,7 @@ class FusionBackward:
         tokens, d = x.hidden.shape
         config = self.launch.config("stream_grad", x)
         row_blocks = triton.cdiv(tokens, config["BLOCK_T"])
-        resident = "PROGRAMS" in config
+        resident = bool(config.keys() & SPLIT_BY)
         columns, splits = split(config, row_blocks, d, config["BLOCK_D"])
         stream = self._stream_arguments(attn, residual)
         partial_d_probs = self._empty(splits, tokens, x.num_experts) if x.num_experts else None

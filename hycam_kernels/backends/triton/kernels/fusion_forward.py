@@ -28,7 +28,7 @@ from hycam_kernels.backends.triton.kernels.primitives import (
     silu_unit,
     store_modulated,
 )
-from hycam_kernels.backends.triton.launch import Launcher, row_stride, split
+from hycam_kernels.backends.triton.launch import SPLIT_BY, Launcher, row_stride, split
 from hycam_kernels.inputs import ModulationInputs
 
 
@@ -95,7 +95,7 @@ def fusion_forward(
     out = torch.empty(tokens, d, dtype=x.attn_output.dtype, device=x.hidden.device)
     config = launch.config("fusion_forward", x)
     row_blocks = triton.cdiv(tokens, config["BLOCK_T"])
-    resident = "PROGRAMS" in config
+    resident = bool(config.keys() & SPLIT_BY)
     columns, splits = split(config, row_blocks, d, config["BLOCK_D"])
     launch(
         fusion_forward_kernel,

@@ -1,4 +1,4 @@
-"""tanh.approx.f32 as it may be at its worst: every value off by 2^-11 of itself, up or down by a bit of the argument."""
+"""tanh.approx.f32 at its worst: every value is off by 2^-11 of itself, up or down by a bit of the argument."""
 
 import triton
 import triton.language as tl
