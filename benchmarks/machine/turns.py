@@ -51,7 +51,7 @@ def _stream(values: Values, grid: Grid) -> list[Loop]:
 
 def _product_forward(values: Values, grid: Grid) -> list[Loop]:
     strips = values["BLOCK_D"] // values["BLOCK_STRIP"]
-    return [Loop(_features(values, "BLOCK_K")), *[Loop(values["NUM_EXPERTS"])] * strips]
+    return [Loop(_features(values, "BLOCK_K")), *[Loop(values["NUM_EXPERTS"], constant=True)] * strips]
 
 
 def _decode_down(values: Values, grid: Grid) -> list[Loop]:
@@ -100,7 +100,10 @@ LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
     "sum_parts_kernel": _sum_parts,
     "router_weight_grad_kernel": lambda values, grid: [Loop(_tokens(values) / grid[1])],
     "decode_down_kernel": _decode_down,
-    "decode_fusion_kernel": lambda values, _: [Loop(_features(values, "BLOCK_K")), Loop(values["NUM_EXPERTS"])],
+    "decode_fusion_kernel": lambda values, _: [
+        Loop(_features(values, "BLOCK_K")),
+        Loop(values["NUM_EXPERTS"], constant=True),
+    ],
     "norm_projection_kernel": _norm_projection,
     "norm_backward_kernel": _norm_backward,
 }
@@ -109,9 +112,8 @@ LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
 def turns(loops: Sequence[Loop], parts: Sequence[Entry]) -> list[float]:
     """How often a program runs each part of a build, from the loops of its kernel's source.
 
-    Of an unrolled loop one turn is several, and those that are left may be a loop behind it; of one that is unrolled as a
-    whole nothing is left. Of a loop that multiplies
-    by tcgen05, triton's pipeline puts the last turn behind it.
+    Of an unrolled loop one turn is several, and those that are left may be a loop behind it; of one that is unrolled as
+    a whole nothing is left. Of a loop that multiplies by tcgen05, triton's pipeline puts the last turn behind it.
 
     Raises:
         ValueError: the code has other loops.

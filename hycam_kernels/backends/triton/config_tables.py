@@ -27,6 +27,8 @@ Table = dict[str, list[Config]]
 INTERPRETER = "interpreter"
 # kernels that a table may leave out
 OPTIONAL = ("row_grad", "product_forward")
+# what the kernels' launchers take from every row
+_OF_ROWS = {"v_grad": "EXPERTS", "b_grad": "EXPERTS"}
 _FOLDER = resources.files("hycam_kernels.backends.triton") / "configs"
 _LIMITS = ("max_tokens", "max_dim", "max_experts", "max_rank")
 _NOT_LAUNCHED = ("candidate", "dtypes", "kept", "min_rank", "plain", *_LIMITS)
@@ -54,14 +56,32 @@ def family_of_capability(major: int, minor: int) -> str | None:
 
 @cache
 def load_table(family: str) -> Table:
-    """The user's own table of a family, else the shipped one."""
+    """The user's own table of a family, else the shipped one.
+
+    Raises:
+        ValueError: HYCAM_KERNELS_TABLES is no folder, or the table there lacks what the kernels need.
+    """
     folder = os.environ.get("HYCAM_KERNELS_TABLES")
+    shipped = json.loads((_FOLDER / f"{family}.json").read_text())
     if folder is None:
-        return json.loads((_FOLDER / f"{family}.json").read_text())
+        return shipped
     if not Path(folder).is_dir():
         raise ValueError(f"HYCAM_KERNELS_TABLES must name a folder of tables, got {folder!r}")
     own = Path(folder, f"{family}.json")
-    return json.loads((own if own.exists() else _FOLDER / own.name).read_text())
+    if not own.exists():
+        return shipped
+    table = json.loads(own.read_text())
+    missing = [kernel for kernel in shipped if kernel not in (*table, *OPTIONAL)]
+    missing += [
+        f"{name} in a row of {kernel}"
+        for kernel, name in _OF_ROWS.items()
+        if not all(name in row for row in table.get(kernel, []))
+    ]
+    if missing:
+        raise ValueError(
+            f"{own} has no {', no '.join(missing)}: it's an earlier version's, run hycam_kernels.tune again"
+        )
+    return table
 
 
 def select(

@@ -158,6 +158,13 @@ def test_a_table_of_ones_own_goes_before_the_shipped_one(tmp_path, monkeypatch):
     tables.load_table.cache_clear()
     with pytest.raises(ValueError, match=r"HYCAM_KERNELS_TABLES .*nowhere"):
         load_table("sm_90")
+    of_before = {kernel: rows for kernel, rows in table.items() if kernel not in ("sum_parts", "row_grad")}
+    of_before["b_grad"] = [{"BLOCK_T": 64}]
+    (tmp_path / "sm_90.json").write_text(table_text(of_before))
+    monkeypatch.setenv("HYCAM_KERNELS_TABLES", str(tmp_path))
+    tables.load_table.cache_clear()
+    with pytest.raises(ValueError, match=r"sm_90.json has no sum_parts, no EXPERTS in a row of b_grad"):
+        load_table("sm_90")
     monkeypatch.delenv("HYCAM_KERNELS_TABLES")
     tables.load_table.cache_clear()
     assert load_table("sm_90") != table
