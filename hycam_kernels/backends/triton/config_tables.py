@@ -79,7 +79,7 @@ def load_table(family: str) -> Table:
     ]
     if missing:
         raise ValueError(
-            f"{own} has no {', no '.join(missing)}: it's an earlier version's, run hycam_kernels.tune again"
+            f"{own} has no {', no '.join(missing)}: tune again, it's an earlier version's"
         )
     return table
 

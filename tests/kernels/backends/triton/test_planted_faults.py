@@ -93,7 +93,11 @@ FAULTS = {
         "tl.sum(d_fusion * activation, 1),)\n            d_p",
     ),
     "stream grad: columns of the next split": (BACKWARD, "tl.minimum(split * columns + columns, d)", "d"),
-    "forward: columns of the next split": (FORWARD, "tl.minimum(first + columns, d)", "d"),
+    "forward: first columns of a split for all": (
+        FORWARD,
+        "cols = start + tl.arange(0, BLOCK_D)",
+        "cols = first + tl.arange(0, BLOCK_D)",
+    ),
     "forward: first expert's V for all": (FORWARD, "v_tiles[expert]", "v_tiles[0]"),
     "forward: first expert's p for all": (FORWARD, "p[expert][:, None]", "p[0][:, None]"),
     "row grad: last expert dropped": (
