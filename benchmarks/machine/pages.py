@@ -15,7 +15,6 @@ Form = tuple[str, tuple[str, ...] | None, str]
 # what a training call launches, then what only its other forms do
 _FORMS: tuple[Form, ...] = (
     ("training", None, ""),
-    ("training, split backward", ("stream_grad_kernel", "v_grad_kernel"), ""),
     ("training, own product", ("product_forward_kernel",), ", S kept"),
     ("training, own product, S not kept", ("product_forward_kernel",), ", S not kept"),
 )
@@ -48,7 +47,8 @@ def loops(record: Entry) -> str:
     """The kernels' loops, and what stands outside them; without those of our own product, one a strip."""
     gpu = GPUS[TARGET]
     rows = []
-    for name, _, build in _kernels(record, TARGET, SHOWN[0], _FORMS[:2]):
+    shown = {build["build"]: (name, build) for name, _, build in _kernels(record, TARGET, SHOWN[0], _FORMS[:1])}
+    for name, build in shown.values():
         held = str(_held(build, gpu))
         for index, part in enumerate(build["parts"]):
             found = clocks(part["counts"], gpu)

@@ -52,7 +52,7 @@ def test_a_sigmoid_is_one_special_function_in_every_fused_kernel(record):
         if launch["kernel"] in FUSED and call["shape"]["tokens"] == 8192:
             asked = whole([part["counts"] for part in build["parts"]], launch["turns"])
             least = launch["sigmoids"]
-            assert least <= launch["programs"] * asked["special"] < 1.6 * least, (call["target"], launch)
+            assert 0.999 * least <= launch["programs"] * asked["special"] < 1.6 * least, (call["target"], launch)
 
 
 def test_what_is_asked_of_memory_is_no_less_than_what_must_be_moved(record):
