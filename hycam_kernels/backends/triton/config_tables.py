@@ -78,9 +78,7 @@ def load_table(family: str) -> Table:
         if not all(name in row for row in table.get(kernel, []))
     ]
     if missing:
-        raise ValueError(
-            f"{own} has no {', no '.join(missing)}: tune again, it's an earlier version's"
-        )
+        raise ValueError(f"{own} has no {', no '.join(missing)}: tune again, it's an earlier version's")
     return table
 
 

@@ -191,6 +191,7 @@ def _gradients(
     # (gradient of a product with h, the product's weight): each gives a share of h's gradient
     products: list[tuple[Tensor, Tensor]] = []
     partial_d_probs = d_rows = d_logit_rows = None
+    partial_d_v: Tensor | None = None
 
     if grad_out is not None:
         s = saved.s if saved.s.numel() else _shared_product(x, hidden)

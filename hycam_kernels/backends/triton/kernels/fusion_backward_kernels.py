@@ -253,7 +253,8 @@ def row_grad_kernel(
         d_prob = d_p[expert] / silu_unit(SIGMOID)
         tl.store(partial_d_probs + partial_rows * NUM_EXPERTS + expert, d_prob, mask=row_mask)
         offsets = partial_rows[:, None] * (NUM_EXPERTS * RANK) + expert * RANK + ranks[None, :]
-        tl.store(partial_d_v + offsets, d_v[expert] * (p[expert] * scale)[:, None], mask=row_mask[:, None] & (ranks < RANK)[None, :])
+        d_v_tile = d_v[expert] * (p[expert] * scale)[:, None]
+        tl.store(partial_d_v + offsets, d_v_tile, mask=row_mask[:, None] & (ranks < RANK)[None, :])
 
 
 @triton.jit

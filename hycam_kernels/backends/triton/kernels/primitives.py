@@ -1,9 +1,8 @@
-"""Device functions that the fusion kernels share.
+"""Device functions that the fusion kernels share, on tiles of [BLOCK_T tokens, BLOCK_D features].
 
-Tiles are [BLOCK_T tokens, BLOCK_D features]. ``None`` for a tensor is a compile-time constant in Triton: the branches
-on it leave no instruction behind. Loops over experts and rank blocks are dynamic (``loop_unroll_factor=1``): unrolled
-they keep every tile alive and spill.
+``None`` for a tensor is a compile-time constant. Loops over experts and rank blocks are dynamic: unrolled, they spill.
 """
+# mypy: disable-error-code=assignment
 
 import triton
 import triton.language as tl
