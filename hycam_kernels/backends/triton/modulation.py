@@ -21,7 +21,7 @@ from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
 if TYPE_CHECKING:
     from hycam_kernels.backends.triton.launch import Launcher
 
-# the oldest triton under which every shipped configuration was built
+# the oldest triton whose language the kernels keep to
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_EXPERTS = 64
