@@ -28,7 +28,7 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
 
 
 # what sm_90 multiplies without warp-group products, whose tiles have 64 rows: tiles of 16 or 32 rows, or columns
-NARROW = {"row_grad_kernel", "router_kernel", "router_weight_grad_kernel"}
+NARROW = {"row_grad_kernel", "router_weight_grad_kernel"}
 LARGE = KERNELS & {"fusion_forward_kernel", "product_forward_kernel", "b_grad_kernel"} | SPLIT
 
 
