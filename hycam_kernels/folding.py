@@ -9,11 +9,10 @@ from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
 def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
     """M [E * r, d] in the compute dtype, M_k = N_k A_k, and its bias N_k a_k + n_k [E * r] or None."""
     assert x.lora_a is not None and x.lora_n is not None
-    lora_n = x.lora_n.to(x.sum_dtype)
     folded = fold_weights(x.lora_n, x.lora_a, x.compute_dtype)
     bias = None
     if x.lora_a_bias is not None:
-        bias = (lora_n @ x.lora_a_bias.to(x.sum_dtype)[..., None]).flatten()
+        bias = (x.lora_n.to(x.sum_dtype) @ x.lora_a_bias.to(x.sum_dtype)[..., None]).flatten()
     if x.lora_n_bias is not None:
         lora_n_bias = x.lora_n_bias.to(x.sum_dtype).flatten()
         bias = lora_n_bias if bias is None else bias + lora_n_bias
@@ -23,6 +22,20 @@ def fold(x: ModulationInputs) -> tuple[Tensor, Tensor | None]:
 def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
     """M [E * r, d], M_k = N_k A_k, summed in float32 at least from the weights as they are, rounded to dtype once."""
     return _product(lora_n, lora_a.to(torch.promote_types(lora_a.dtype, dtype))).flatten(0, 1).to(dtype)
+
+
+def fold_router(x: ModulationInputs | NormProjectInputs) -> Tensor:
+    """[M | W_r], [E r + E, d] and rows of zeros up to `aligned_rows`, in the compute dtype."""
+    assert x.lora_a is not None and x.lora_n is not None and x.router_weight is not None
+    folded = fold_weights(x.lora_n, x.lora_a, x.compute_dtype)
+    router_weight = x.router_weight.to(x.compute_dtype)
+    rows = folded.shape[0] + router_weight.shape[0]
+    return torch.cat([folded, router_weight, folded.new_zeros(aligned_rows(x) - rows, folded.shape[1])])
+
+
+def aligned_rows(x: ModulationInputs | NormProjectInputs) -> int:
+    """E r + E up to a multiple of 8: products of 16-bit types want rows of V and the logits of 16 bytes or more."""
+    return -(-x.num_experts * (x.rank + 1) // 8) * 8
 
 
 def has_bias(x: ModulationInputs) -> bool:

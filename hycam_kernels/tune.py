@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tune: {torch.cuda.get_device_name(device)}: no table to start from is shipped for it", file=sys.stderr)
         return 1
     sizes = [Size(tokens, d, options.experts, options.rank) for tokens in options.tokens for d in options.dim]
-    tuner = Tuner(load_table(family))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tuner = Tuner(load_table(family), processors=processors)
 
     def call(size: Size) -> ModulationInputs:
         return make_call(size, torch.bfloat16, device, training=size.tokens > DECODE_TOKENS)

@@ -22,7 +22,8 @@ _GRACE = 8.0
 
 
 def run_tests(seconds: float, log: Path, *, processes: int, folder: Path = FOLDER) -> Entry:
-    """Run the tests of a folder, those that need triton in shards: counts, failures' names, and whether all passed.
+    """Run the tests of a folder, those that need triton in shards: counts, failures with their last lines, and whether
+    all passed.
 
     All passed means: every process ended in time with pytest's success and its report, and at least one test ran. A
     shard may be empty. A process that is out of time is interrupted, so that it reports what it has run.
@@ -84,13 +85,17 @@ def wait(process: subprocess.Popen, end: float) -> int | None:
 def _count(reports) -> Entry:
     passed = skipped = 0
     failures = []
+    last_lines = {}
     for report in reports:
         for case in ElementTree.parse(report).iter("testcase"):
             outcomes = {child.tag for child in case}
             if outcomes & {"failure", "error"}:
-                failures.append(f"{case.get('classname')}::{case.get('name')}")
+                name = f"{case.get('classname')}::{case.get('name')}"
+                failures.append(name)
+                text = "\n".join(child.text or "" for child in case).strip()
+                last_lines[name] = text.splitlines()[-1] if text else ""
             elif "skipped" in outcomes:
                 skipped += 1
             else:
                 passed += 1
-    return {"passed": passed, "skipped": skipped, "failures": failures}
+    return {"passed": passed, "skipped": skipped, "failures": failures, "last_lines": last_lines}

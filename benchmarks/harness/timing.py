@@ -11,7 +11,8 @@ from torch import Tensor
 
 Sampler = Callable[[], float]
 
-# written before each graph replay: it evicts L2 and keeps the device busy while the host queues the replay
+# written before each graph replay: it evicts L2 and keeps the device busy while the host queues the replay; then read,
+# so that the lines that were written leave L2 before the sample and not inside it
 _FLUSH_BYTES = 512 << 20
 
 
@@ -116,6 +117,7 @@ class GraphTimer:
             if before is not None:
                 before.replay()
             flush.zero_()
+            flush.max()
             return _between_events(graph.replay) / self.chain
 
         for _ in graphs:

@@ -128,11 +128,6 @@ def norm(recorder: UseRecorder, shape: Shape) -> None:
     record_call(recorder, x)
 
 
-def split(table: Table) -> Table:
-    """A table in which the backward's two parts are two kernels."""
-    return {name: rows for name, rows in table.items() if name != "row_grad"}
-
-
 def own_product(table: Table) -> Table:
     """A table in which the forward makes the shared product itself."""
     return table | {"product_forward": drop_limits(table["product_forward"], "candidate", "kept")}

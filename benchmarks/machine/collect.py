@@ -34,7 +34,6 @@ class Call(NamedTuple):
 # other forms of the op than the tables choose are counted where the pages show them
 CALLS = {
     "training": Call(TRAINING, calls.training),
-    "training, split backward": Call(SHOWN, calls.training, calls.split, (TARGET,)),
     "training, own product": Call(SHOWN, calls.training, calls.own_product, (TARGET,)),
     "training, own product, S not kept": Call(SHOWN, calls.training_without_s, calls.own_product, (TARGET,)),
     "decoding": Call(DECODE, calls.decoding),

@@ -15,7 +15,6 @@ Form = tuple[str, tuple[str, ...] | None, str]
 # what a training call launches, then what only its other forms do
 _FORMS: tuple[Form, ...] = (
     ("training", None, ""),
-    ("training, split backward", ("stream_grad_kernel", "v_grad_kernel"), ""),
     ("training, own product", ("product_forward_kernel",), ", S kept"),
     ("training, own product, S not kept", ("product_forward_kernel",), ", S not kept"),
 )
@@ -48,7 +47,8 @@ def loops(record: Entry) -> str:
     """The kernels' loops, and what stands outside them; without those of our own product, one a strip."""
     gpu = GPUS[TARGET]
     rows = []
-    for name, _, build in _kernels(record, TARGET, SHOWN[0], _FORMS[:2]):
+    shown = {build["build"]: (name, build) for name, _, build in _kernels(record, TARGET, SHOWN[0], _FORMS[:1])}
+    for name, build in shown.values():
         held = str(_held(build, gpu))
         for index, part in enumerate(build["parts"]):
             found = clocks(part["counts"], gpu)
@@ -58,6 +58,17 @@ def loops(record: Entry) -> str:
             rows.append([f"`{name}`", place, *cells, moved, f"{build['registers']}", held])
     header = ["kernel", "part", *clocks({}, gpu), "KiB asked of L2", "registers", "programs a multiprocessor"]
     return markdown(header, rows)
+
+
+def resources(record: Entry) -> str:
+    """What the compiler made of each kernel on every target that has calls."""
+    found = {
+        target: {build["kernel"]: _resources(build) for _, _, build in _kernels(record, target, SHOWN[0])}
+        for target in GPUS
+    }
+    names = dict.fromkeys(name for made in found.values() for name in made)
+    rows = [[f"`{name}`", *(made.get(name, "—") for made in found.values())] for name in names]
+    return markdown(["kernel", *found], rows)
 
 
 def kernels(record: Entry, target: str = TARGET) -> str:
@@ -112,6 +123,7 @@ def targets(record: Entry) -> str:
 
 
 TABLES: dict[str, Callable[[Entry], str]] = {
+    "counts-resources": resources,
     "counts-loops": loops,
     "counts-kernels": kernels,
     "counts-calls": calls,
@@ -119,6 +131,12 @@ TABLES: dict[str, Callable[[Entry], str]] = {
     "counts-decoding": decoding,
     "counts-norm": norm,
 }
+
+
+def _resources(build: Entry) -> str:
+    """Registers of a thread, KiB of shared memory, matrix instruction."""
+    multiplies = {name for part in build["parts"] for name in part["counts"]} & {"HMMA", "HGMMA", "UTCHMMA"}
+    return ", ".join([f"{build['registers']}", f"{build['shared_bytes'] / 1024:.0f} KB", *sorted(multiplies)])
 
 
 def _bounds(gpu: Gpu, launches_of: Mapping[Shape, Sequence[Row]]) -> str:

@@ -18,11 +18,13 @@ class Loop(NamedTuple):
         turns: of a program that runs it.
         share: of the programs that do.
         bytes: that a turn asks of global memory, where that tells how many turns the compiler made one of.
+        constant: whether the compiler knows the turns, and may leave no loop.
     """
 
     turns: float
     share: float = 1.0
     bytes: int | None = None
+    constant: bool = False
 
 
 def _features(values: Values, block: str = "BLOCK_D") -> int:
@@ -37,9 +39,19 @@ def _router(values: Values, grid: Grid) -> list[Loop]:
     return [] if values["hidden"] is None else [Loop(_features(values))]
 
 
+def _columns(values: Values) -> Loop:
+    """The blocks of a split of d, a mean over the splits."""
+    return Loop(_features(values) / cdiv(values["d"], values["columns"]))
+
+
+def _stream(values: Values, grid: Grid) -> list[Loop]:
+    """Through the features with every V at hand, or of one block through the experts."""
+    return [_columns(values) if values["RESIDENT"] else Loop(values["NUM_EXPERTS"], constant=True)]
+
+
 def _product_forward(values: Values, grid: Grid) -> list[Loop]:
     strips = values["BLOCK_D"] // values["BLOCK_STRIP"]
-    return [Loop(_features(values, "BLOCK_K")), *[Loop(values["NUM_EXPERTS"])] * strips]
+    return [Loop(_features(values, "BLOCK_K")), *[Loop(values["NUM_EXPERTS"], constant=True)] * strips]
 
 
 def _decode_down(values: Values, grid: Grid) -> list[Loop]:
@@ -59,6 +71,10 @@ def _router_backward(values: Values, grid: Grid) -> list[Loop]:
     return [Loop(values["partials"], bytes=4 * values["BLOCK_T"] * values["PADDED_EXPERTS"])]
 
 
+def _sum_parts(values: Values, grid: Grid) -> list[Loop]:
+    return [Loop(values["parts"], bytes=4 * values["BLOCK_T"] * values["BLOCK_D"])]
+
+
 def _norm_projection(values: Values, grid: Grid) -> list[Loop]:
     """The rows' statistics, then the product."""
     asked = values["hidden_in"].itemsize * values["BLOCK_T"] * values["BLOCK_D"]
@@ -74,16 +90,20 @@ def _norm_backward(values: Values, grid: Grid) -> list[Loop]:
 LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
     "router_kernel": _router,
     "token_mean_kernel": _token_mean,
-    "fusion_forward_kernel": lambda values, _: [Loop(values["NUM_EXPERTS"])],
+    "fusion_forward_kernel": _stream,
     "product_forward_kernel": _product_forward,
-    "stream_grad_kernel": lambda values, _: [Loop(values["NUM_EXPERTS"])],
+    "stream_grad_kernel": _stream,
     "row_grad_kernel": lambda values, grid: [Loop(_features(values) / grid[1])],
     "v_grad_kernel": lambda values, grid: [Loop(_features(values) / grid[1])],
     "b_grad_kernel": lambda values, grid: [Loop(_tokens(values) / grid[1])],
     "router_backward_kernel": _router_backward,
+    "sum_parts_kernel": _sum_parts,
     "router_weight_grad_kernel": lambda values, grid: [Loop(_tokens(values) / grid[1])],
     "decode_down_kernel": _decode_down,
-    "decode_fusion_kernel": lambda values, _: [Loop(_features(values, "BLOCK_K")), Loop(values["NUM_EXPERTS"])],
+    "decode_fusion_kernel": lambda values, _: [
+        Loop(_features(values, "BLOCK_K")),
+        Loop(values["NUM_EXPERTS"], constant=True),
+    ],
     "norm_projection_kernel": _norm_projection,
     "norm_backward_kernel": _norm_backward,
 }
@@ -92,14 +112,16 @@ LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
 def turns(loops: Sequence[Loop], parts: Sequence[Entry]) -> list[float]:
     """How often a program runs each part of a build, from the loops of its kernel's source.
 
-    Of an unrolled loop one turn is several, and those that are left may be a loop behind it. Of a loop that multiplies
-    by tcgen05, triton's pipeline puts the last turn behind it.
+    Of an unrolled loop one turn is several, and those that are left may be a loop behind it; of one that is unrolled as
+    a whole nothing is left. Of a loop that multiplies by tcgen05, triton's pipeline puts the last turn behind it.
 
     Raises:
         ValueError: the code has other loops.
     """
     found = [1.0]
     of_code = [part["counts"] for part in parts[1:]]
+    if len(of_code) < len(loops):
+        loops = [loop for loop in loops if not loop.constant]
     for index, loop in enumerate(loops):
         if not of_code:
             break

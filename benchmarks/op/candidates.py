@@ -23,7 +23,8 @@ def measure_candidates(session: Session, out: Path) -> None:
     table = load_table(family)
     for shape in TRAINING:
         measure_structures(session, shape, DTYPE, table)
-    tuner = Tuner(table, keep_on=lambda: session.budget.lasts(5))
+    processors = torch.cuda.get_device_properties(session.device).multi_processor_count
+    tuner = Tuner(table, keep_on=lambda: session.budget.lasts(5), processors=processors)
     sizes = [Size(*shape.as_dict().values()) for shape in (*TRAINING, *DECODE)]
     search(tuner, session, sizes, out / f"{family}.json")
 

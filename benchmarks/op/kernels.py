@@ -30,6 +30,7 @@ from hycam_kernels.backends.triton.kernels.norm_projection import norm_backward_
 from hycam_kernels.backends.triton.kernels.product_forward import product_forward_cost
 from hycam_kernels.backends.triton.kernels.router import route_backward_cost, route_cost, token_mean_cost
 from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad_cost
+from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts_cost
 from hycam_kernels.backends.triton.launch import Launcher
 from hycam_kernels.backends.triton.tuning import Size, make_call
 from hycam_kernels.inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, NormUpstream
@@ -80,6 +81,9 @@ COSTS: dict[str, Callable[[Shape, Mapping[str, Any], int], Cost]] = {
     "stream_grad_kernel": lambda s, _, i: stream_grad_cost(*_sizes(s), itemsize=i),
     "row_grad_kernel": lambda s, _, i: row_grad_cost(*_sizes(s), itemsize=i),
     "v_grad_kernel": lambda s, _, i: v_grad_cost(*_sizes(s), itemsize=i),
+    "sum_parts_kernel": lambda _, given, __: sum_parts_cost(
+        given["parts"], given["rows"], given["columns"], itemsize=given["total"].itemsize
+    ),
     "b_grad_kernel": lambda s, _, i: b_grad_cost(*_sizes(s), itemsize=i),
     "decode_down_kernel": lambda s, given, i: decode_down_cost(*_sizes(s), splits=given["SPLITS"], itemsize=i),
     "decode_fusion_kernel": lambda s, given, i: decode_fusion_cost(*_sizes(s), splits=given["SPLITS"], itemsize=i),

@@ -61,7 +61,7 @@ class FakeCuda:
             fake.note("main stream")
 
         streams = SimpleNamespace(wait_stream=lambda other: fake.note("wait for stream"))
-        flush = SimpleNamespace(zero_=lambda: fake.note("flush"))
+        flush = SimpleNamespace(zero_=lambda: fake.note("flush"), max=lambda: fake.note("read"))
         for name, value in {
             "CUDAGraph": Graph, "Event": Event, "graph": graph, "stream": stream, "Stream": lambda: streams,
             "current_stream": lambda: streams, "synchronize": lambda: fake.note("synchronize"),

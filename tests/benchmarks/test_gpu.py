@@ -1,4 +1,4 @@
-"""The GPU command's phases: nothing is timed after a failed test, everything ends in time, all is recorded."""
+"""The GPU command's phases: a failed test is named and no success, everything ends in time, all is recorded."""
 
 import itertools
 import json
@@ -7,12 +7,14 @@ import time
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.gpu import main
 from benchmarks.harness.kernel_tests import run_tests
 from benchmarks.harness.phases import MARGIN, MODELS_SHARE, TIMES_SHARE, orchestrate
-from benchmarks.harness.record import Budget
+from benchmarks.harness.record import Budget, Record
+from benchmarks.op.shapes import TRAINING
 
-PASSED = {"passed_all": True, "in_time": True, "passed": 3, "skipped": 0, "failures": []}
+PASSED = {"passed_all": True, "in_time": True, "passed": 3, "skipped": 0, "failures": [], "last_lines": {}}
 FUSED = {"group": "op", "peer": "fused", "samples_us": [1.0]}
 
 
@@ -49,27 +51,35 @@ def test_all_phases_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("tests", "status"),
     [
-        (PASSED | {"passed_all": False, "failures": ["a::b"]}, "failed"),
+        (PASSED | {"passed_all": False, "failures": ["a::b"], "last_lines": {"a::b": "E  no"}}, "failed"),
         (PASSED | {"passed_all": False, "in_time": True, "passed": 0}, "failed"),
         (PASSED | {"passed_all": False, "in_time": False, "failures": ["a::b"]}, "out of time"),
+        (PASSED | {"passed_all": False, "in_time": False}, "out of time"),
     ],
 )
-def test_failed_tests_withhold_the_times(tests, status, tmp_path):
+def test_failed_tests_are_named_and_leave_the_times_but_no_success(tests, status, tmp_path, capsys):
     phases = Phases(tmp_path, times=(0, [FUSED]))
     assert not orchestrate(tmp_path, {}, Budget(560), lambda seconds: tests, phases)
-    record = read(tmp_path)
-    assert phases.started == []
-    assert record["phases"]["tests"] == status
-    assert "withheld" in record["phases"]["times"]
-    assert [entry["group"] for entry in record["entries"]] == ["tests"]
-
-
-def test_tests_out_of_time_leave_the_times_but_no_success(tmp_path):
-    phases = Phases(tmp_path, times=(0, [FUSED]))
-    late = PASSED | {"passed_all": False, "in_time": False}
-    assert not orchestrate(tmp_path, {}, Budget(560), lambda seconds: late, phases)
     assert [name for name, *_ in phases.started] == ["candidates", "times", "models"]
-    assert read(tmp_path)["phases"]["tests"] == "out of time"
+    assert read(tmp_path)["phases"]["tests"] == status
+    printed = capsys.readouterr().out
+    for failure in tests["failures"]:
+        assert f"{failure}: {tests['last_lines'].get(failure, '')}" in printed
+
+
+def test_the_compiler_comes_before_what_can_do_without(tmp_path, monkeypatch):
+    """The first shape's times, those of torch.compile beside them, then the kernels alone and the sweep."""
+    pytest.importorskip("triton")
+    order: list[tuple] = []
+    for name in ("times_phase", "compiled_phase", "sweep_phase"):
+        monkeypatch.setattr(gpu, name, lambda session, *shapes, name=name, **_: order.append((name, *shapes)))
+    monkeypatch.setattr("benchmarks.op.kernels.measure_kernels", lambda *_: order.append(("kernels",)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu._times_on_gpu(Record(tmp_path / "r.json", {}), Budget(1), tmp_path)
+    assert order == [
+        ("times_phase",), ("compiled_phase", TRAINING[:1]), ("kernels",), ("sweep_phase",),
+        ("compiled_phase", TRAINING[1:]),
+    ]  # fmt: skip
 
 
 def test_times_use_the_table_that_won(tmp_path):
@@ -212,3 +222,4 @@ def test_what_failed_before_the_time_was_up_is_reported(tmp_path):
     result = run_on(tmp_path, "pass", "fail-slow", seconds=20)
     assert not result["in_time"]
     assert [name.split("::")[-1] for name in result["failures"]] == ["test_a"]
+    assert "AssertionError" in result["last_lines"][result["failures"][0]]

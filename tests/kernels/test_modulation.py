@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hycam_kernels import explain_backend, gumbel_noise, hycam_modulation
 from hycam_kernels.backends.torch import modulation as torch_backend
+from hycam_kernels.inputs import DIFFERENTIABLE
 from hycam_kernels.preparation import prepare
 from hycam_kernels.reference import modulation_reference
 from tests.kernels.cases import (
@@ -48,6 +49,21 @@ CASES = {
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request) -> Case:
     return request.param
+
+
+def test_a_gradient_that_nobody_needs_is_as_the_fake_has_it():
+    """Empty, and of hidden's dtype: torch.compile takes the fake's word for it."""
+    x = prepare(**packed(Case().make(torch.bfloat16)), backend="torch")
+    out, load, router_prob, *saved = torch.ops.hycam.modulation(*x)
+    needs = [False] * len(DIFFERENTIABLE)
+
+    def backward(out: Tensor) -> list[Tensor]:
+        return torch.ops.hycam.modulation_backward(out, load, router_prob, *x, *saved, needs)
+
+    got = backward(out)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = backward(mode.from_tensor(out))
+    assert [(a.shape, a.dtype, a.device) for a in got] == [(b.shape, b.dtype, b.device) for b in fakes]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

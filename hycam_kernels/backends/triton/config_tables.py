@@ -1,8 +1,9 @@
 """Configurations as data: one JSON table per GPU family, chosen by (tokens, d, E, r) and dtype.
 
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
-list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank`` and ``kept`` (whether S is kept for the
-backward); an absent one always holds. The rest of a row is what the kernel is launched with: its block sizes,
+list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank``, ``kept`` (whether S is kept for the
+backward) and ``plain`` (whether there is neither a residual stream nor a bias of the experts, which take registers); an
+absent one always holds. The rest of a row is what the kernel is launched with: its block sizes,
 ``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a call: others do their work
 there. Every other kernel's last row is without limits. A row with ``"candidate": true`` takes no call: nothing says yet
 that it pays, but it is built, tested and measured like the others.
@@ -26,9 +27,11 @@ Table = dict[str, list[Config]]
 INTERPRETER = "interpreter"
 # kernels that a table may leave out
 OPTIONAL = ("row_grad", "product_forward")
+# what the kernels' launchers take from every row
+_OF_ROWS = {"v_grad": "EXPERTS", "b_grad": "EXPERTS"}
 _FOLDER = resources.files("hycam_kernels.backends.triton") / "configs"
 _LIMITS = ("max_tokens", "max_dim", "max_experts", "max_rank")
-_NOT_LAUNCHED = ("candidate", "dtypes", "kept", "min_rank", *_LIMITS)
+_NOT_LAUNCHED = ("candidate", "dtypes", "kept", "min_rank", "plain", *_LIMITS)
 
 
 def families() -> list[str]:
@@ -53,14 +56,30 @@ def family_of_capability(major: int, minor: int) -> str | None:
 
 @cache
 def load_table(family: str) -> Table:
-    """The user's own table of a family, else the shipped one."""
+    """The user's own table of a family, else the shipped one.
+
+    Raises:
+        ValueError: HYCAM_KERNELS_TABLES is no folder, or the table there lacks what the kernels need.
+    """
     folder = os.environ.get("HYCAM_KERNELS_TABLES")
+    shipped = json.loads((_FOLDER / f"{family}.json").read_text())
     if folder is None:
-        return json.loads((_FOLDER / f"{family}.json").read_text())
+        return shipped
     if not Path(folder).is_dir():
         raise ValueError(f"HYCAM_KERNELS_TABLES must name a folder of tables, got {folder!r}")
     own = Path(folder, f"{family}.json")
-    return json.loads((own if own.exists() else _FOLDER / own.name).read_text())
+    if not own.exists():
+        return shipped
+    table = json.loads(own.read_text())
+    missing = [kernel for kernel in shipped if kernel not in (*table, *OPTIONAL)]
+    missing += [
+        f"{name} in a row of {kernel}"
+        for kernel, name in _OF_ROWS.items()
+        if not all(name in row for row in table.get(kernel, []))
+    ]
+    if missing:
+        raise ValueError(f"{own} has no {', no '.join(missing)}: tune again, it's an earlier version's")
+    return table
 
 
 def select(
@@ -73,6 +92,7 @@ def select(
     rank: int,
     *,
     kept: bool = True,
+    plain: bool = True,
 ) -> int | None:
     """Index of the first of the kernel's rows that takes the call, None where none does."""
     values = dict(zip(_LIMITS, (tokens, d, num_experts, rank), strict=True))
@@ -84,6 +104,7 @@ def select(
             and all(values[key] <= row.get(key, values[key]) for key in _LIMITS)
             and rank >= row.get("min_rank", rank)
             and kept == row.get("kept", kept)
+            and plain == row.get("plain", plain)
         ):
             return index
     return None

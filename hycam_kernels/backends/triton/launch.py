@@ -10,6 +10,10 @@ from torch import Tensor
 from hycam_kernels.backends.triton.config_tables import Config, launch_parameters, load_table, select
 from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
 
+# what a row says of the splits of a dimension, through each of which a program goes
+SPLIT_BY = {"SPLITS", "PROGRAMS"}
+# what a program does beside its loop, in turns of it
+TURNS_TO_START = 2
 # tl.dot needs at least 16 along every dimension
 MIN_DOT = 16
 COMPUTE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -33,6 +37,22 @@ def split_length(length: int, splits: int, block: int) -> tuple[int, int]:
     """Length of a split in whole blocks, and the number of splits that are not empty; 1 of them at least."""
     per_split = max(triton.cdiv(triton.cdiv(length, splits), block), 1) * block
     return per_split, max(triton.cdiv(length, per_split), 1)
+
+
+def split(config: Config, groups: int, length: int, block: int) -> tuple[int, int]:
+    """`split_length` for each of ``groups``, by the row's SPLITS or PROGRAMS, which leave it; else every block is one.
+
+    PROGRAMS are what the GPU runs at once: the splits are those with which the last of them ends first.
+    """
+    turns = max(triton.cdiv(length, block), 1)
+    if "PROGRAMS" in config:
+        at_once = config.pop("PROGRAMS")
+
+        def last_end(splits: int) -> int:
+            return triton.cdiv(groups * splits, at_once) * (triton.cdiv(turns, splits) + TURNS_TO_START)
+
+        return split_length(length, min(range(1, min(turns, at_once) + 1), key=last_end), block)
+    return split_length(length, config.pop("SPLITS", turns), block)
 
 
 def add_parts(partial: Tensor) -> Tensor:
@@ -71,13 +91,20 @@ class Launcher:
         """Index of the table's row for the call; None where no row takes it."""
         tokens, d = x.shape
         kept = isinstance(x, ModulationInputs) and x.keep
-        return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank, kept=kept)
+        plain = isinstance(x, NormProjectInputs) or (x.lora_b_bias is None and x.residual is None)
+        return select(self.table, kernel, x.compute_dtype, tokens, d, x.num_experts, x.rank, kept=kept, plain=plain)
 
     def arithmetic(self, x: ModulationInputs | NormProjectInputs) -> dict[str, Any]:
-        """Compile-time constants of the arithmetic: the sigmoid's reciprocal and the precision of float32 products."""
+        """Compile-time constants of the arithmetic: how SiLU is made, and the precision of float32 products.
+
+        tanh.approx is as good as bfloat16 is, and takes half the special functions.
+        """
+        as_tanh = x.compute_dtype == torch.bfloat16
+        approximate = {True: "tanh.approx", False: "rcp.approx"}
+        exact = {True: "tanh", False: "division"}
         reduced = x.compute_dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         return {
-            "FAST_RECIPROCAL": self.inline_assembly,
+            "SIGMOID": (approximate if self.inline_assembly else exact)[as_tanh],
             "PRECISION": "tf32" if reduced and self.has_tf32 else "ieee",
         }
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hycam_kernels.folding import fold, unfold_grads
+from hycam_kernels.folding import aligned_rows, fold, fold_router, has_bias, unfold_grads
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, Saved, finish
 
 if TYPE_CHECKING:
     from hycam_kernels.backends.triton.launch import Launcher
 
-# the oldest triton under which every shipped configuration was built
+# the oldest triton whose language the kernels keep to
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_EXPERTS = 64
@@ -184,12 +184,14 @@ def _gradients(
     from hycam_kernels.backends.triton.kernels.fusion_backward import FusionBackward
     from hycam_kernels.backends.triton.kernels.router import route_backward
     from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad
+    from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
 
     hidden = x.hidden.to(x.compute_dtype)
     grads: dict[str, Tensor | None] = {}
     # (gradient of a product with h, the product's weight): each gives a share of h's gradient
     products: list[tuple[Tensor, Tensor]] = []
-    partial_d_probs = None
+    partial_d_probs = d_rows = d_logit_rows = None
+    partial_d_v: Tensor | None = None
 
     if grad_out is not None:
         s = saved.s if saved.s.numel() else _shared_product(x, hidden)
@@ -199,38 +201,45 @@ def _gradients(
         fusion = FusionBackward(launch, x, grad_out, s, v, _cast(x, x.lora_b), _used_weights(x, saved.probs))
         folded_wanted = any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias"))
         v_wanted = v is not None and (need["given_v"] or folded_wanted or (need["hidden"] and x.given_v is None))
-        d_v = None
         streams = {"attn": need["attn_output"], "residual": need["residual"]}
         if v_wanted and launch.takes("row_grad", x):
-            grads["attn_output"], grads["residual"], d_s, partial_d_probs, d_v = fusion.stream_and_v(**streams)
+            grads["attn_output"], grads["residual"], d_s, partial_d_probs, partial_d_v = fusion.stream_and_v(**streams)
         else:
             grads["attn_output"], grads["residual"], d_s, partial_d_probs = fusion.stream(**streams)
-            d_v = fusion.v() if v_wanted else None
+            partial_d_v = fusion.v() if v_wanted else None
         if d_s is not None and x.shared_weight is not None:
             products.append((d_s, x.shared_weight.to(x.compute_dtype)))
             if need["shared_weight"]:
                 grads["shared_weight"] = d_s.T @ hidden
             if need["shared_bias"]:
                 grads["shared_bias"] = d_s.sum(0, dtype=torch.float32)
-        if d_v is not None and x.given_v is not None:
-            grads["given_v"] = d_v
-        elif d_v is not None:
-            products.append((d_v, fold(x)[0]))
+        if partial_d_v is not None:
+            low_rank = x.num_experts * x.rank
+            if x.given_v is None:
+                # beside V's gradient that of the logits, so that one product takes both to h
+                d_rows = hidden.new_empty(hidden.shape[0], aligned_rows(x))
+                d_v, d_logit_rows = d_rows[:, :low_rank], d_rows[:, low_rank:]
+            else:
+                d_v = grads["given_v"] = hidden.new_empty(hidden.shape[0], low_rank)
+            sum_parts(launch, x, partial_d_v, d_v)
             if folded_wanted:
-                d_folded = (d_v.T @ hidden).to(torch.float32)
-                grads |= unfold_grads(x, d_folded, d_v.sum(0, dtype=torch.float32), need)
+                d_bias = d_v.sum(0, dtype=torch.float32) if has_bias(x) else None
+                grads |= unfold_grads(x, d_v.T @ hidden, d_bias, need)
         if v is not None and (need["lora_b"] or need["lora_b_bias"]):
             grads["lora_b"], grads["lora_b_bias"] = fusion.b()
 
     if x.num_experts:
         logits = saved.logits if x.given_logits is None else x.given_logits
-        d_logits = route_backward(launch, x, saved.probs, logits, partial_d_probs, grad_load, grad_router_prob)
+        upstream = partial_d_probs, grad_load, grad_router_prob
+        d_logits = route_backward(launch, x, saved.probs, logits, *upstream, d_logit_rows)
         grads["given_logits"] = d_logits
         if need["router_bias"]:
             grads["router_bias"] = d_logits.sum(0)
-        if need["router_weight"]:
-            grads["router_weight"] = router_weight_grad(launch, x, d_logits, hidden)
-        if x.router_weight is not None:
+        if x.router_weight is not None and need["router_weight"]:
+            grads["router_weight"] = router_weight_grad(launch, x, d_logits, hidden, x.router_weight.dtype)
+        if need["hidden"] and d_rows is not None:
+            products.append((d_rows, fold_router(x)))
+        elif need["hidden"] and x.router_weight is not None:
             products.append((d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype)))
     if need["hidden"]:
         grads["hidden"] = _sum_of_products(products)
@@ -273,6 +282,7 @@ def _used_weights(x: ModulationInputs, probs: Tensor) -> Tensor:
 
 def _sum_of_products(products: list[tuple[Tensor, Tensor]]) -> Tensor | None:
     total = None
-    for d_output, weight in products:
+    # the largest comes last: it reads what it adds to while it computes
+    for d_output, weight in sorted(products, key=lambda product: product[1].shape[0]):
         total = d_output @ weight if total is None else total.addmm_(d_output, weight)
     return total

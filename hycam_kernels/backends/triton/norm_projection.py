@@ -8,14 +8,11 @@ from torch import Tensor
 
 from hycam_kernels.backends.norm_gradients import Parts, norm_gradients
 from hycam_kernels.backends.triton.modulation import DTYPES, environment_refusal, launcher
-from hycam_kernels.folding import fold_weights
+from hycam_kernels.folding import aligned_rows, fold_router
 from hycam_kernels.inputs import NormProjectInputs, NormSaved, NormUpstream
 
 if TYPE_CHECKING:
     from hycam_kernels.backends.triton.launch import Launcher
-
-# products of 16-bit types want rows that are multiples of 16 bytes
-_ALIGNMENT = 8
 
 
 def refusal(x: NormProjectInputs) -> str | None:
@@ -41,7 +38,7 @@ def forward(x: NormProjectInputs, launch: "Launcher | None" = None) -> tuple[Ten
     from hycam_kernels.backends.triton.kernels.norm_projection import norm_projection
 
     with torch.cuda.device_of(x.hidden_in):
-        return norm_projection(launch or launcher(x.hidden_in.device), x, _projection(x))
+        return norm_projection(launch or launcher(x.hidden_in.device), x, fold_router(x))
 
 
 def backward(
@@ -72,21 +69,10 @@ def _router_weight_gradient(launch: "Launcher", grad_logits: Tensor, operand: Te
     return router_weight_grad(launch, x, grad_logits, operand)
 
 
-def _projection(x: NormProjectInputs) -> Tensor:
-    """[M | W_r], [E r + E, d] with rows of zeros up to the alignment, in the compute dtype."""
-    low_rank, count = x.num_experts * x.rank, x.num_experts
-    rows = -(-(low_rank + count) // _ALIGNMENT) * _ALIGNMENT
-    projection = torch.zeros(rows, x.shape[1], dtype=x.compute_dtype, device=x.hidden_in.device)
-    projection[:low_rank] = fold_weights(x.lora_n, x.lora_a, x.compute_dtype)
-    projection[low_rank : low_rank + count] = x.router_weight
-    return projection
-
-
 def _row_gradients(x: NormProjectInputs, upstream: NormUpstream) -> Tensor:
-    """Gradients of V and the logits side by side, as `_projection` has its rows."""
+    """Gradients of V and the logits side by side, as `fold_router` has its rows."""
     low_rank, count = x.num_experts * x.rank, x.num_experts
-    columns = -(-(low_rank + count) // _ALIGNMENT) * _ALIGNMENT
-    d_rows = torch.zeros(x.shape[0], columns, dtype=x.compute_dtype, device=x.hidden_in.device)
+    d_rows = torch.zeros(x.shape[0], aligned_rows(x), dtype=x.compute_dtype, device=x.hidden_in.device)
     if upstream.v is not None:
         d_rows[:, :low_rank] = upstream.v
     if upstream.logits is not None:
@@ -103,7 +89,7 @@ def _hidden_gradient(upstream: NormUpstream, x: NormProjectInputs) -> Tensor | N
         return grad_hidden.contiguous()
     d_rows = _row_gradients(x, upstream)
     if grad_hidden is None:
-        return d_rows @ _projection(x)
+        return d_rows @ fold_router(x)
     if grad_hidden.dtype == x.compute_dtype:
-        return torch.addmm(grad_hidden, d_rows, _projection(x))
-    return grad_hidden + d_rows @ _projection(x)
+        return torch.addmm(grad_hidden, d_rows, fold_router(x))
+    return grad_hidden + d_rows @ fold_router(x)

@@ -71,7 +71,7 @@ class Launch:
     @property
     def dtype(self) -> str:
         types = dict(self.signature)
-        inputs = (types.get(name, "") for name in ("hidden", "v", "s"))
+        inputs = (types.get(name, "") for name in ("hidden", "v", "s", "total"))
         return next((kind[1:] for kind in inputs if kind.startswith("*")), "fp32")
 
     @property

@@ -40,6 +40,10 @@ def winners(found: Sequence[Measurement], table: Table) -> Table:
             limits: Config = {"dtypes": ["bfloat16", "float16"]}
             limits |= _limits(_present(with_candidates(table), of_range[0]))
             limits["max_rank"] = min(limits.get("max_rank", 1 << 30), max(m.size.rank for m in measured))
+            if best.keys() & {"PROGRAMS", "EXPERTS"}:
+                # experts that are held together take shared memory or registers each, and so does what isn't measured
+                limits |= {"max_experts": max(m.size.num_experts for m in measured), "plain": True}
+                limits["min_rank"] = max(limits.get("min_rank", 1), 1)
             limits.pop("max_tokens", None)
             if index + 1 < len(tokens):
                 limits["max_tokens"] = 1 << (count - 1).bit_length()

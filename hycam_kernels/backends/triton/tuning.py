@@ -1,9 +1,10 @@
 """Candidate block sizes, measured on the GPU at hand.
 
 Candidates of a kernel are the rows that the present table picks at the measured sizes and their neighbours, one number
-changed. A candidate is timed as part of the whole pass, as a CUDA graph; one that spills registers, fails to compile,
-or changes the pass's results by more than a rounding can't win. Where a table may leave a kernel out, so that others do
-its work, leaving it out is a candidate too; where it names one as a candidate, using it is.
+changed, and for few experts of small ranks the rows of `further`, to which no single change leads. A candidate is timed
+as part of the whole pass, as a CUDA graph; one that spills registers, fails to compile, or changes the pass's results
+by more than a rounding can't win. Where a table may leave a kernel out, so that others do its work, leaving it out is a
+candidate too; where it names one as a candidate, using it is.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,8 +38,35 @@ _WHOLE_NUMBERS = {
     "num_stages": (1, 2, 3, 4),
     "SPLITS": (1, 2, 3, 4, 6, 8),
     "GROUP": (1, 4, 8, 16),
+    "EXPERTS": (1, 2, 3, 5),
 }
 _BLOCKS = (16, 32, 64, 128, 256)
+# rows of `further` keep every expert's V or sums at hand
+FEW_EXPERTS, SMALL_RANK = 5, 64
+
+
+def _rows(*tiles: tuple[int, int, int], **common: int) -> list[Config]:
+    """Rows of 64 ranks a block from (tokens, features, warps)."""
+    return [
+        {"BLOCK_T": tokens, "BLOCK_D": features, "BLOCK_R": SMALL_RANK, **common, "num_warps": warps, "num_stages": 2}
+        for tokens, features, warps in tiles
+    ]
+
+
+def further(processors: int) -> dict[str, list[Config]]:
+    """By kernel: tiles for a loop over the experts, and those of programs that fill so many multiprocessors once."""
+    tiles = _rows((64, 64, 4), (128, 64, 8), (128, 128, 8))
+    resident = _rows((64, 64, 4), (128, 32, 8), (128, 64, 8), (256, 32, 16), PROGRAMS=processors)
+    rows = {"fusion_forward": tiles + resident, "stream_grad": tiles + resident, "v_grad": [], "b_grad": []}
+    for experts in (2, 3, 5):
+        rows["v_grad"] += _rows((64, 64, 4), (128, 32, 8), (128, 64, 8), EXPERTS=experts, PROGRAMS=processors)
+        rows["b_grad"] += _rows((64, 64, 4), (32, 128, 8), (64, 128, 8), EXPERTS=experts, PROGRAMS=processors)
+    # one expert a program, of which a multiprocessor runs several at once
+    rows["v_grad"] += _rows((64, 64, 4), EXPERTS=1, SPLITS=1)
+    rows["b_grad"] += _rows((64, 64, 4), EXPERTS=1, SPLITS=4)
+    return rows
+
+
 # stands for the row of an optional kernel that a table leaves out
 LEFT_OUT: Config = {}
 
@@ -175,16 +203,18 @@ class Tuner:
         table: the present one.
         measure: time of a call in microseconds.
         keep_on: asked before each measurement; False ends the search with what is known.
+        processors: multiprocessors of the GPU; 0 leaves out `further` rows.
     """
 
     table: Table
     measure: Callable[[Callable[[], Any]], float] = graph_time
     keep_on: Callable[[], bool] = lambda: True
+    processors: int = 0
     inline_assembly: bool = True
     found: list[Measurement] = field(default_factory=list)
 
     def candidates(self, sizes: Sequence[Size], calls: Callable[[Size], ModulationInputs]) -> dict[str, list[Config]]:
-        """By kernel, without repetition: the rows that the sizes pick now, then their neighbours."""
+        """By kernel, without repetition: the rows that the sizes pick now, `further` ones, the former's neighbours."""
         by_kernel: dict[str, list[Config]] = {}
         for size in sizes:
             x = calls(size)
@@ -192,8 +222,13 @@ class Tuner:
                 for kernel, row in self._asked(x, table, training=size.tokens > DECODE_TOKENS).items():
                     rows = by_kernel.setdefault(kernel, [])
                     rows += [row] if row not in rows else []
-        for rows in by_kernel.values():
-            for row in list(rows):
+        present = {kernel: list(rows) for kernel, rows in by_kernel.items()}
+        if self.processors and all(size.num_experts <= FEW_EXPERTS and 0 < size.rank <= SMALL_RANK for size in sizes):
+            for kernel, rows in further(self.processors).items():
+                if kernel in by_kernel:
+                    by_kernel[kernel] += [row for row in rows if row not in by_kernel[kernel]]
+        for kernel, rows in by_kernel.items():
+            for row in present[kernel]:
                 rows += [candidate for candidate in neighbours(row) if candidate not in rows]
         return by_kernel
 

@@ -36,8 +36,8 @@ def test_events_surround_the_run_on_an_idle_device(cuda):
 def test_a_graph_is_replayed_behind_a_flush(cuda):
     sample = GraphTimer(warmup=2).prepare(make_work(cuda, 2))
     logs = [taken(cuda, sample)[1] for _ in range(3)]
-    assert logs[0] == ["flush", "event", "replay graph 0", "run 0", "event", "synchronize"]
-    assert logs[1] == ["flush", "event", "replay graph 1", "run 1", "event", "synchronize"]
+    assert logs[0] == ["flush", "read", "event", "replay graph 0", "run 0", "event", "synchronize"]
+    assert logs[1] == ["flush", "read", "event", "replay graph 1", "run 1", "event", "synchronize"]
     assert logs[2] == logs[0]
 
 
@@ -59,7 +59,7 @@ def test_a_setup_on_the_device_is_replayed_before_the_events(cuda):
     ]  # fmt: skip
     time, log = taken(cuda, sample)
     assert log == [
-        "replay graph 0", "setup 0", "flush", "event", "replay graph 1", "run 0", "event", "synchronize",
+        "replay graph 0", "setup 0", "flush", "read", "event", "replay graph 1", "run 0", "event", "synchronize",
     ]  # fmt: skip
     assert time == pytest.approx(3.0)
 
@@ -67,6 +67,6 @@ def test_a_setup_on_the_device_is_replayed_before_the_events(cuda):
 def test_a_chain_runs_several_sets_and_divides(cuda):
     sample = GraphTimer(warmup=1, chain=2).prepare(make_work(cuda, 4))
     time, log = taken(cuda, sample)
-    assert log[2:5] == ["replay graph 0", "run 0", "run 1"]
-    assert taken(cuda, sample)[1][2:5] == ["replay graph 1", "run 2", "run 3"]
+    assert log[3:6] == ["replay graph 0", "run 0", "run 1"]
+    assert taken(cuda, sample)[1][3:6] == ["replay graph 1", "run 2", "run 3"]
     assert time == pytest.approx(4.0 / 2)

@@ -46,13 +46,13 @@ def test_the_products_that_are_counted_are_those_that_the_kernels_must_make(reco
     assert checked > 5 * len(GPUS)
 
 
-def test_a_sigmoid_is_two_special_functions_in_every_fused_kernel(record):
-    """And index arithmetic needs a few; 8 warps along a row's features would make each twice."""
+def test_a_sigmoid_is_one_special_function_in_every_fused_kernel(record):
+    """In bfloat16, by tanh; index arithmetic needs a few, and 8 warps along a row's features would make each twice."""
     for call, launch, build in launches(record):
         if launch["kernel"] in FUSED and call["shape"]["tokens"] == 8192:
             asked = whole([part["counts"] for part in build["parts"]], launch["turns"])
-            least = 2 * launch["sigmoids"]
-            assert least <= launch["programs"] * asked["special"] < 1.6 * least, (call["target"], launch)
+            least = launch["sigmoids"]
+            assert 0.999 * least <= launch["programs"] * asked["special"] < 1.6 * least, (call["target"], launch)
 
 
 def test_what_is_asked_of_memory_is_no_less_than_what_must_be_moved(record):
@@ -62,13 +62,15 @@ def test_what_is_asked_of_memory_is_no_less_than_what_must_be_moved(record):
 
 
 def test_a_call_s_products_are_the_op_s(record):
-    """The library's and the kernels' together: the floor's, Z once more for the gradient of B, and N A and its
-    gradients, twice folded."""
+    """The library's and the kernels' together: the floor's, Z once more for the gradient of B and where V's gradient is
+    a kernel of its own, N A twice and its gradients, and the columns of zeros beside the logits."""
     for call in record["calls"]:
         if call["call"] == "training":
             shape = Shape(**call["shape"])
             low_rank = shape.num_experts * shape.rank
-            more = 2 * shape.tokens * shape.d * low_rank + 4 * 2 * low_rank * shape.rank * shape.d
+            again = sum(launch["kernel"] in ("b_grad_kernel", "v_grad_kernel") for launch in call["launches"])
+            more = again * 2 * shape.tokens * shape.d * low_rank + 4 * 2 * low_rank * shape.rank * shape.d
+            more += 2 * shape.tokens * shape.d * (-(low_rank + shape.num_experts) % 8)
             made = sum(one["flops"] for one in (*call["operations"], *call["launches"]))
             assert made == flops(shape, "both") + more
 

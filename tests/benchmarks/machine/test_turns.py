@@ -26,6 +26,12 @@ def test_the_turns_that_are_left_may_be_a_loop_behind_it():
     assert turns([Loop(7, bytes=2048), Loop(3)], [*code, *parts({"HMMA": 1})[1:]]) == [1, 1, 3, 3]
 
 
+def test_a_loop_that_is_unrolled_as_a_whole_leaves_nothing():
+    assert turns([Loop(5, constant=True)], parts()) == [1]
+    assert turns([Loop(5, constant=True)], parts({"HGMMA": 8})) == [1, 5]
+    assert turns([Loop(64), Loop(5, constant=True)], parts({"HMMA": 8})) == [1, 64]
+
+
 def test_the_last_turn_of_a_pipelined_tcgen05_product_stands_behind_the_loop():
     assert turns([Loop(5), Loop(8)], parts({"UTCHMMA": 8}, {"HMMA": 4})) == [1, 4, 8]
 

@@ -26,7 +26,9 @@ from hycam_kernels.backends.triton.kernels.primitives import (
     load_b,
     load_expert_bias,
     row_product,
-    sigmoid,
+    silu,
+    silu_gate,
+    silu_unit,
     store_modulated,
 )
 from hycam_kernels.backends.triton.kernels.router import device_seed, gumbel_noise, mask_bytes, softmax_rows
@@ -94,7 +96,7 @@ def decode_fusion_kernel(
     out, load, router_prob, balance_loss,
     tokens, d, stride_hidden, stride_shared, stride_attn, stride_residual, tau, scale,
     NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, RANK: tl.constexpr, HARD: tl.constexpr,
-    FAST_RECIPROCAL: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SIGMOID: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_T)
@@ -110,7 +112,8 @@ def decode_fusion_kernel(
         )  # fmt: skip
         if shared_bias is not None:
             s += tl.load(shared_bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        fusion = s * sigmoid(s, FAST_RECIPROCAL)
+        a = s * silu_unit(SIGMOID)
+        fusion = silu(a, silu_gate(a, SIGMOID), SIGMOID)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -177,9 +180,9 @@ def decode_fusion_kernel(
                 z = tl.dot(as_compute(v, COMPUTE), tl.trans(as_compute(b, COMPUTE)), z, input_precision=PRECISION)
             if lora_b_bias is not None:
                 z += load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[None, :]
-            z *= scale
+            a = z * (scale * silu_unit(SIGMOID))
             weight = tl.sum(tl.where(experts[None, :] == expert, used, 0.0), 1)
-            fusion += weight[:, None] * (z * sigmoid(z, FAST_RECIPROCAL))
+            fusion += weight[:, None] * silu(a, silu_gate(a, SIGMOID), SIGMOID)
 
     store_modulated(
         fusion, attn_output, residual, out, rows, cols, row_mask, col_mask, d, stride_attn, stride_residual
@@ -262,7 +265,7 @@ def decode_forward(launch: Launcher, x: ModulationInputs) -> tuple[Tensor, Tenso
         scale=x.scale,
         PADDED_EXPERTS=padded_experts(num_experts),
         HARD=x.hard,
-        FAST_RECIPROCAL=constants["FAST_RECIPROCAL"],
+        SIGMOID=constants["SIGMOID"],
         **tensors,
         **shared,
     )

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from hycam_kernels.backends.triton.config_tables import Config
 from hycam_kernels.backends.triton.kernels.cost import Cost
 from hycam_kernels.backends.triton.kernels.fusion_backward_kernels import (
     b_grad_kernel,
@@ -28,7 +29,8 @@ from hycam_kernels.backends.triton.kernels.fusion_backward_kernels import (
     stream_grad_kernel,
     v_grad_kernel,
 )
-from hycam_kernels.backends.triton.launch import Launcher, add_parts, row_stride, split_length
+from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
+from hycam_kernels.backends.triton.launch import SPLIT_BY, Launcher, add_parts, row_stride, split
 from hycam_kernels.inputs import ModulationInputs
 
 
@@ -59,17 +61,21 @@ class FusionBackward:
     def stream(
         self, *, attn: bool, residual: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of h_att and h_in [T, d] where asked for, of S [T, d], and of p [column blocks, T, E] in parts."""
+        """Gradients of h_att and h_in [T, d] where asked for, of S [T, d], and of p [splits of d, T, E] in parts."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("stream_grad", x)
-        column_blocks = triton.cdiv(d, config["BLOCK_D"])
+        row_blocks = triton.cdiv(tokens, config["BLOCK_T"])
+        resident = bool(config.keys() & SPLIT_BY)
+        columns, splits = split(config, row_blocks, d, config["BLOCK_D"])
         stream = self._stream_arguments(attn, residual)
-        partial_d_probs = self._empty(column_blocks, tokens, x.num_experts) if x.num_experts else None
+        partial_d_probs = self._empty(splits, tokens, x.num_experts) if x.num_experts else None
         self.launch(
             stream_grad_kernel,
-            (triton.cdiv(tokens, config["BLOCK_T"]) * column_blocks,),
+            (row_blocks * splits,),
             config,
+            columns=columns,
+            RESIDENT=resident,
             partial_d_probs=partial_d_probs,
             **stream,
             **self.arguments,
@@ -79,17 +85,18 @@ class FusionBackward:
     def stream_and_v(
         self, *, attn: bool, residual: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-        """What `stream` and `v` give, by one kernel; p's gradient in parts over splits of d."""
+        """What `stream` and `v` give, by one kernel."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("row_grad", x)
-        columns, splits = split_length(d, config.pop("SPLITS"), config["BLOCK_D"])
+        row_blocks = triton.cdiv(tokens, config["BLOCK_T"])
+        columns, splits = split(config, row_blocks, d, config["BLOCK_D"])
         stream = self._stream_arguments(attn, residual)
         partial_d_probs = self._empty(splits, tokens, x.num_experts)
         partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
         self.launch(
             row_grad_kernel,
-            (triton.cdiv(tokens, config["BLOCK_T"]), splits),
+            (row_blocks, splits),
             config,
             partial_d_probs=partial_d_probs,
             partial_d_v=partial_d_v,
@@ -97,8 +104,7 @@ class FusionBackward:
             **stream,
             **self.arguments,
         )
-        d_v = add_parts(partial_d_v).to(x.compute_dtype)
-        return stream["d_attn"], stream["d_residual"], stream["d_s"], partial_d_probs, d_v
+        return stream["d_attn"], stream["d_residual"], stream["d_s"], partial_d_probs, partial_d_v
 
     def _stream_arguments(self, attn: bool, residual: bool) -> dict[str, Any]:
         """What the kernels take that make the gradients of h_att, h_in and S: S, and these as far as they are asked."""
@@ -112,27 +118,33 @@ class FusionBackward:
         }
 
     def v(self) -> Tensor:
-        """Gradient of V, [T, E r] in the compute dtype."""
+        """Gradient of V in parts, [splits of d, T, E r]."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("v_grad", x)
-        columns, splits = split_length(d, config.pop("SPLITS"), config["BLOCK_D"])
+        programs = triton.cdiv(tokens, config["BLOCK_T"]) * self._groups(config)
+        columns, splits = split(config, programs, d, config["BLOCK_D"])
         partial_d_v = self._empty(splits, tokens, x.num_experts * x.rank)
-        programs = triton.cdiv(tokens, config["BLOCK_T"]) * x.num_experts * triton.cdiv(x.rank, config["BLOCK_R"])
         self.launch(
             v_grad_kernel, (programs, splits), config, partial_d_v=partial_d_v, columns=columns, **self.arguments
         )
-        return add_parts(partial_d_v).to(x.compute_dtype)
+        return partial_d_v
+
+    def _groups(self, config: Config) -> int:
+        """Of experts, times the blocks of their rank; EXPERTS become as even as their groups allow."""
+        groups = triton.cdiv(self.x.num_experts, config["EXPERTS"])
+        config["EXPERTS"] = triton.cdiv(self.x.num_experts, groups)
+        return groups * triton.cdiv(self.x.rank, config["BLOCK_R"])
 
     def b(self) -> tuple[Tensor, Tensor | None]:
-        """Gradients of B [E, d, r] and, where there is one, of its bias [E, d], in float32."""
+        """Gradients of B [E, d, r] in B's dtype and, where there is one, of its bias [E, d] in float32."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("b_grad", x)
-        tokens_per_split, splits = split_length(tokens, config.pop("SPLITS"), config["BLOCK_T"])
+        programs = triton.cdiv(d, config["BLOCK_D"]) * self._groups(config)
+        tokens_per_split, splits = split(config, programs, tokens, config["BLOCK_T"])
         partial_d_b = self._empty(splits, x.num_experts, d, x.rank)
         partial_d_bias = None if x.lora_b_bias is None else self._empty(splits, x.num_experts, d)
-        programs = triton.cdiv(d, config["BLOCK_D"]) * x.num_experts * triton.cdiv(x.rank, config["BLOCK_R"])
         self.launch(
             b_grad_kernel,
             (programs, splits),
@@ -142,7 +154,10 @@ class FusionBackward:
             tokens_per_split=tokens_per_split,
             **self.arguments,
         )
-        return add_parts(partial_d_b), None if partial_d_bias is None else add_parts(partial_d_bias)
+        assert x.lora_b is not None
+        d_b = self._empty(x.num_experts, d, x.rank, dtype=x.lora_b.dtype)
+        sum_parts(self.launch, x, partial_d_b.flatten(1, 2), d_b.flatten(0, 1))
+        return d_b, None if partial_d_bias is None else add_parts(partial_d_bias)
 
 
 def fusion_backward_reference(

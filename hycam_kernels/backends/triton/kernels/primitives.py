@@ -1,33 +1,61 @@
-"""Device functions that the fusion kernels share.
+"""Device functions that the fusion kernels share, on tiles of [BLOCK_T tokens, BLOCK_D features].
 
-Tiles are [BLOCK_T tokens, BLOCK_D features]. ``None`` for a tensor is a compile-time constant in Triton: the branches
-on it leave no instruction behind. Loops over experts and rank blocks are dynamic (``loop_unroll_factor=1``): unrolled
-they keep every tile alive and spill.
+``None`` for a tensor is a compile-time constant. Loops over experts and rank blocks are dynamic: unrolled, they spill.
 """
+# mypy: disable-error-code=assignment
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def sigmoid(x, FAST_RECIPROCAL: tl.constexpr):
-    """1 / (1 + exp(-x)). A full-range division costs about 12 instructions, NVIDIA's approximate reciprocal one.
+def silu_unit(SIGMOID: tl.constexpr):
+    """What SiLU's argument z and a gradient of SiLU(z) are multiplied by before the next three functions: 1/2 or 1."""
+    if SIGMOID == "tanh.approx" or SIGMOID == "tanh":
+        return 0.5
+    else:
+        return 1.0
 
-    rcp.approx.ftz has a relative error of 2^-23; 1 + exp(-x) is never 0, and its infinity gives the 0 that is wanted.
+
+@triton.jit
+def silu_gate(a, SIGMOID: tl.constexpr):
+    """The logistic function of a = z, or the tanh of a = z / 2: one special function where the logistic takes two.
+
+    tanh.approx has a relative error of 2^-11 at most, rcp.approx.ftz of 2^-23: 1 + exp(-a) is never 0, and its infinity
+    gives the 0 that is wanted. A full-range division costs about 12 instructions more.
     """
-    denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
-    if FAST_RECIPROCAL:
+    if SIGMOID == "tanh.approx":
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1)
+    elif SIGMOID == "tanh":
+        return 2.0 / (1.0 + tl.exp2(a * -2.8853900817779268)) - 1.0
+    elif SIGMOID == "rcp.approx":
+        denominator = 1.0 + tl.exp2(a * -1.4426950408889634)
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return 1.0 / denominator
+        return 1.0 / (1.0 + tl.exp2(a * -1.4426950408889634))
 
 
 @triton.jit
-def silu_derivative(activation, gate):
-    """SiLU'(z) from SiLU(z) and sigmoid(z): sigmoid(z) + SiLU(z) (1 - sigmoid(z))."""
-    return gate + activation * (1.0 - gate)
+def silu(a, gate, SIGMOID: tl.constexpr):
+    """SiLU(z) from a and its gate: z sigmoid(z) = z / 2 + z / 2 tanh(z / 2)."""
+    if SIGMOID == "tanh.approx" or SIGMOID == "tanh":
+        return a + a * gate
+    else:
+        return a * gate
+
+
+@triton.jit
+def silu_gradient(grad, a, gate, SIGMOID: tl.constexpr):
+    """The gradient g of SiLU(z) times SiLU'(z), from grad = g `silu_unit`.
+
+    SiLU'(z) = sigmoid(z) + SiLU(z) (1 - sigmoid(z)); with t = tanh(z / 2) it is (1 + t + z / 2 (1 - t^2)) / 2.
+    """
+    if SIGMOID == "tanh.approx" or SIGMOID == "tanh":
+        return grad + grad * (gate + a * (1.0 - gate * gate))
+    else:
+        return grad * (gate + a * gate * (1.0 - gate))
 
 
 @triton.jit
@@ -127,7 +155,7 @@ def expert_tile(
     RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Z_k = scale * (V_k B_k^T + b_k), [BLOCK_T, BLOCK_D] in float32."""
+    """scale * (V_k B_k^T + b_k), [BLOCK_T, BLOCK_D] in float32: Z_k, or what `silu_unit` makes of it."""
     z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if RANK <= BLOCK_R:
         v_tile = load_v(v, expert, rows, row_mask, 0, stride_v, RANK, BLOCK_R)
@@ -150,20 +178,54 @@ def load_weight(weights, expert, rows, row_mask, NUM_EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def load_all_v(
+    v, rows, row_mask, stride_v, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Every expert's V_k, [BLOCK_T, BLOCK_R] each, which stay in shared memory where a loop multiplies by them."""
+    tiles = ()
+    for expert in tl.static_range(NUM_EXPERTS):
+        tiles = tiles + (load_v(v, expert, rows, row_mask, 0, stride_v, RANK, BLOCK_R),)
+    return tiles
+
+
+@triton.jit
+def load_all_weights(weights, rows, row_mask, NUM_EXPERTS: tl.constexpr):
+    """Every expert's p_k, [BLOCK_T] each."""
+    loaded = ()
+    for expert in tl.static_range(NUM_EXPERTS):
+        loaded = loaded + (load_weight(weights, expert, rows, row_mask, NUM_EXPERTS),)
+    return loaded
+
+
+@triton.jit
+def resident_tile(
+    v_tile, b_tile, lora_b_bias, expert, start, col_mask, d, scale, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """`expert_tile` of a V_k that is at hand, for the columns from ``start`` on."""
+    z = tl.dot(v_tile, tl.trans(b_tile), input_precision=PRECISION)
+    if lora_b_bias is not None:
+        # one uniform base an expert: with the start in the lanes' offsets the addresses cost registers, and spill
+        bias = tl.load(lora_b_bias + (expert * d + start) + tl.arange(0, BLOCK_D), mask=col_mask, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    return z * scale
+
+
+@triton.jit
 def add_experts(
     fusion, v, lora_b, lora_b_bias, weights, rows, cols, row_mask, col_mask, d, stride_v, scale,
-    NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, FAST_RECIPROCAL: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """fusion + sum_k p_k SiLU(Z_k), [BLOCK_T, BLOCK_D]."""
     if NUM_EXPERTS > 0:
+        scale *= silu_unit(SIGMOID)
         for expert in tl.range(0, NUM_EXPERTS, loop_unroll_factor=1):
-            z = expert_tile(
+            a = expert_tile(
                 v, lora_b, lora_b_bias, expert, rows, cols, row_mask, col_mask, d, stride_v, scale,
                 RANK, BLOCK_T, BLOCK_D, BLOCK_R, PRECISION,
             )  # fmt: skip
             weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
-            fusion += weight[:, None] * (z * sigmoid(z, FAST_RECIPROCAL))
+            fusion += weight[:, None] * silu(a, silu_gate(a, SIGMOID), SIGMOID)
     return fusion
 
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from hycam_kernels.backends.triton.kernels.cost import Cost
 from hycam_kernels.backends.triton.kernels.fusion_forward import fusion_forward_cost, fusion_forward_reference
-from hycam_kernels.backends.triton.kernels.primitives import add_experts, row_product, sigmoid, store_modulated
+from hycam_kernels.backends.triton.kernels.primitives import (
+    add_experts,
+    row_product,
+    silu,
+    silu_gate,
+    silu_unit,
+    store_modulated,
+)
 from hycam_kernels.backends.triton.launch import COMPUTE_NAMES, Launcher, dense_rows, row_stride
 from hycam_kernels.inputs import ModulationInputs
 
@@ -22,7 +29,7 @@ from hycam_kernels.inputs import ModulationInputs
 def product_forward_kernel(
     hidden, shared_weight, shared_bias, v, lora_b, lora_b_bias, weights, attn_output, residual, out, s,
     tokens, d, stride_hidden, stride_shared, stride_v, stride_attn, stride_residual, scale,
-    NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, FAST_RECIPROCAL: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, SIGMOID: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_STRIP: tl.constexpr, GROUP: tl.constexpr,
@@ -56,10 +63,11 @@ def product_forward_kernel(
                 s_tile.to(s.dtype.element_ty),
                 mask=row_mask[:, None] & col_mask[None, :],
             )
+        a = s_tile * silu_unit(SIGMOID)
         fusion = add_experts(
-            s_tile * sigmoid(s_tile, FAST_RECIPROCAL),
+            silu(a, silu_gate(a, SIGMOID), SIGMOID),
             v, lora_b, lora_b_bias, weights, rows, cols, row_mask, col_mask, d, stride_v, scale,
-            NUM_EXPERTS, RANK, FAST_RECIPROCAL, PRECISION, BLOCK_T, BLOCK_STRIP, BLOCK_R,
+            NUM_EXPERTS, RANK, SIGMOID, PRECISION, BLOCK_T, BLOCK_STRIP, BLOCK_R,
         )  # fmt: skip
         store_modulated(
             fusion, attn_output, residual, out, rows, cols, row_mask, col_mask, d, stride_attn, stride_residual

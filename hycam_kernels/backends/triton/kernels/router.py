@@ -130,10 +130,11 @@ def load_count(count, tokens):
 
 @triton.jit
 def router_backward_kernel(
-    partial_d_probs, probs, logits, grad_load, grad_router_prob, token_mask, count, d_logits,
-    tokens, partials, tau,
+    partial_d_probs, probs, logits, grad_load, grad_router_prob, token_mask, count, d_logits, d_rows,
+    tokens, partials, stride_rows, columns, tau,
     NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
+    """d_rows [T, ``columns``], where given, gets the gradient too, and zeros in the columns beyond the experts."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, PADDED_EXPERTS)
     row_mask = rows < tokens
@@ -165,6 +166,13 @@ def router_backward_kernel(
         d_q = share[:, None] * tl.load(grad_router_prob + experts, mask=expert_mask, other=0.0)[None, :]
         d_logit += tl.where(counted, q * (d_q - tl.sum(d_q * q, 1)[:, None]), 0.0)
     tl.store(d_logits + offsets, d_logit, mask=mask)
+    if d_rows is not None:
+        in_row = d_rows + rows.to(tl.int64)[:, None] * stride_rows
+        tl.store(in_row + experts[None, :], d_logit.to(d_rows.dtype.element_ty), mask=mask)
+        # fewer than 8, which `aligned_rows` adds
+        beyond = NUM_EXPERTS + tl.arange(0, 8)[None, :]
+        zero = tl.zeros((BLOCK_T, 8), tl.float32).to(d_rows.dtype.element_ty)
+        tl.store(in_row + beyond, zero, mask=row_mask[:, None] & (beyond < columns))
 
 
 def route(launch: Launcher, x: ModulationInputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -232,8 +240,12 @@ def route_backward(
     partial_d_probs: Tensor | None,
     grad_load: Tensor | None,
     grad_router_prob: Tensor | None,
+    d_rows: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the logits [T, E], float32, from that of p [partials, T, E] and those of the two token means."""
+    """Gradient of the logits [T, E], float32, from that of p [partials, T, E] and those of the two token means.
+
+    Where given, ``d_rows`` [T, E and fewer than 8 more] gets it too, in its dtype, and zeros beyond.
+    """
     d_logits = torch.empty_like(logits)
     config = launch.config("router_backward", x)
     launch(
@@ -248,6 +260,9 @@ def route_backward(
         token_mask=mask_bytes(x),
         count=_count(x),
         d_logits=d_logits,
+        d_rows=d_rows,
+        stride_rows=row_stride(d_rows),
+        columns=0 if d_rows is None else d_rows.shape[1],
         tokens=x.hidden.shape[0],
         partials=0 if partial_d_probs is None else partial_d_probs.shape[0],
         tau=x.tau,

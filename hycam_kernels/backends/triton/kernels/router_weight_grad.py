@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hycam_kernels.backends.triton.kernels.cost import Cost
-from hycam_kernels.backends.triton.launch import Launcher, add_parts, padded_experts, row_stride, split_length
+from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
+from hycam_kernels.backends.triton.launch import Launcher, padded_experts, row_stride, split_length
 from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
 
 
@@ -39,23 +40,41 @@ def router_weight_grad_kernel(
         h = tl.load(
             hidden + wide_rows * stride_hidden + cols[None, :], mask=has_gradient[:, None] & col_mask, other=0.0
         )
-        d_weight = tl.dot(tl.trans(d_logit), h.to(tl.float32), d_weight, input_precision=PRECISION)
+        if PRECISION == "bf16x3":
+            high = d_logit.to(tl.bfloat16)
+            rest = d_logit - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            d_weight = tl.dot(tl.trans(high), h, d_weight)
+            d_weight = tl.dot(tl.trans(middle), h, d_weight)
+            d_weight = tl.dot(tl.trans(low), h, d_weight)
+        else:
+            d_weight = tl.dot(tl.trans(d_logit), h.to(tl.float32), d_weight, input_precision=PRECISION)
     partial = partial_d_weight + (split * NUM_EXPERTS + experts).to(tl.int64)[:, None] * d + cols[None, :]
     tl.store(partial, d_weight, mask=expert_mask[:, None] & col_mask)
 
 
 def router_weight_grad(
-    launch: Launcher, x: ModulationInputs | NormProjectInputs, d_logits: Tensor, hidden: Tensor
+    launch: Launcher,
+    x: ModulationInputs | NormProjectInputs,
+    d_logits: Tensor,
+    hidden: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Gradient of W_r, [E, d] in float32, from that of the logits [T, E] and h [T, d] in the compute dtype.
+    """Gradient of W_r, [E, d] in ``dtype``, from that of the logits [T, E] and h [T, d] in the compute dtype.
 
-    In float32 up to the last bits: 16-bit h is exact in tf32, the logits' gradient in the sum of two tf32 numbers.
+    In float32 up to the last bits: the logits' gradient is the sum of three bfloat16 numbers where h has that dtype;
+    float16 h is exact in tf32, the gradient in the sum of two tf32 numbers.
     """
     tokens, d = hidden.shape
     config = launch.config("router_weight_grad", x)
     tokens_per_split, splits = split_length(tokens, config.pop("SPLITS"), config["BLOCK_T"])
     partial_d_weight = torch.empty(splits, x.num_experts, d, dtype=torch.float32, device=hidden.device)
-    as_tf32 = launch.has_tf32 and x.compute_dtype != torch.float32
+    precision = launch.arithmetic(x)["PRECISION"]
+    if x.compute_dtype == torch.bfloat16:
+        precision = "bf16x3"
+    elif x.compute_dtype == torch.float16 and launch.has_tf32:
+        precision = "tf32x3"
     launch(
         router_weight_grad_kernel,
         (triton.cdiv(d, config["BLOCK_D"]), splits),
@@ -69,9 +88,11 @@ def router_weight_grad(
         stride_hidden=row_stride(hidden),
         NUM_EXPERTS=x.num_experts,
         PADDED_EXPERTS=padded_experts(x.num_experts),
-        PRECISION="tf32x3" if as_tf32 else launch.arithmetic(x)["PRECISION"],
+        PRECISION=precision,
     )
-    return add_parts(partial_d_weight)
+    d_weight = partial_d_weight.new_empty(x.num_experts, d, dtype=dtype)
+    sum_parts(launch, x, partial_d_weight, d_weight)
+    return d_weight
 
 
 def router_weight_grad_cost(tokens: int, d: int, num_experts: int, *, itemsize=2) -> Cost:

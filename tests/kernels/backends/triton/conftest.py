@@ -26,9 +26,9 @@ def device() -> torch.device:
 
     if reason := _installation_refusal():
         pytest.skip(reason)
-    from hycam_kernels.backends.triton.kernels.primitives import sigmoid
+    from hycam_kernels.backends.triton.kernels.primitives import silu
 
-    if INTERPRETING and type(sigmoid).__name__ != "InterpretedFunction":
+    if INTERPRETING and type(silu).__name__ != "InterpretedFunction":
         pytest.fail(
             "triton was imported before TRITON_INTERPRET=1 was set: run `pytest tests/kernels/backends/triton` alone"
         )

@@ -15,8 +15,14 @@ from tests.kernels.cases import Case
 
 fusion_forward = pytest.importorskip("hycam_kernels.backends.triton.kernels.fusion_forward")
 from hycam_kernels.backends.triton.config_tables import OPTIONAL, drop_limits, families, load_table
-from hycam_kernels.backends.triton.kernels import fusion_backward, product_forward, router, router_weight_grad
-from hycam_kernels.backends.triton.launch import Launcher
+from hycam_kernels.backends.triton.kernels import (
+    fusion_backward,
+    product_forward,
+    router,
+    router_weight_grad,
+    sum_parts,
+)
+from hycam_kernels.backends.triton.launch import Launcher, split
 
 CASES = {
     "paper": Case((77,), 96, 3, 16),
@@ -151,18 +157,59 @@ def test_fusion_backward(name, dtype, structure, launch, device):
     if structure == "rows":
         if not at.x.num_experts or not launch.takes("row_grad", at.x):
             pytest.skip("the family's row_grad doesn't take this call")
-        got["attn_output"], got["residual"], got["s"], partial_d_probs, got["v"] = backward.stream_and_v(**asked)
-        got["probs"] = partial_d_probs.sum(0)
+        got["attn_output"], got["residual"], got["s"], partial_d_probs, partial_d_v = backward.stream_and_v(**asked)
+        got |= {"probs": partial_d_probs.sum(0), "v": partial_d_v.sum(0)}
     else:
         got["attn_output"], got["residual"], got["s"], partial_d_probs = backward.stream(**asked)
         if at.x.num_experts:
-            got |= {"probs": partial_d_probs.sum(0), "v": backward.v()}
+            got |= {"probs": partial_d_probs.sum(0), "v": backward.v().sum(0)}
             got["lora_b"], got["lora_b_bias"] = backward.b()
     checked = {name for name, value in got.items() if value is not None}
     assert checked >= {"attn_output"} | ({"probs", "v"} if at.x.num_experts else set())
     for result in checked:
         assert got[result].isfinite().all(), result
         assert_near(got[result], want[result], dtype)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 5])
+@pytest.mark.parametrize("programs", [1, 7])
+def test_fusion_backward_by_groups_of_experts(experts, programs, device):
+    """5 experts, so that the last group of 2 or 3 is short; one program a group, and more than there are blocks."""
+    launch = copy.copy(triton_backend.launcher(device))
+    row = {"BLOCK_T": 16, "BLOCK_D": 16, "BLOCK_R": 16, "EXPERTS": experts, "PROGRAMS": programs}
+    launch.table = launch.table | {"v_grad": [row], "b_grad": [row]}
+    at = Setting(Case((33,), 40, 5, 16, biases=True, options={"scale": 4.0}), torch.float32, device)
+    backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.used)
+    want = fusion_backward.fusion_backward_reference(at.grad_out.double(), **at.equation)
+    d_b, d_bias = backward.b()
+    for result, got in {"v": backward.v().sum(0), "lora_b": d_b, "lora_b_bias": d_bias}.items():
+        assert_near(got, want[result], torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "columns", "gap"), [(33, 80, 0), (33, 80, 5), (5, 64, 0), (1, 7, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_parts(rows, columns, gap, dtype, launch, device):
+    """Of dense rows and of rows with others' columns between them, which stay as they are."""
+    at = Setting(CASES["paper"], dtype, device)
+    partial = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(1)).to(device)
+    whole = torch.full((rows, columns + gap), 7, dtype=dtype, device=device)
+    sum_parts.sum_parts(launch, at.x, partial, whole[:, :columns])
+    assert torch.equal(whole[:, :columns], sum_parts.sum_parts_reference(partial, dtype))
+    assert (whole[:, columns:] == 7).all()
+
+
+def test_programs_end_together():
+    """As many splits of d as keep the last program of a GPU's 132 from ending late, or those that a row says."""
+    assert split({"PROGRAMS": 132}, 32, 4096, 32) == (1024, 4)
+    assert split({"PROGRAMS": 132}, 10, 4096, 32) == (320, 13)
+    assert split({"PROGRAMS": 132}, 133, 4096, 32) == (512, 8)
+    assert split({"PROGRAMS": 132}, 0, 0, 32) == (32, 1)
+    assert split({"PROGRAMS": 4}, 1, 40, 16) == (16, 3)
+    assert split({"SPLITS": 3}, 133, 4096, 32) == (1376, 3)
+    assert split({}, 133, 4096, 32) == (32, 128)
+    config = {"PROGRAMS": 4, "BLOCK_D": 16}
+    split(config, 1, 40, 16)
+    assert config == {"BLOCK_D": 16}
 
 
 @pytest.mark.parametrize("noise", ["none", "seed", "explicit"])
@@ -224,6 +271,13 @@ def test_router_backward(name, absent, launch, device):
         grad_load, grad_router_prob, at.mask.double(), at.x.tau,
     )  # fmt: skip
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    # beside the gradient of V, and zeros up to whole 16 bytes
+    d_rows = torch.full((T, 4 + E + 3), 7, dtype=torch.bfloat16, device=device)
+    again = router.route_backward(launch, at.x, at.probs, at.logits, *given.values(), d_rows[:, 4:])
+    assert torch.equal(again, got)
+    assert torch.equal(d_rows[:, 4 : 4 + E], got.bfloat16())
+    assert (d_rows[:, :4] == 7).all()
+    assert not d_rows[:, 4 + E :].any()
 
 
 @pytest.mark.parametrize(
@@ -277,6 +331,7 @@ def test_costs_count_every_tensor_once(residual, device):
     backward.stream_and_v(attn=True, residual=residual)
     backward.v()
     backward.b()
+    assert launch.bytes.pop("sum_parts_kernel") == sum_parts.sum_parts_cost(1, E * d, r).bytes
     for keep in (False, True):
         x = at.x._replace(keep=keep)
         product_forward.product_forward(own_product(launch), x, x.hidden, at.v, x.lora_b, at.used)

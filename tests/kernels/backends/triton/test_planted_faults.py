@@ -13,6 +13,7 @@ FORWARD, PRODUCT, BACKWARD, ROUTER, SHARED = (
     f"hycam_kernels/backends/triton/kernels/{name}.py"
     for name in ("fusion_forward", "product_forward", "fusion_backward_kernels", "router", "primitives")
 )
+SUM = "hycam_kernels/backends/triton/kernels/sum_parts.py"
 ROUTER_WEIGHT = "hycam_kernels/backends/triton/kernels/router_weight_grad.py"
 DECODE, NORM = (f"hycam_kernels/backends/triton/kernels/{name}.py" for name in ("decode", "norm_projection"))
 BACKEND, NORM_BACKEND = (
@@ -54,7 +55,11 @@ FAULTS = {
         "mask=row_mask[:, None] & col_mask[None, :],\n            )",
         "mask=(rows < tokens + 1)[:, None] & col_mask[None, :],\n            )",
     ),
-    "product forward: SiLU of S without S": (PRODUCT, "s_tile * sigmoid(s_tile", "sigmoid(s_tile"),
+    "product forward: SiLU of S without S": (
+        PRODUCT,
+        "silu(a, silu_gate(a, SIGMOID), SIGMOID),\n            v",
+        "silu_gate(a, SIGMOID),\n            v",
+    ),
     "product forward: S not kept": (PRODUCT, "if x.keep else None", "if not x.keep else None"),
     "product: a feature past the last": (SHARED, "inside = (features < end)", "inside = (features < end + 1)"),
     "product: last block of features dropped": (
@@ -63,6 +68,10 @@ FAULTS = {
         "range(start, end - BLOCK_K, BLOCK_K)",
     ),
     "expert tile: scale dropped": (SHARED, "return z * scale", "return z"),
+    "resident tile: bias dropped": (SHARED, "z += bias.to(tl.float32)[None, :]", "z += 0.0"),
+    "resident tile: bias of the first columns": (SHARED, "(expert * d + start)", "(expert * d)"),
+    "SiLU: tanh's half dropped": (SHARED, "return a + a * gate", "return a * gate"),
+    "SiLU: tanh's square dropped": (SHARED, "(1.0 - gate * gate)", "(1.0 - gate)"),
     "expert tile: rank mask dropped": (
         SHARED,
         "row_mask[:, None] & (ranks < RANK)",
@@ -70,34 +79,65 @@ FAULTS = {
     ),
     "expert tile: last rank block dropped": (SHARED, "range(0, RANK, BLOCK_R,", "range(0, RANK - BLOCK_R, BLOCK_R,"),
     "hard routing: last of a tie": (ROUTER, "tl.argmax(p, 1)", "tl.argmax(p, 1, tie_break_left=False)"),
-    "stream grad: SiLU' without its second term": (SHARED, "gate + activation * (1.0 - gate)", "gate"),
+    "stream grad: SiLU' without its second term": (SHARED, "(gate + a * gate * (1.0 - gate))", "gate"),
     "stream grad: upstream dropped": (BACKWARD, "(grad + through_stream)", "through_stream"),
     "stream grad: p's gradient weighted": (
         BACKWARD,
         "tl.sum(d_fusion * activation, 1)",
         "tl.sum(grad * activation, 1)",
     ),
-    "stream grad: column block ignored": (BACKWARD, "column_block.to(tl.int64) * tokens + rows", "rows"),
+    "stream grad: split ignored": (BACKWARD, "partial += (split.to(tl.int64) * tokens + rows)", "partial += rows"),
+    "stream grad: p's sum of one block": (
+        BACKWARD,
+        "d_p[expert] + tl.sum(d_fusion * activation, 1),)\n            d_p",
+        "tl.sum(d_fusion * activation, 1),)\n            d_p",
+    ),
+    "stream grad: columns of the next split": (BACKWARD, "tl.minimum(split * columns + columns, d)", "d"),
+    "forward: first columns of a split for all": (
+        FORWARD,
+        "cols = start + tl.arange(0, BLOCK_D)",
+        "cols = first + tl.arange(0, BLOCK_D)",
+    ),
+    "forward: first expert's V for all": (FORWARD, "v_tiles[expert]", "v_tiles[0]"),
+    "forward: first expert's p for all": (FORWARD, "p[expert][:, None]", "p[0][:, None]"),
     "row grad: last expert dropped": (
         BACKWARD,
-        "fusion += weight[:, None] * activation\n            next_d_p",
-        "fusion += weight[:, None] * activation * (expert < NUM_EXPERTS - 1)\n            next_d_p",
+        "fusion += p[expert][:, None] * activation\n            next_d_p",
+        "fusion += p[expert][:, None] * activation * (expert < NUM_EXPERTS - 1)\n            next_d_p",
     ),
-    "row grad: V's scale dropped": (BACKWARD, "(weight * scale)[:, None]", "weight[:, None]"),
-    "row grad: p's sum of one block": (BACKWARD, "d_p[expert] + tl.sum", "tl.sum"),
-    "row grad: bias dropped": (BACKWARD, "z += bias.to(tl.float32)[None, :]", "z += 0.0"),
-    "row grad: bias of the first columns": (BACKWARD, "(expert * d + start)", "(expert * d)"),
+    "row grad: V's scale dropped": (BACKWARD, "(p[expert] * scale)[:, None]", "p[expert][:, None]"),
+    "row grad: p's sum of one block": (
+        BACKWARD,
+        "d_p[expert] + tl.sum(d_fusion * activation, 1),)\n            d_z",
+        "tl.sum(d_fusion * activation, 1),)\n            d_z",
+    ),
     "row grad: split ignored": (BACKWARD, "partial_rows = split.to(tl.int64) * tokens + rows", "partial_rows = rows"),
     "v grad: split end ignored": (BACKWARD, "tl.minimum((split + 1) * columns, d)", "d"),
-    "v grad: weight dropped": (
+    "v grad: weight dropped": (BACKWARD, "d_v[index] * weight[:, None]", "d_v[index] * scale"),
+    "v grad: first expert's V for all": (BACKWARD, "v_tiles[index], b_tile", "v_tiles[0], b_tile"),
+    "v grad: an expert past the last": (
         BACKWARD,
-        "d_z = grad * stream * weight[:, None] * silu",
-        "d_z = grad * stream * silu",
+        "there = row_mask & (expert < NUM_EXPERTS)\n        weight",
+        "there = row_mask & (expert < NUM_EXPERTS + 1)\n        weight",
     ),
-    "v grad: bias dropped": (BACKWARD, "load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[None, :]", "0"),
+    "b grad: weight dropped": (BACKWARD, "(v_tile.to(tl.float32) * weight[:, None])", "v_tile"),
+    "b grad: scale dropped": (BACKWARD, "d_b[index] * scale", "d_b[index]"),
+    "b grad: bias's weight dropped": (BACKWARD, "tl.sum(d_z * weight[None, :], 1)", "tl.sum(d_z, 1)"),
+    "sum of parts: one part": (SUM, "range(parts)", "range(1)"),
+    "sum of parts: column past the last": (SUM, "(column < columns)", "(column <= columns)"),
+    "router backward: zeros beside the logits left out": (
+        ROUTER,
+        "mask=row_mask[:, None] & (beyond < columns)",
+        "mask=row_mask[:, None] & (beyond < 0)",
+    ),
+    "h's gradient: the logits' columns shifted": (BACKEND, "d_rows[:, low_rank:]", "d_rows[:, low_rank - 1 : -1]"),
     "b grad: token mask of the tail dropped": (BACKWARD, "row_mask = rows < end\n", "row_mask = rows < end + 1\n"),
-    "b grad: bias sum of one block": (BACKWARD, "d_bias += tl.sum(d_z, 1)", "d_bias = tl.sum(d_z, 1)"),
-    "b grad: bias dropped": (BACKWARD, "load_expert_bias(lora_b_bias, expert, cols, col_mask, d)[:, None]", "0"),
+    "b grad: bias sum of one block": (BACKWARD, "(d_bias[index] + tl.sum(", "(tl.sum("),
+    "b grad: bias dropped": (
+        BACKWARD,
+        "load_expert_bias(lora_b_bias, expert, cols, col_mask & (expert < NUM_EXPERTS), d)[:, None]",
+        "0",
+    ),
     "router: noise counter": (ROUTER, "rows[:, None] * NUM_EXPERTS +", "rows[:, None] * 16 +"),
     "router: temperature dropped": (ROUTER, "softmax_rows(noisy / tau,", "softmax_rows(noisy,"),
     "router: logits in one chain of sums": (
@@ -112,7 +152,7 @@ FAULTS = {
         "logit = tl.load(logits + offsets, mask=mask, other=0.0)\n    else",
         "logit = tl.zeros((BLOCK_T, PADDED_EXPERTS), tl.float32)\n    else",
     ),
-    "projections: gradient of V dropped": (BACKEND, 'grads["given_v"] = d_v', "pass"),
+    "projections: gradient of V dropped": (BACKEND, 'd_v = grads["given_v"] = ', "d_v = "),
     "projections: gradient of the logits dropped": (BACKEND, 'grads["given_logits"] = d_logits', "pass"),
     "projections: decoded": (BACKEND, "x.shape[0] <= MAX_DECODE_TOKENS and x.given_v is None", "x.shape[0] <= 64"),
     "token mean: second expert row": (ROUTER, "partial_sums + NUM_EXPERTS + offsets", "partial_sums + offsets"),
@@ -129,6 +169,11 @@ FAULTS = {
         BACKEND,
         "router_weight_grad(launch, x, d_logits,",
         "router_weight_grad(launch, x, d_logits.to(x.compute_dtype),",
+    ),
+    "router weight grad: last bits dropped": (
+        ROUTER_WEIGHT,
+        "d_weight = tl.dot(tl.trans(middle), h, d_weight)",
+        "d_weight = d_weight",
     ),
     "router weight grad: tokens of the next split": (ROUTER_WEIGHT, "rows < end)[:, None]", "rows < end + 1)[:, None]"),
     "router weight grad: split end ignored": (
@@ -176,7 +221,7 @@ FAULTS = {
         "tl.trans(as_compute(n, COMPUTE)), v,",
         "as_compute(n, COMPUTE), v,",
     ),
-    "decode: scale dropped": (DECODE, "z *= scale\n", "z *= 1.0\n"),
+    "decode: scale dropped": (DECODE, "a = z * (scale * silu_unit(SIGMOID))", "a = z * silu_unit(SIGMOID)"),
     "decode: runs where gradients follow": (BACKEND, "not x.needs_grad and few", "few"),
     "norm: statistics of a padded block": (NORM, "centred = tl.where(col_mask[None, :], x -", "centred = (x -"),
     "norm: block means not combined": (NORM, "mean += step * share\n", "mean = block_mean\n"),

@@ -158,6 +158,13 @@ def test_a_table_of_ones_own_goes_before_the_shipped_one(tmp_path, monkeypatch):
     tables.load_table.cache_clear()
     with pytest.raises(ValueError, match=r"HYCAM_KERNELS_TABLES .*nowhere"):
         load_table("sm_90")
+    of_before = {kernel: rows for kernel, rows in table.items() if kernel not in ("sum_parts", "row_grad")}
+    of_before["b_grad"] = [{"BLOCK_T": 64}]
+    (tmp_path / "sm_90.json").write_text(table_text(of_before))
+    monkeypatch.setenv("HYCAM_KERNELS_TABLES", str(tmp_path))
+    tables.load_table.cache_clear()
+    with pytest.raises(ValueError, match=r"sm_90.json has no sum_parts, no EXPERTS in a row of b_grad"):
+        load_table("sm_90")
     monkeypatch.delenv("HYCAM_KERNELS_TABLES")
     tables.load_table.cache_clear()
     assert load_table("sm_90") != table
@@ -205,6 +212,32 @@ def test_every_kernel_of_both_passes_is_measured(tuner, device):
     assert len(tuner.found) == sum(map(len, candidates.values())) + len(left_out)
     assert all(found.refusal is None and found.median_us for found in tuner.found)
     assert winners(tuner.found, tuner.table).keys() == tuner.table.keys()
+
+
+def test_further_rows_come_before_neighbours_where_experts_are_few(tuner, device):
+    """With V at hand and without, with one expert a program and several: no single change leads there."""
+    tuner.processors = 6
+    of_few = tuner.candidates([Size(70, 48, 2, 16)], lambda s: call(s, device))
+    for kernel, rows in tune.further(6).items():
+        first = [row for row in of_few[kernel] if row in rows]
+        assert first == rows, kernel
+        assert of_few[kernel].index(rows[-1]) < min(of_few[kernel].index(row) for row in neighbours(of_few[kernel][0]))
+        assert {row.get("PROGRAMS", 6) for row in rows} == {6}
+    of_many = tuner.candidates([Size(70, 48, 6, 16)], lambda s: call(s, device))
+    assert not any(row in of_many["b_grad"] for row in tune.further(6)["b_grad"])
+
+
+def test_a_row_that_holds_all_experts_takes_no_more_of_them_than_were_measured():
+    held = WIDE | {"PROGRAMS": 132}
+    table = winners(measured({(SMALL, 0): 10, (SMALL, 1): 5}, rows=(ROW, held)), TABLE)
+    assert table["fusion_forward"][0] == {
+        "dtypes": ["bfloat16"], "max_rank": 16, "max_experts": 2, "plain": True, "min_rank": 1, **held,
+    }  # fmt: skip
+    for limits in ({"num_experts": 3}, {"plain": False}, {"rank": 0}):
+        sizes = {"tokens": 2400, "d": 4096, "num_experts": 2, "rank": 16} | limits
+        assert (
+            launch_parameters(table["fusion_forward"][select(table, "fusion_forward", torch.bfloat16, **sizes)]) == ROW
+        )
 
 
 def test_inference_is_measured_at_few_tokens(tuner, device):
