@@ -30,9 +30,9 @@ def environments() -> dict[str, tuple[str, tuple[str, ...]]]:
     return ast.literal_eval(values["ENVIRONMENTS"])
 
 
-def test_there_are_at_most_six_and_no_record_is_of_another():
+def test_there_are_at_most_six_and_each_has_its_record():
     assert 0 < len(environments()) <= 6
-    assert {path.stem for path in RECORDS} <= set(environments())
+    assert {path.stem for path in RECORDS} == set(environments())
 
 
 def test_every_floor_is_a_tested_version():
