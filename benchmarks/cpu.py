@@ -100,7 +100,7 @@ def measure_models(
 ) -> None:
     """Attention layers, training steps, generation, and the longest row of a 7B shape by count."""
     for shape in trained:
-        measure_steps(session, shape, torch.bfloat16, WHOLE_METHODS, seconds=60)
+        measure_steps(session, shape, torch.bfloat16, WHOLE_METHODS)
     for shape in shapes:
         measure_attention(session, shape, torch.float32, LAYER_METHODS)
         for setting in (PLAIN, Setting(checkpointing=True)):

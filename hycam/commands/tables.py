@@ -67,10 +67,19 @@ def load_table(loads: Mapping[str, Mapping[str, list[float]]]) -> Table:
 
 def show(*tables: Table) -> None:
     """Print tables: words are wrapped, numbers (columns set to the right) stay whole in the narrowest terminal."""
-    widest = Console(width=sys.maxsize)
     for table in tables:
-        for column in table.columns:
-            if column.justify == "right":
-                whole = [widest.measure(cell).maximum for cell in column.cells]  # `6.05 ± 0.01` is one number
-                column.width = max(widest.measure(column.header).minimum, *whole)
-        Console(width=max(Console().width, widest.measure(table).minimum)).print(table)
+        needed = _set_widths(table, whole_headers=True)
+        if needed > Console().width:
+            needed = _set_widths(table, whole_headers=False)
+        Console(width=max(Console().width, needed)).print(table)
+
+
+def _set_widths(table: Table, *, whole_headers: bool) -> int:
+    """Fix the widths of columns of numbers; returns the table's least width."""
+    widest = Console(width=sys.maxsize)
+    for column in table.columns:
+        if column.justify == "right":
+            header = widest.measure(column.header)
+            numbers = [widest.measure(cell).maximum for cell in column.cells]  # `6.05 ± 0.01` is one
+            column.width = max(header.maximum if whole_headers else header.minimum, *numbers)
+    return widest.measure(table).minimum

@@ -124,13 +124,13 @@ def test_a_step_is_shown_with_its_tokens_and_bytes(results):
         if entry.get("what") == "step" and entry["peer"] == "lora" and entry["setting"] == "plain":
             entry |= {"kept_bytes": 5_000_000, "peak_bytes": 7_000_000, "optimizer_bytes": 300_000}
     record["entries"].append(
-        {"group": "step", "shape": {"model": "big", "batch": 8, "length": 1200}, "setting": "plain", "peer": "full",
-         "error": "OutOfMemoryError: CUDA out of memory"}
+        {"group": "step", "shape": {"model": "big", "batch": 8, "length": 1200}, "dtype": "float32",
+         "setting": "plain", "peer": "full", "error": "OutOfMemoryError: CUDA out of memory"}
     )  # fmt: skip
     path.write_text(json.dumps(record))
     shown = render("cpu-steps", results)
-    assert "| tiny-llama, 1 x 16 | plain | lora | 4000 | 2.00 | 5.0 | 7.0 | 0.3 |" in shown
-    assert "| big, 8 x 1200 | plain | full | too little memory |" in shown
+    assert "| tiny-llama, 1 x 16 | float32 | plain | lora | 4000 | 2.00 | 5.0 | 7.0 | 0.3 |" in shown
+    assert "| big, 8 x 1200 | float32 | plain | full | too little memory |" in shown
 
 
 def test_the_newest_record_with_such_a_measurement_is_shown(results):

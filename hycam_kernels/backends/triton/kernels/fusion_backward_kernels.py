@@ -17,6 +17,7 @@ from hycam_kernels.backends.triton.kernels.primitives import (
     load_tile,
     load_v,
     load_weight,
+    of_expert,
     resident_tile,
     silu,
     silu_gate,
@@ -144,7 +145,7 @@ def v_grad_kernel(
     d_v = ()
     for index in tl.static_range(EXPERTS):
         if rank_blocks == 1:
-            there = row_mask & (first + index < NUM_EXPERTS)
+            there = of_expert(row_mask, first + index, NUM_EXPERTS)
             v_tiles = v_tiles + (load_v(v, first + index, rows, there, 0, stride_v, RANK, BLOCK_R),)
         d_v = d_v + (tl.zeros((BLOCK_T, BLOCK_R), tl.float32),)
 
@@ -159,7 +160,7 @@ def v_grad_kernel(
         next_d_v = ()
         for index in tl.static_range(EXPERTS):
             expert = first + index
-            valid = col_mask & (expert < NUM_EXPERTS)
+            valid = of_expert(col_mask, expert, NUM_EXPERTS)
             b_tile = load_b(lora_b, expert, cols, valid, rank_start, d, RANK, BLOCK_R)
             if rank_blocks == 1:
                 a = resident_tile(
@@ -179,7 +180,7 @@ def v_grad_kernel(
     partial_rows = (split.to(tl.int64) * tokens + rows)[:, None] * (NUM_EXPERTS * RANK)
     for index in tl.static_range(EXPERTS):
         expert = first + index
-        there = row_mask & (expert < NUM_EXPERTS)
+        there = of_expert(row_mask, expert, NUM_EXPERTS)
         weight = load_weight(weights, expert, rows, there, NUM_EXPERTS) * scale
         offsets = partial_rows + expert * RANK + ranks[None, :]
         tl.store(partial_d_v + offsets, d_v[index] * weight[:, None], mask=there[:, None] & (ranks < RANK)[None, :])
@@ -280,7 +281,7 @@ def b_grad_kernel(
     d_bias = ()
     for index in tl.static_range(EXPERTS):
         if rank_blocks == 1:
-            there = col_mask & (first + index < NUM_EXPERTS)
+            there = of_expert(col_mask, first + index, NUM_EXPERTS)
             b_tiles = b_tiles + (load_b(lora_b, first + index, cols, there, 0, d, RANK, BLOCK_R),)
         d_b = d_b + (tl.zeros((BLOCK_D, BLOCK_R), tl.float32),)
         d_bias = d_bias + (tl.zeros((BLOCK_D,), tl.float32),)
@@ -297,7 +298,7 @@ def b_grad_kernel(
         next_d_bias = ()
         for index in tl.static_range(EXPERTS):
             expert = first + index
-            valid = row_mask & (expert < NUM_EXPERTS)
+            valid = of_expert(row_mask, expert, NUM_EXPERTS)
             v_tile = load_v(v, expert, rows, valid, rank_start, stride_v, RANK, BLOCK_R)
             if rank_blocks == 1:
                 z = tl.dot(b_tiles[index], tl.trans(v_tile), input_precision=PRECISION)
@@ -308,7 +309,7 @@ def b_grad_kernel(
                     v_part = load_v(v, expert, rows, row_mask, part, stride_v, RANK, BLOCK_R)
                     z = tl.dot(b_part, tl.trans(v_part), z, input_precision=PRECISION)
             if lora_b_bias is not None:
-                z += load_expert_bias(lora_b_bias, expert, cols, col_mask & (expert < NUM_EXPERTS), d)[:, None]
+                z += load_expert_bias(lora_b_bias, expert, cols, of_expert(col_mask, expert, NUM_EXPERTS), d)[:, None]
             a = z * (scale * silu_unit(SIGMOID))
             d_z = silu_gradient(d_fusion, a, silu_gate(a, SIGMOID), SIGMOID)
             weight = load_weight(weights, expert, rows, valid, NUM_EXPERTS)
@@ -324,7 +325,7 @@ def b_grad_kernel(
     ranks = rank_start + tl.arange(0, BLOCK_R)
     for index in tl.static_range(EXPERTS):
         expert = first + index
-        there = col_mask & (expert < NUM_EXPERTS)
+        there = of_expert(col_mask, expert, NUM_EXPERTS)
         features = (split.to(tl.int64) * NUM_EXPERTS + expert) * d + cols
         mask = there[:, None] & (ranks < RANK)[None, :]
         tl.store(partial_d_b + features[:, None] * RANK + ranks[None, :], d_b[index] * scale, mask=mask)

@@ -137,6 +137,12 @@ def load_v(v, expert, rows, row_mask, start, stride_v, RANK: tl.constexpr, BLOCK
 
 
 @triton.jit
+def of_expert(mask, expert, NUM_EXPERTS: tl.constexpr):
+    """The mask where there is such an expert; a mask & a scalar is no mask in the interpreter of triton 3.9."""
+    return mask & (tl.full(mask.shape, expert, tl.int32) < NUM_EXPERTS)
+
+
+@triton.jit
 def load_b(lora_b, expert, cols, col_mask, start, d, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
     """[BLOCK_D, BLOCK_R]: columns start.. of the contiguous B_k, 0 beyond r."""
     ranks = start + tl.arange(0, BLOCK_R)
