@@ -117,8 +117,8 @@ FAULTS = {
     "v grad: first expert's V for all": (BACKWARD, "v_tiles[index], b_tile", "v_tiles[0], b_tile"),
     "v grad: an expert past the last": (
         BACKWARD,
-        "there = row_mask & (expert < NUM_EXPERTS)\n        weight",
-        "there = row_mask & (expert < NUM_EXPERTS + 1)\n        weight",
+        "there = of_expert(row_mask, expert, NUM_EXPERTS)\n        weight",
+        "there = of_expert(row_mask, expert, NUM_EXPERTS + 1)\n        weight",
     ),
     "b grad: weight dropped": (BACKWARD, "(v_tile.to(tl.float32) * weight[:, None])", "v_tile"),
     "b grad: scale dropped": (BACKWARD, "d_b[index] * scale", "d_b[index]"),
@@ -135,7 +135,7 @@ FAULTS = {
     "b grad: bias sum of one block": (BACKWARD, "(d_bias[index] + tl.sum(", "(tl.sum("),
     "b grad: bias dropped": (
         BACKWARD,
-        "load_expert_bias(lora_b_bias, expert, cols, col_mask & (expert < NUM_EXPERTS), d)[:, None]",
+        "load_expert_bias(lora_b_bias, expert, cols, of_expert(col_mask, expert, NUM_EXPERTS), d)[:, None]",
         "0",
     ),
     "router: noise counter": (ROUTER, "rows[:, None] * NUM_EXPERTS +", "rows[:, None] * 16 +"),
