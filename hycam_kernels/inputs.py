@@ -155,9 +155,10 @@ def empty_gradients(x: ModulationInputs | NormProjectInputs, names: tuple[str, .
     ]
 
 
-def finish(of: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
-    """A gradient as the backward op returns it: in its tensor's dtype, zeros where nothing reached it, 0 elements where
-    it isn't needed."""
+def finish(x: ModulationInputs | NormProjectInputs, name: str, grad: Tensor | None, needed: bool) -> Tensor:
+    """A gradient as the backward op returns it: in its tensor's dtype, zeros where nothing reached it, and where it
+    isn't needed what `empty_gradients` gives."""
+    of = getattr(x, name)
     if not needed or of is None:
-        return torch.empty(0)
+        return x[0].new_empty(0)
     return torch.zeros_like(of) if grad is None else grad.to(of.dtype)

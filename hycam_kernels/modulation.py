@@ -241,9 +241,7 @@ def _modulation_decode(*args) -> tuple[Tensor, ...]:
 def _modulation_backward(grad_out, grad_load, grad_router_prob, *args) -> list[Tensor]:
     inputs, saved, needs = _split_backward_args(args)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        grads = _backend(inputs).backward(grad_out, grad_load, grad_router_prob, inputs, saved, needs)
-    # on the device and in the dtype that the fake says
-    return [grad if needed else inputs.hidden.new_empty(0) for grad, needed in zip(grads, needs, strict=True)]
+        return _backend(inputs).backward(grad_out, grad_load, grad_router_prob, inputs, saved, needs)
 
 
 for _implementation in (_modulation, _modulation_decode, _modulation_backward):

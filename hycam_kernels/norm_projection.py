@@ -123,9 +123,7 @@ def _norm_project(*args) -> tuple[Tensor, ...]:
 def _norm_project_backward(grad_hidden, grad_v, grad_logits, *args) -> list[Tensor]:
     inputs, saved, needs = _split_backward_args(args)
     with torch.autocast(inputs.hidden_in.device.type, enabled=False):
-        grads = _backend(inputs).backward(NormUpstream(grad_hidden, grad_v, grad_logits), inputs, saved, needs)
-    # on the device and in the dtype that the fake says
-    return [grad if needed else inputs.hidden_in.new_empty(0) for grad, needed in zip(grads, needs, strict=True)]
+        return _backend(inputs).backward(NormUpstream(grad_hidden, grad_v, grad_logits), inputs, saved, needs)
 
 
 def _split_backward_args(args: tuple) -> tuple[NormProjectInputs, NormSaved, list[bool]]:

@@ -39,4 +39,4 @@ def norm_gradients(
         grads |= low_rank_gradients(upstream.v, x, operand, need)
     if upstream.logits is not None and need["router_weight"]:
         grads["router_weight"] = parts.router_weight(upstream.logits, operand, x)
-    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return [finish(x, name, grads.get(name), needed) for name, needed in need.items()]

@@ -115,7 +115,7 @@ def backward(
         _folded_backward(x, hidden, d_v, joined, need, grads, d_hidden)
     if need["hidden"] and d_hidden.value is not None:
         grads["hidden"] = d_hidden.value
-    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return [finish(x, name, grads.get(name), needed) for name, needed in need.items()]
 
 
 def _terms_backward(

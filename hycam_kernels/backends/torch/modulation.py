@@ -148,7 +148,7 @@ def backward(
     if need["hidden"] and d_hidden.value is not None:
         grads["hidden"] = d_hidden.value
 
-    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return [finish(x, name, grads.get(name), needed) for name, needed in need.items()]
 
 
 def _row_blocks(x: ModulationInputs, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:

@@ -169,7 +169,7 @@ def backward(
     need = dict(zip(DIFFERENTIABLE, needs, strict=True))
     with torch.cuda.device_of(x.hidden):
         grads = _gradients(launch, _dense_weights(x), saved, need, grad_out, grad_load, grad_router_prob)
-    return [finish(getattr(x, name), grads.get(name), needed) for name, needed in need.items()]
+    return [finish(x, name, grads.get(name), needed) for name, needed in need.items()]
 
 
 def _gradients(

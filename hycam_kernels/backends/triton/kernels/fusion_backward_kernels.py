@@ -212,18 +212,10 @@ def row_grad_kernel(
     for start in range(split * columns, end, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         col_mask = cols < end
-        mask = row_mask[:, None] & col_mask[None, :]
-        contiguous = rows.to(tl.int64)[:, None] * d + cols[None, :]
-        grad = load_tile(grad_out, rows[:, None], cols[None, :], stride_grad, mask)
-        stream = load_stream(attn_output, residual, rows[:, None], cols[None, :], stride_attn, stride_residual, mask)
-        d_fusion = grad * stream * silu_unit(SIGMOID)
-        fusion = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        if s is not None:
-            s_tile = load_tile(s, rows[:, None], cols[None, :], stride_s, mask)
-            a = s_tile * silu_unit(SIGMOID)
-            gate = silu_gate(a, SIGMOID)
-            fusion = silu(a, gate, SIGMOID)
-            tl.store(d_s + contiguous, silu_gradient(d_fusion, a, gate, SIGMOID).to(d_s.dtype.element_ty), mask=mask)
+        grad, d_fusion, fusion = start_of_stream_grad(
+            grad_out, s, attn_output, residual, d_s, rows, cols, row_mask, col_mask, d,
+            stride_grad, stride_s, stride_attn, stride_residual, SIGMOID, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
         next_d_v = ()
         next_d_p = ()
         for expert in tl.static_range(NUM_EXPERTS):
@@ -241,12 +233,9 @@ def row_grad_kernel(
         d_v = next_d_v
         d_p = next_d_p
         # read again: held through the experts it would cost a tile of registers
+        mask = row_mask[:, None] & col_mask[None, :]
         grad = load_tile(grad_out, rows[:, None], cols[None, :], stride_grad, mask)
-        through_stream = grad * fusion
-        if d_residual is not None:
-            tl.store(d_residual + contiguous, through_stream.to(d_residual.dtype.element_ty), mask=mask)
-        if d_attn is not None:
-            tl.store(d_attn + contiguous, (grad + through_stream).to(d_attn.dtype.element_ty), mask=mask)
+        store_stream_grad(grad, fusion, d_attn, d_residual, rows, cols, row_mask, col_mask, d)
 
     ranks = tl.arange(0, BLOCK_R)
     partial_rows = split.to(tl.int64) * tokens + rows
