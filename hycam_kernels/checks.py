@@ -1,4 +1,7 @@
-"""Argument checks of the ops: each error names the argument, what was given and what is wanted."""
+"""Argument checks of the ops: each error names the argument, what was given and what is wanted.
+
+Types are told apart by tuples of them: a union is beyond torch.compile before torch 2.11.
+"""
 
 import functools
 import math
@@ -16,7 +19,6 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "triton")
 NORM_KINDS = ("rms", "layer")
 _PROJECTED_BIASES = ("lora_a_bias", "lora_n_bias", "router_bias")
-# Below, types are told apart by tuples of them: a union is beyond torch.compile before torch 2.11.
 # float32 holds logits up to 1e8 divided by it
 MIN_TAU = 1e-30
 
