@@ -25,12 +25,13 @@ def fold_weights(lora_n: Tensor, lora_a: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fold_router(x: ModulationInputs | NormProjectInputs) -> Tensor:
-    """[M | W_r], [E r + E, d] and rows of zeros up to `aligned_rows`, in the compute dtype."""
+    """[M | W_r], [E r + E, d] and finite rows up to `aligned_rows`, in the compute dtype."""
     assert x.lora_a is not None and x.lora_n is not None and x.router_weight is not None
     folded = fold_weights(x.lora_n, x.lora_a, x.compute_dtype)
     router_weight = x.router_weight.to(x.compute_dtype)
-    rows = folded.shape[0] + router_weight.shape[0]
-    return torch.cat([folded, router_weight, folded.new_zeros(aligned_rows(x) - rows, folded.shape[1])])
+    beyond = aligned_rows(x) - folded.shape[0] - router_weight.shape[0]
+    # any row will do: what multiplies it is 0
+    return torch.cat([folded, router_weight, router_weight[:1].expand(beyond, -1)])
 
 
 def aligned_rows(x: ModulationInputs | NormProjectInputs) -> int:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from triton import cdiv
 
 from benchmarks.harness.record import Entry
+from hycam_kernels.backends.triton.kernels.sum_parts import MAX_SUMS
 
 Values = Mapping[str, Any]  # a launch's arguments, blocks and constants by name
 Grid = tuple[int, ...]
@@ -72,7 +73,10 @@ def _router_backward(values: Values, grid: Grid) -> list[Loop]:
 
 
 def _sum_parts(values: Values, grid: Grid) -> list[Loop]:
-    return [Loop(values["parts"], bytes=4 * values["BLOCK_T"] * values["BLOCK_D"])]
+    """A program makes a block of one of the sums."""
+    asked = 4 * values["BLOCK_T"] * values["BLOCK_D"]
+    sums = ((values[f"parts_{index}"], values[f"programs_{index}"]) for index in range(MAX_SUMS))
+    return [Loop(parts, programs / grid[0], asked) for parts, programs in sums if programs]
 
 
 def _norm_projection(values: Values, grid: Grid) -> list[Loop]:

@@ -30,8 +30,8 @@ from hycam_kernels.backends.triton.kernels.norm_projection import norm_backward_
 from hycam_kernels.backends.triton.kernels.product_forward import product_forward_cost
 from hycam_kernels.backends.triton.kernels.router import route_backward_cost, route_cost, token_mean_cost
 from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad_cost
-from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts_cost
-from hycam_kernels.backends.triton.launch import Launcher
+from hycam_kernels.backends.triton.kernels.sum_parts import MAX_SUMS, sum_parts_cost
+from hycam_kernels.backends.triton.launch import COMPILER_OPTIONS, Launcher
 from hycam_kernels.backends.triton.tuning import Size, make_call
 from hycam_kernels.inputs import DIFFERENTIABLE, NORM_DIFFERENTIABLE, NormProjectInputs, NormSaved, NormUpstream
 
@@ -49,7 +49,7 @@ class Launch(NamedTuple):
         return self.kernel.__name__
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.config)
+        self.kernel[self.grid](**self.arguments, **self.config, **COMPILER_OPTIONS)
 
 
 class LaunchLog(Launcher):
@@ -68,6 +68,11 @@ def _sizes(shape: Shape) -> tuple[int, int, int, int]:
     return shape.tokens, shape.d, shape.num_experts, shape.rank
 
 
+def _sums(given: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    totals = ((given[f"parts_{index}"], given[f"total_{index}"]) for index in range(MAX_SUMS))
+    return [(parts, total.numel(), total.itemsize) for parts, total in totals if total is not None]
+
+
 # what each kernel must move and compute, by its name: (shape, its arguments, bytes of an element)
 COSTS: dict[str, Callable[[Shape, Mapping[str, Any], int], Cost]] = {
     "router_kernel": lambda s, _, i: route_cost(s.tokens, s.d, s.num_experts, itemsize=i),
@@ -81,9 +86,7 @@ COSTS: dict[str, Callable[[Shape, Mapping[str, Any], int], Cost]] = {
     "stream_grad_kernel": lambda s, _, i: stream_grad_cost(*_sizes(s), itemsize=i),
     "row_grad_kernel": lambda s, _, i: row_grad_cost(*_sizes(s), itemsize=i),
     "v_grad_kernel": lambda s, _, i: v_grad_cost(*_sizes(s), itemsize=i),
-    "sum_parts_kernel": lambda _, given, __: sum_parts_cost(
-        given["parts"], given["rows"], given["columns"], itemsize=given["total"].itemsize
-    ),
+    "sum_parts_kernel": lambda _, given, __: sum_parts_cost(*_sums(given)),
     "b_grad_kernel": lambda s, _, i: b_grad_cost(*_sizes(s), itemsize=i),
     "decode_down_kernel": lambda s, given, i: decode_down_cost(*_sizes(s), splits=given["SPLITS"], itemsize=i),
     "decode_fusion_kernel": lambda s, given, i: decode_fusion_cost(*_sizes(s), splits=given["SPLITS"], itemsize=i),

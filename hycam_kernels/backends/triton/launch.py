@@ -14,6 +14,8 @@ from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
 SPLIT_BY = {"SPLITS", "PROGRAMS"}
 # what a program does beside its loop, in turns of it
 TURNS_TO_START = 2
+# of every build: triton 3.10 takes products and sums apart unless it is asked not to
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 # tl.dot needs at least 16 along every dimension
 MIN_DOT = 16
 COMPUTE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -132,4 +134,4 @@ class Launcher:
         }
 
     def __call__(self, kernel, grid: tuple[int, ...], config: Mapping[str, int], **arguments) -> None:
-        kernel[grid](**arguments, **config)
+        kernel[grid](**arguments, **config, **COMPILER_OPTIONS)

@@ -9,7 +9,7 @@ triton is imported by the first call, so that a machine without it can import th
 
 import functools
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +172,22 @@ def backward(
     return [finish(x, name, grads.get(name), needed) for name, needed in need.items()]
 
 
+class _OfProducts(NamedTuple):
+    """Gradients of what the library's products made of h, in the compute dtype; of the logits in float32.
+
+    ``rows`` [T, `aligned_rows`] has those of V and the logits side by side and zeros beyond, where one product takes
+    them to h.
+    """
+
+    s: Tensor | None
+    v: Tensor | None
+    logits: Tensor | None
+    rows: Tensor | None
+
+
+_FOLDED = ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias")
+
+
 def _gradients(
     launch: "Launcher",
     x: ModulationInputs,
@@ -181,17 +197,31 @@ def _gradients(
     grad_load: Tensor | None,
     grad_router_prob: Tensor | None,
 ) -> dict[str, Tensor | None]:
+    hidden = x.hidden.to(x.compute_dtype)
+    grads, upstream = _by_kernels(launch, x, hidden, saved, need, grad_out, grad_load, grad_router_prob)
+    return grads | _by_products(x, hidden, upstream, need)
+
+
+def _by_kernels(
+    launch: "Launcher",
+    x: ModulationInputs,
+    hidden: Tensor,
+    saved: Saved,
+    need: dict[str, bool],
+    grad_out: Tensor | None,
+    grad_load: Tensor | None,
+    grad_router_prob: Tensor | None,
+) -> tuple[dict[str, Tensor | None], _OfProducts]:
+    """Gradients of the streams, of B and of the router; and those from which products make the rest."""
     from hycam_kernels.backends.triton.kernels.fusion_backward import FusionBackward
     from hycam_kernels.backends.triton.kernels.router import route_backward
     from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad
     from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
 
-    hidden = x.hidden.to(x.compute_dtype)
     grads: dict[str, Tensor | None] = {}
-    # (gradient of a product with h, the product's weight): each gives a share of h's gradient
-    products: list[tuple[Tensor, Tensor]] = []
-    partial_d_probs = d_rows = d_logit_rows = None
-    partial_d_v: Tensor | None = None
+    # parts that splits made, and their sum: one launch adds all of them
+    sums: list[tuple[Tensor, Tensor]] = []
+    d_s = d_v = d_logits = d_rows = d_logit_columns = partial_d_probs = partial_d_v = None
 
     if grad_out is not None:
         s = saved.s if saved.s.numel() else _shared_product(x, hidden)
@@ -199,49 +229,63 @@ def _gradients(
         if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
         fusion = FusionBackward(launch, x, grad_out, s, v, _cast(x, x.lora_b), _used_weights(x, saved.probs))
-        folded_wanted = any(need[name] for name in ("lora_a", "lora_n", "lora_a_bias", "lora_n_bias"))
-        v_wanted = v is not None and (need["given_v"] or folded_wanted or (need["hidden"] and x.given_v is None))
         streams = {"attn": need["attn_output"], "residual": need["residual"]}
+        of_folded = any(need[name] for name in _FOLDED)
+        v_wanted = v is not None and (need["given_v"] or of_folded or (need["hidden"] and x.given_v is None))
         if v_wanted and launch.takes("row_grad", x):
             grads["attn_output"], grads["residual"], d_s, partial_d_probs, partial_d_v = fusion.stream_and_v(**streams)
         else:
             grads["attn_output"], grads["residual"], d_s, partial_d_probs = fusion.stream(**streams)
             partial_d_v = fusion.v() if v_wanted else None
-        if d_s is not None and x.shared_weight is not None:
-            products.append((d_s, x.shared_weight.to(x.compute_dtype)))
-            if need["shared_weight"]:
-                grads["shared_weight"] = d_s.T @ hidden
-            if need["shared_bias"]:
-                grads["shared_bias"] = d_s.sum(0, dtype=torch.float32)
         if partial_d_v is not None:
             low_rank = x.num_experts * x.rank
             if x.given_v is None:
-                # beside V's gradient that of the logits, so that one product takes both to h
                 d_rows = hidden.new_empty(hidden.shape[0], aligned_rows(x))
-                d_v, d_logit_rows = d_rows[:, :low_rank], d_rows[:, low_rank:]
+                d_v, d_logit_columns = d_rows[:, :low_rank], d_rows[:, low_rank:]
             else:
                 d_v = grads["given_v"] = hidden.new_empty(hidden.shape[0], low_rank)
-            sum_parts(launch, x, partial_d_v, d_v)
-            if folded_wanted:
-                d_bias = d_v.sum(0, dtype=torch.float32) if has_bias(x) else None
-                grads |= unfold_grads(x, d_v.T @ hidden, d_bias, need)
-        if v is not None and (need["lora_b"] or need["lora_b_bias"]):
-            grads["lora_b"], grads["lora_b_bias"] = fusion.b()
+            sums.append((partial_d_v, d_v))
+        if x.lora_b is not None and (need["lora_b"] or need["lora_b_bias"]):
+            partial_d_b, grads["lora_b_bias"] = fusion.b()
+            d_b = grads["lora_b"] = torch.empty_like(x.lora_b)
+            sums.append((partial_d_b, d_b))
 
     if x.num_experts:
         logits = saved.logits if x.given_logits is None else x.given_logits
         upstream = partial_d_probs, grad_load, grad_router_prob
-        d_logits = route_backward(launch, x, saved.probs, logits, *upstream, d_logit_rows)
+        d_logits = route_backward(launch, x, saved.probs, logits, *upstream, d_logit_columns)
         grads["given_logits"] = d_logits
         if need["router_bias"]:
             grads["router_bias"] = d_logits.sum(0)
         if x.router_weight is not None and need["router_weight"]:
-            grads["router_weight"] = router_weight_grad(launch, x, d_logits, hidden, x.router_weight.dtype)
-        if need["hidden"] and d_rows is not None:
-            products.append((d_rows, fold_router(x)))
-        elif need["hidden"] and x.router_weight is not None:
-            products.append((d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype)))
+            d_weight = grads["router_weight"] = torch.empty_like(x.router_weight)
+            sums.append((router_weight_grad(launch, x, d_logits, hidden), d_weight))
+    sum_parts(launch, x, sums)
+    return grads, _OfProducts(d_s, d_v, d_logits, d_rows)
+
+
+def _by_products(
+    x: ModulationInputs, hidden: Tensor, upstream: _OfProducts, need: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """Gradients of h, W_shared, A, N and their biases."""
+    grads: dict[str, Tensor | None] = {}
+    # (gradient of a product with h, the product's weight): each gives a share of h's gradient
+    products: list[tuple[Tensor, Tensor]] = []
+    d_s, d_v, d_logits, d_rows = upstream
+    if d_s is not None and x.shared_weight is not None:
+        products.append((d_s, x.shared_weight.to(x.compute_dtype)))
+        if need["shared_weight"]:
+            grads["shared_weight"] = d_s.T @ hidden
+        if need["shared_bias"]:
+            grads["shared_bias"] = d_s.sum(0, dtype=torch.float32)
+    if d_v is not None and any(need[name] for name in _FOLDED):
+        d_bias = d_v.sum(0, dtype=torch.float32) if has_bias(x) else None
+        grads |= unfold_grads(x, d_v.T @ hidden, d_bias, need)
     if need["hidden"]:
+        if d_rows is not None:
+            products.append((d_rows, fold_router(x)))
+        elif d_logits is not None and x.router_weight is not None:
+            products.append((d_logits.to(x.compute_dtype), x.router_weight.to(x.compute_dtype)))
         grads["hidden"] = _sum_of_products(products)
     return grads
 

@@ -65,8 +65,12 @@ def _norm_gradients(
 
 def _router_weight_gradient(launch: "Launcher", grad_logits: Tensor, operand: Tensor, x: NormProjectInputs) -> Tensor:
     from hycam_kernels.backends.triton.kernels.router_weight_grad import router_weight_grad
+    from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
 
-    return router_weight_grad(launch, x, grad_logits, operand)
+    parts = router_weight_grad(launch, x, grad_logits, operand)
+    total = torch.empty_like(parts[0])
+    sum_parts(launch, x, [(parts, total)])
+    return total
 
 
 def _row_gradients(x: NormProjectInputs, upstream: NormUpstream) -> Tensor:

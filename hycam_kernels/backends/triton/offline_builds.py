@@ -22,7 +22,7 @@ from hycam_kernels.backends.triton import modulation as triton_backend
 from hycam_kernels.backends.triton import norm_projection as norm_triton_backend
 from hycam_kernels.backends.triton.config_tables import load_table, with_candidates
 from hycam_kernels.backends.triton.kernels.decode import decode_forward
-from hycam_kernels.backends.triton.launch import Launcher
+from hycam_kernels.backends.triton.launch import COMPILER_OPTIONS, Launcher
 from hycam_kernels.backends.triton.offline_calls import calls
 from hycam_kernels.inputs import (
     DIFFERENTIABLE,
@@ -71,7 +71,7 @@ class Launch:
     @property
     def dtype(self) -> str:
         types = dict(self.signature)
-        inputs = (types.get(name, "") for name in ("hidden", "v", "s", "total"))
+        inputs = (types.get(name, "") for name in ("hidden", "v", "s", "total_0"))
         return next((kind[1:] for kind in inputs if kind.startswith("*")), "fp32")
 
     @property
@@ -219,7 +219,7 @@ def compile_launch(launch: Launch, target: str) -> Binary:
         # in the arguments' order, which triton's cache tells builds apart by too
         attrs={(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in launch.aligned},
     )
-    compiled = triton.compile(source, target=gpu, options=dict(launch.options))
+    compiled = triton.compile(source, target=gpu, options=dict(launch.options) | COMPILER_OPTIONS)
     shared = compiled.metadata.shared
     if isinstance(arch, int):
         return _read_cubin(compiled.asm["cubin"], shared)

@@ -25,7 +25,7 @@ from hycam_kernels.backends.triton.config_tables import (
     with_candidates,
 )
 from hycam_kernels.backends.triton.kernels.decode import decode_forward
-from hycam_kernels.backends.triton.launch import Launcher
+from hycam_kernels.backends.triton.launch import COMPILER_OPTIONS, Launcher
 from hycam_kernels.inputs import DIFFERENTIABLE, ModulationInputs, NormProjectInputs
 from hycam_kernels.preparation import prepare
 
@@ -108,7 +108,7 @@ class RowLauncher(Launcher):
         return config
 
     def __call__(self, kernel, grid, config, **arguments) -> None:
-        compiled = kernel[grid](**arguments, **config)
+        compiled = kernel[grid](**arguments, **config, **COMPILER_OPTIONS)
         self.spills[kernel.__name__] = getattr(compiled, "n_spills", 0)
 
 
@@ -116,7 +116,7 @@ class WarmUpLauncher(RowLauncher):
     """Compiles without launching."""
 
     def __call__(self, kernel, grid, config, **arguments) -> None:
-        kernel.warmup(grid=grid, **arguments, **config)
+        kernel.warmup(grid=grid, **arguments, **config, **COMPILER_OPTIONS)
 
 
 def neighbours(row: Config) -> Iterator[Config]:

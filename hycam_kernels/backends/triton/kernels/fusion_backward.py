@@ -29,7 +29,6 @@ from hycam_kernels.backends.triton.kernels.fusion_backward_kernels import (
     stream_grad_kernel,
     v_grad_kernel,
 )
-from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
 from hycam_kernels.backends.triton.launch import SPLIT_BY, Launcher, add_parts, row_stride, split
 from hycam_kernels.inputs import ModulationInputs
 
@@ -137,7 +136,7 @@ class FusionBackward:
         return groups * triton.cdiv(self.x.rank, config["BLOCK_R"])
 
     def b(self) -> tuple[Tensor, Tensor | None]:
-        """Gradients of B [E, d, r] in B's dtype and, where there is one, of its bias [E, d] in float32."""
+        """Gradients of B in parts, [splits of T, E, d, r], and, where there is one, of its bias [E, d] in float32."""
         x = self.x
         tokens, d = x.hidden.shape
         config = self.launch.config("b_grad", x)
@@ -154,10 +153,7 @@ class FusionBackward:
             tokens_per_split=tokens_per_split,
             **self.arguments,
         )
-        assert x.lora_b is not None
-        d_b = self._empty(x.num_experts, d, x.rank, dtype=x.lora_b.dtype)
-        sum_parts(self.launch, x, partial_d_b.flatten(1, 2), d_b.flatten(0, 1))
-        return d_b, None if partial_d_bias is None else add_parts(partial_d_bias)
+        return partial_d_b, None if partial_d_bias is None else add_parts(partial_d_bias)
 
 
 def fusion_backward_reference(

@@ -1,7 +1,7 @@
 r"""Gradient of the router's weight, W_r-bar = l-bar^T h, in float32 from the logits' gradient l-bar as it is.
 
 A library product would round l-bar to h's dtype, and a token's share of the balance loss is below float16's smallest
-number. Sums over splits of the tokens are added in their order: no atomics.
+number. Splits of the tokens make parts of it: no atomics.
 """
 
 import torch
@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hycam_kernels.backends.triton.kernels.cost import Cost
-from hycam_kernels.backends.triton.kernels.sum_parts import sum_parts
 from hycam_kernels.backends.triton.launch import Launcher, padded_experts, row_stride, split_length
 from hycam_kernels.inputs import ModulationInputs, NormProjectInputs
 
@@ -59,9 +58,8 @@ def router_weight_grad(
     x: ModulationInputs | NormProjectInputs,
     d_logits: Tensor,
     hidden: Tensor,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Gradient of W_r, [E, d] in ``dtype``, from that of the logits [T, E] and h [T, d] in the compute dtype.
+    """Gradient of W_r in parts, [splits of T, E, d], from that of the logits [T, E] and h [T, d] in the compute dtype.
 
     In float32 up to the last bits: the logits' gradient is the sum of three bfloat16 numbers where h has that dtype;
     float16 h is exact in tf32, the gradient in the sum of two tf32 numbers.
@@ -90,9 +88,7 @@ def router_weight_grad(
         PADDED_EXPERTS=padded_experts(x.num_experts),
         PRECISION=precision,
     )
-    d_weight = partial_d_weight.new_empty(x.num_experts, d, dtype=dtype)
-    sum_parts(launch, x, partial_d_weight, d_weight)
-    return d_weight
+    return partial_d_weight
 
 
 def router_weight_grad_cost(tokens: int, d: int, num_experts: int, *, itemsize=2) -> Cost:

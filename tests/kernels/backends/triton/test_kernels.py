@@ -75,6 +75,7 @@ class Setting:
 
 def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     """In relative norm, of the whole and of each row against the typical row."""
+    assert got.shape == want.shape
     difference = (got.double() - want).reshape(-1, want.shape[-1])
     size = want.norm() + 1e-30
     assert difference.norm() <= TOLERANCE[dtype] * size
@@ -163,7 +164,8 @@ def test_fusion_backward(name, dtype, structure, launch, device):
         got["attn_output"], got["residual"], got["s"], partial_d_probs = backward.stream(**asked)
         if at.x.num_experts:
             got |= {"probs": partial_d_probs.sum(0), "v": backward.v().sum(0)}
-            got["lora_b"], got["lora_b_bias"] = backward.b()
+            partial_d_b, got["lora_b_bias"] = backward.b()
+            got["lora_b"] = partial_d_b.sum(0)
     checked = {name for name, value in got.items() if value is not None}
     assert checked >= {"attn_output"} | ({"probs", "v"} if at.x.num_experts else set())
     for result in checked:
@@ -181,8 +183,8 @@ def test_fusion_backward_by_groups_of_experts(experts, programs, device):
     at = Setting(Case((33,), 40, 5, 16, biases=True, options={"scale": 4.0}), torch.float32, device)
     backward = fusion_backward.FusionBackward(launch, at.x, at.grad_out, at.s, at.v, at.x.lora_b, at.used)
     want = fusion_backward.fusion_backward_reference(at.grad_out.double(), **at.equation)
-    d_b, d_bias = backward.b()
-    for result, got in {"v": backward.v().sum(0), "lora_b": d_b, "lora_b_bias": d_bias}.items():
+    partial_d_b, d_bias = backward.b()
+    for result, got in {"v": backward.v().sum(0), "lora_b": partial_d_b.sum(0), "lora_b_bias": d_bias}.items():
         assert_near(got, want[result], torch.float32)
 
 
@@ -193,9 +195,36 @@ def test_sum_parts(rows, columns, gap, dtype, launch, device):
     at = Setting(CASES["paper"], dtype, device)
     partial = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(1)).to(device)
     whole = torch.full((rows, columns + gap), 7, dtype=dtype, device=device)
-    sum_parts.sum_parts(launch, at.x, partial, whole[:, :columns])
+    sum_parts.sum_parts(launch, at.x, [(partial, whole[:, :columns])])
     assert torch.equal(whole[:, :columns], sum_parts.sum_parts_reference(partial, dtype))
     assert (whole[:, columns:] == 7).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_several_sums_by_one_launch(count, launch, device):
+    """Of unlike parts, shapes and dtypes, some smaller than a block and some of several; none: no launch."""
+    at = Setting(CASES["paper"], torch.bfloat16, device)
+    launched = []
+
+    class Log(Launcher):
+        def __call__(self, kernel, *configuration, **arguments) -> None:
+            launched.append(kernel.__name__)
+            super().__call__(kernel, *configuration, **arguments)
+
+    launch = copy.copy(launch)
+    launch.__class__ = Log
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, 129, 80), (5, 3, 70, 9), (1, 2, 130)]
+    # whole numbers: exact in any order
+    parts = [torch.randint(-9, 9, shape, generator=generator).float().to(device) for shape in shapes[:count]]
+    dtypes = torch.bfloat16, torch.float32, torch.float16
+    totals = [
+        torch.empty(part.shape[1:], dtype=dtype, device=device) for part, dtype in zip(parts, dtypes, strict=False)
+    ]
+    sum_parts.sum_parts(launch, at.x, list(zip(parts, totals, strict=True)))
+    for part, total in zip(parts, totals, strict=True):
+        assert torch.equal(total, sum_parts.sum_parts_reference(part, total.dtype))
+    assert launched == ["sum_parts_kernel"] * (count > 0)
 
 
 def test_programs_end_together():
@@ -292,7 +321,7 @@ def test_router_weight_grad(name, dtype, launch, device):
     want = d_logits.double().T @ x.hidden.double()
     hidden = x.hidden.clone()
     hidden[5] = float("nan")
-    got = router_weight_grad.router_weight_grad(launch, x, d_logits, hidden)
+    got = router_weight_grad.router_weight_grad(launch, x, d_logits, hidden).sum(0)
     assert got.dtype == torch.float32
     assert_near(got, want, torch.float32)
 
@@ -331,7 +360,6 @@ def test_costs_count_every_tensor_once(residual, device):
     backward.stream_and_v(attn=True, residual=residual)
     backward.v()
     backward.b()
-    assert launch.bytes.pop("sum_parts_kernel") == sum_parts.sum_parts_cost(1, E * d, r).bytes
     for keep in (False, True):
         x = at.x._replace(keep=keep)
         product_forward.product_forward(own_product(launch), x, x.hidden, at.v, x.lora_b, at.used)
@@ -351,8 +379,12 @@ def test_costs_count_every_tensor_once(residual, device):
     assert launch.bytes["token_mean_kernel"] == sums - 2 * E * 4
     router.route_backward(launch, at.x, at.probs, at.logits, at.probs[None], None, None)
     assert launch.bytes["router_backward_kernel"] == router.route_backward_cost(T, E, 1).bytes
-    router_weight_grad.router_weight_grad(launch, at.x, at.logits, at.x.hidden)
+    parts = router_weight_grad.router_weight_grad(launch, at.x, at.logits, at.x.hidden)
     assert launch.bytes["router_weight_grad_kernel"] == router_weight_grad.router_weight_grad_cost(T, d, E).bytes
+    d_b, d_weight = torch.empty_like(at.x.lora_b), torch.empty_like(at.x.router_weight)
+    sum_parts.sum_parts(launch, at.x, [(torch.zeros(2, *d_b.shape, device=device), d_b), (parts, d_weight)])
+    cost = sum_parts.sum_parts_cost((2, E * d * r, 2), (1, E * d, 2))
+    assert launch.bytes["sum_parts_kernel"] == cost.bytes
 
 
 @pytest.mark.parametrize("family", [*families(), "interpreter"])

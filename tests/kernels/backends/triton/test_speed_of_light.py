@@ -9,7 +9,9 @@ from benchmarks.harness.record import ROOT
 from benchmarks.op import kernels
 from benchmarks.op.kernels import COSTS, LaunchLog, decode_calls, measure_kernels, norm_calls, training_calls
 from benchmarks.op.shapes import Shape
+from hycam_kernels.backends.triton import tuning
 from hycam_kernels.backends.triton.config_tables import INTERPRETER
+from hycam_kernels.backends.triton.launch import COMPILER_OPTIONS
 from tests.benchmarks.fakes import make_session
 from tests.kernels.backends.triton.conftest import INTERPRETING
 
@@ -90,3 +92,26 @@ def test_a_wrong_kernel_is_not_timed(session, monkeypatch):
     measure_kernels(session, torch.float32, [SHAPE], [], make_log)
     entries = [entry for entry in session.record.entries if entry.get("what") == "training_calls"]
     assert [entry["wrong"] for entry in entries] == ["fused: output 0: not timed"]
+
+
+def test_every_launch_asks_for_the_same_arithmetic():
+    """Fused multiply-adds, which triton 3.10 leaves off by default: calls, their repetition, trials and warm-ups."""
+    asked = []
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            return lambda **given: asked.append(given)
+
+        def warmup(self, grid, **given):
+            asked.append(given)
+
+    given = {"num_warps": 4, "tokens": 7}
+    launcher = make_log()
+    launcher(Kernel(), (1,), {"num_warps": 4}, tokens=7)
+    tuning.RowLauncher(launcher.table)(Kernel(), (1,), {"num_warps": 4}, tokens=7)
+    tuning.WarmUpLauncher(launcher.table)(Kernel(), (1,), {"num_warps": 4}, tokens=7)
+    launcher.launches[0].run()
+    assert asked == [given | COMPILER_OPTIONS] * 4
+    assert COMPILER_OPTIONS["enable_fp_fusion"] is True
