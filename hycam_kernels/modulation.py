@@ -73,7 +73,8 @@ def hycam_modulation(
         tau: temperature of the Gumbel-softmax, at least 1e-30.
         gumbel: [..., E] explicit noise, a constant for autograd.
         seed: int or 0-d int64 tensor (on hidden's device or the CPU): noise is ``gumbel_noise(seed, T, E)``. Without
-            gumbel and seed there is no noise.
+            gumbel and seed there is no noise. A captured CUDA graph has an int, or a CPU tensor, as it was, and draws
+            the same noise at every replay; a tensor on the device is read each time.
         hard: p is one-hot at its largest entry in the output, the load and the balance loss; its gradient is that of
             the soft p (straight-through).
         token_mask: [...] bool, the tokens that count in the load and the balance loss; all by default.

@@ -3,10 +3,11 @@
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
 list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank``, ``kept`` (whether S is kept for the
 backward) and ``plain`` (whether there is neither a residual stream nor a bias of the experts, which take registers); an
-absent one always holds. The rest of a row is what the kernel is launched with: its block sizes,
-``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a call: others do their work
-there. Every other kernel's last row is without limits. A row with ``"candidate": true`` takes no call: nothing says yet
-that it pays, but it is built, tested and measured like the others.
+absent one always holds. ``before_triton`` and ``from_triton`` say whose compiler a row is for, since newer ones spill
+registers of some tiles: a table is read without the rows for others. The rest of a row is what the kernel is launched
+with: its block sizes, ``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a
+call: others do their work there. Every other kernel's last row is without limits. A row with ``"candidate": true`` takes no
+call: nothing says yet that it pays, but it is built, tested and measured like the others.
 A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
 shipped one of its family.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hycam_kernels.versions import release
 
 Config = dict[str, Any]
 Table = dict[str, list[Config]]
@@ -62,7 +65,7 @@ def load_table(family: str) -> Table:
         ValueError: HYCAM_KERNELS_TABLES is no folder, or the table there lacks what the kernels need.
     """
     folder = os.environ.get("HYCAM_KERNELS_TABLES")
-    shipped = json.loads((_FOLDER / f"{family}.json").read_text())
+    shipped = _of_compiler(json.loads((_FOLDER / f"{family}.json").read_text()), _triton_version())
     if folder is None:
         return shipped
     if not Path(folder).is_dir():
@@ -70,7 +73,7 @@ def load_table(family: str) -> Table:
     own = Path(folder, f"{family}.json")
     if not own.exists():
         return shipped
-    table = json.loads(own.read_text())
+    table = _of_compiler(json.loads(own.read_text()), _triton_version())
     missing = [kernel for kernel in shipped if kernel not in (*table, *OPTIONAL)]
     missing += [
         f"{name} in a row of {kernel}"
@@ -80,6 +83,27 @@ def load_table(family: str) -> Table:
     if missing:
         raise ValueError(f"{own} has no {', no '.join(missing)}: tune again, it's an earlier version's")
     return table
+
+
+def _triton_version() -> str:
+    from triton import __version__
+
+    return __version__
+
+
+def _of_compiler(table: Table, version: str) -> Table:
+    """The rows for this triton, without the limits that say so."""
+
+    def takes(row: Config) -> bool:
+        before, since = row.get("before_triton"), row.get("from_triton")
+        return (before is None or release(version) < release(before)) and (
+            since is None or release(version) >= release(since)
+        )
+
+    return {
+        kernel: drop_limits([row for row in rows if takes(row)], "before_triton", "from_triton")
+        for kernel, rows in table.items()
+    }
 
 
 def select(

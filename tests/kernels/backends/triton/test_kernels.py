@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hycam_kernels.preparation import prepare
 from tests.kernels.cases import Case
 
 fusion_forward = pytest.importorskip("hycam_kernels.backends.triton.kernels.fusion_forward")
+from hycam_kernels.backends.triton import config_tables
 from hycam_kernels.backends.triton.config_tables import OPTIONAL, drop_limits, families, load_table
 from hycam_kernels.backends.triton.kernels import (
     fusion_backward,
@@ -387,10 +389,24 @@ def test_costs_count_every_tensor_once(residual, device):
     assert launch.bytes["sum_parts_kernel"] == cost.bytes
 
 
+def test_rows_are_for_a_compiler(monkeypatch, tmp_path):
+    row = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 1}
+    rows = [row | {"before_triton": "3.9"}, row | {"BLOCK_T": 16, "from_triton": "3.9"}, row | {"BLOCK_T": 8}]
+    shipped = load_table("sm_90")
+    (tmp_path / "sm_90.json").write_text(json.dumps(shipped | {"sum_parts": rows}))
+    monkeypatch.setenv("HYCAM_KERNELS_TABLES", str(tmp_path))
+    for version, block in {"3.6.0": 32, "3.8.2+git1": 32, "3.9.0": 16, "3.10.0": 16, "4.0": 16}.items():
+        monkeypatch.setattr(config_tables, "_triton_version", lambda version=version: version)
+        taken = load_table.__wrapped__("sm_90")["sum_parts"]
+        assert taken == [row | {"BLOCK_T": block}, row | {"BLOCK_T": 8}]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
 @pytest.mark.parametrize("family", [*families(), "interpreter"])
-def test_every_table_takes_every_call(family):
-    table = load_table(family)
+def test_every_table_takes_every_call(family, version, monkeypatch):
+    monkeypatch.setattr(config_tables, "_triton_version", lambda: version)
     launcher = Launcher(family, inline_assembly=False)
+    table = launcher.table = load_table.__wrapped__(family)
     for dtype, tokens, rank in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 10**6), (1, 256)):
         x = prepare(**Case((1,), 16, 1, 1).make(dtype))
         x = x._replace(hidden=torch.empty(tokens, 1, dtype=dtype, device="meta"))
