@@ -91,8 +91,8 @@ def measure_profiles(
     for dtype in DTYPES:
         for shape in shapes:
             measure_profile(session, shape, dtype)
-    for shape in decoding:
-        measure_token_profile(session, shape, torch.bfloat16, ("frozen", "hycam-torch"))
+    for model in decoding:
+        measure_token_profile(session, model, torch.bfloat16, ("frozen", "hycam-torch"))
 
 
 def _age_allocator() -> None:
