@@ -1,7 +1,8 @@
 """The package on a CPU, peers in turn: ``python -m benchmarks.cpu --out FILE``.
 
 The op beside plain autograd, torch.compile and the released code's formulation; small calls and generation without
-gradients; attention layers, training steps and generation on tiny backbones; the longest row of a 7B shape by count.
+gradients; attention layers, training steps and generation on tiny backbones; the longest row of a 7B shape by count;
+and by profile what the op's time consists of.
 
 Ratios within one record are meaningful as far as their spread says; times of a shared machine are not. Where other
 processes are busy, ``--cpu-time`` counts this process's own processor time, on one thread.
@@ -19,10 +20,10 @@ from benchmarks.harness.session import Session
 from benchmarks.harness.timing import HostTimer
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.longest import measure_longest
-from benchmarks.models.measure import measure_attention, measure_generation, measure_steps
+from benchmarks.models.measure import measure_attention, measure_generation, measure_steps, measure_token_profile
 from benchmarks.models.shapes import CPU_DECODING, CPU_GENERATION, CPU_MODELS, CPU_STEPS, LONGEST, NEW_TOKENS
 from benchmarks.models.training import PLAIN, Setting
-from benchmarks.op.floor import PRODUCTS, measure_products
+from benchmarks.op.floor import PRODUCTS, measure_products, measure_profile
 from benchmarks.op.measure import measure_op, measure_overhead, measure_rates
 from benchmarks.op.shapes import CPU, CPU_INFERENCE, CPU_LENGTHS, CPU_PRODUCTS, CPU_SWEEP, LAUNCH, Shape
 
@@ -73,14 +74,30 @@ def measure_floors(
     threads: Sequence[int] = (1, 2),
 ) -> None:
     """The op and its peers as multiples of the products alone, on one thread and on two; and a token by the length."""
-    # what a training process has freed long since: until then the allocator returns each call's memory to the system
-    torch.empty(31 << 20, dtype=torch.uint8).fill_(0)
+    _age_allocator()
     for shape in lengths:
         measure_products(session, shape, torch.float32, 1, (PRODUCTS, "torch"), seconds=30)
     for count in threads:
         for shape in shapes:
             for dtype in DTYPES:
                 measure_products(session, shape, dtype, count)
+
+
+def measure_profiles(
+    session: Session, shapes: Sequence[Shape] = CPU_PRODUCTS, decoding: Sequence[ModelShape] = CPU_DECODING
+) -> None:
+    """What the op's time, and a token's, consists of beside the products alone and the bare model, on one thread."""
+    _age_allocator()
+    for dtype in DTYPES:
+        for shape in shapes:
+            measure_profile(session, shape, dtype)
+    for model in decoding:
+        measure_token_profile(session, model, torch.bfloat16, ("frozen", "hycam-torch"))
+
+
+def _age_allocator() -> None:
+    """Free what a training process has freed long since: before that each call's memory goes back to the system."""
+    torch.empty(31 << 20, dtype=torch.uint8).fill_(0)
 
 
 def measure_sweep(session: Session, shapes: Sequence[Shape] = CPU_SWEEP, copy_bytes: int = 1 << 26) -> None:
@@ -117,6 +134,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "models": measure_models,
     "floors": measure_floors,
     "sweep": measure_sweep,
+    "profile": measure_profiles,
 }
 
 

@@ -1,6 +1,7 @@
 """Where and how a run measures, and peers that take turns. Each adds entries to a record."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,16 @@ class Session:
             return True
         self.add(group, shape, **fields, skipped=f"{self.budget.left:.0f} s were left, {seconds:.0f} s are needed")
         return False
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

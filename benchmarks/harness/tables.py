@@ -103,6 +103,34 @@ def products(record: Entry) -> str:
     return markdown([*header, "x products", "x compile", "x max-autotune"], rows)
 
 
+def parts(record: Entry) -> str:
+    """A call, and what it consists of, as multiples of the first peer's call of the same round: products alone, or the
+    bare model."""
+    rows = []
+    for entry in timed(record, group="profile"):
+        same = {name: entry[name] for name in ("shape", "dtype", "pass")}
+        (first,) = timed(record, group="profile", peer=entry["beside"][0], **same)
+
+        calls = _multiples(entry["samples_us"], first["samples_us"])
+        shares = [
+            statistics.median(_multiples(entry["parts_us"][part], first["samples_us"]))
+            for part in ("products", "native", "other")
+        ]
+        rest = statistics.median(calls) - sum(shares)
+        profiled = statistics.median(_multiples(entry["profiled_us"], entry["samples_us"]))
+        rows.append(
+            [of_model(entry) if "model" in entry["shape"] else size(entry), entry["dtype"], entry["pass"],
+             entry["peer"], quartiles(calls), *(f"{share:.2f}" for share in (*shares, rest, profiled))]
+        )  # fmt: skip
+    header = ["size", "dtype", "pass", "peer", "call", "products", "native passes", "other operations", "the rest"]
+    return markdown([*header, "profiled, x call"], rows)
+
+
+def _multiples(samples: Sequence[float], of: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [own / other for own, other in zip(samples, of, strict=True)]
+
+
 def in_short(record: Entry) -> str:
     """Forward and backward on one thread against plain PyTorch's time, round by round."""
     peers = {"torch": "this package", "torch-passes": "without its native code", "compile": "torch.compile"}
@@ -236,6 +264,7 @@ TABLES: dict[str, tuple[Folders, tuple[str, ...], Callable[[Entry], str]]] = {
     "cpu-memory": (cpu_folders, ("op",), memory),
     "cpu-overhead": (cpu_folders, ("overhead",), overhead),
     "cpu-products": (cpu_folders, ("products",), products),
+    "cpu-profile": (cpu_folders, ("profile",), parts),
     "cpu-in-short": (cpu_folders, ("products",), in_short),
     "cpu-plots": (cpu_folders, ("sweep",), plots),
     "cpu-attention": (cpu_folders, ("attention",), attention),

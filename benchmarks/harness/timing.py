@@ -4,12 +4,13 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Sampler = Callable[[], float]
+Sample = TypeVar("Sample")
 
 # written before each graph replay: it evicts L2 and keeps the device busy while the host queues the replay; then read,
 # so that the lines that were written leave L2 before the sample and not inside it
@@ -175,9 +176,11 @@ def device_clock(device: torch.device) -> Callable[[], float]:
     return read
 
 
-def alternate(samplers: Mapping[str, Sampler], rounds: int, keep_on: Callable[[], bool]) -> dict[str, list[float]]:
+def alternate(
+    samplers: Mapping[str, Callable[[], Sample]], rounds: int, keep_on: Callable[[], bool]
+) -> dict[str, list[Sample]]:
     """One sample of each in turn, ``rounds`` times while ``keep_on()``: what disturbs the machine disturbs all."""
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[str, list[Sample]] = {name: [] for name in samplers}
     for round_ in range(rounds):
         if round_ and not keep_on():
             break

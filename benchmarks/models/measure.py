@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.harness.memory import kept_bytes, release
+from benchmarks.harness.parts import measure_parts
 from benchmarks.harness.record import Entry
 from benchmarks.harness.session import Session, describe, dtype_name, time_in_turn
 from benchmarks.harness.timing import Timer, Work, sets_beyond_cache
@@ -84,6 +85,27 @@ def measure_generation(
         return passes
 
     _measure_methods(session, "generation", shape, labels, names, make, seconds)
+
+
+def measure_token_profile(
+    session: Session, shape: ModelShape, dtype: torch.dtype, names: Sequence[str], seconds: float = 40.0
+) -> None:
+    """What one token's forward on a static cache consists of, on one thread.
+
+    Args:
+        seconds: that the budget must still have: torch's profiler needs one for the events of a deep model's token.
+    """
+    labels = {"dtype": dtype_name(dtype), "beside": list(names), "pass": "token"}
+    if not session.starts(seconds, "profile", shape, **labels):
+        return
+    works: dict[str, Callable[[], Work]] = {}
+    for name in names:
+        try:
+            check_generation(name, shape, dtype, session.device)
+            works[name] = Generation(name, shape, dtype, session.device, new_tokens=1).token_work
+        except WrongResultError as error:
+            session.add("profile", shape, **labels, peer=name, wrong=str(error))
+    measure_parts(session, shape, labels, works)
 
 
 def _measure_methods(

@@ -1,4 +1,5 @@
-"""The op on a CPU against its matrix products alone, peers taking turns: by size, by threads, and by the row's length.
+"""The op on a CPU against its matrix products alone, peers taking turns: by size, by threads, by the row's length, and
+by what the time consists of.
 
 Times of a shared machine move by a third from run to run; their ratios to the products of the same round by less than a
 tenth.
@@ -10,6 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.harness.parts import measure_parts
+from benchmarks.harness.record import Entry
+from benchmarks.harness.session import on_threads
 from benchmarks.harness.timing import HostTimer, Work
 from benchmarks.op.checks import Oracle, WrongResultError
 from benchmarks.op.measure import Session, describe, dtype_name, time_in_turn
@@ -101,24 +105,39 @@ def measure_products(
     labels = {"dtype": dtype_name(dtype), "beside": list(names), "pass": "both", "threads": threads}
     if not session.starts(seconds, "products", shape, **labels):
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        arguments = make_arguments(shape, dtype, session.device)
-        works: dict[str, Callable[[], Work]] = {}
-        oracle = Oracle(arguments, "paper")
-        for name in names:
-            if name == PRODUCTS:
-                works[name] = partial(_products_work, Products(arguments))
-                continue
-            try:
-                candidate = Peer(name, "paper", torch_passes) if name == "torch-passes" else peer(name)
-                oracle.check(candidate)
-                works[name] = partial(work, candidate.call, [arguments], "both")
-            except WrongResultError as error:
-                session.add("products", shape, **labels, peer=name, wrong=str(error))
-            except Exception as error:  # compilers raise classes of their own; the other peers are still measured
-                session.add("products", shape, **labels, peer=name, error=describe(error))
+    with on_threads(threads):
+        works = _works(session, "products", shape, dtype, labels)
         time_in_turn(session, "products", shape, labels, HostTimer(warmup=3, cpu_time=threads == 1), works)
-    finally:
-        torch.set_num_threads(before)
+
+
+def measure_profile(session: Session, shape: Shape, dtype: torch.dtype, seconds: float = 10.0) -> None:
+    """What forward and backward of the op consist of on one thread, beside the products alone.
+
+    Args:
+        seconds: that the budget must still have.
+    """
+    labels = {"dtype": dtype_name(dtype), "beside": [PRODUCTS, "torch"], "pass": "both"}
+    if session.starts(seconds, "profile", shape, **labels):
+        measure_parts(session, shape, labels, _works(session, "profile", shape, dtype, labels))
+
+
+def _works(
+    session: Session, group: str, shape: Shape, dtype: torch.dtype, labels: Entry
+) -> dict[str, Callable[[], Work]]:
+    """The products, and forward and backward of the other peers that are right."""
+    arguments = make_arguments(shape, dtype, session.device)
+    works: dict[str, Callable[[], Work]] = {}
+    oracle = Oracle(arguments, "paper")
+    for name in labels["beside"]:
+        if name == PRODUCTS:
+            works[name] = partial(_products_work, Products(arguments))
+            continue
+        try:
+            candidate = Peer(name, "paper", torch_passes) if name == "torch-passes" else peer(name)
+            oracle.check(candidate)
+            works[name] = partial(work, candidate.call, [arguments], "both")
+        except WrongResultError as error:
+            session.add(group, shape, **labels, peer=name, wrong=str(error))
+        except Exception as error:  # compilers raise classes of their own; the other peers are still measured
+            session.add(group, shape, **labels, peer=name, error=describe(error))
+    return works

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tables as command
-from benchmarks.cpu import measure, measure_calls, measure_models, measure_sweep
+from benchmarks.cpu import measure, measure_calls, measure_models, measure_profiles, measure_sweep
 from benchmarks.harness import plots
 from benchmarks.harness.pages import NOT_MEASURED, fill
 from benchmarks.harness.record import environment
@@ -80,6 +80,7 @@ def cpu_record(tmp_path_factory):
     measure_models(
         session, models, models, replace(models[0], layers=4), longest_methods=("hycam-torch",), trained=models[:1]
     )
+    measure_profiles(session, [shape], models)
     return session.record.path
 
 
@@ -131,6 +132,34 @@ def test_a_step_is_shown_with_its_tokens_and_bytes(results):
     shown = render("cpu-steps", results)
     assert "| tiny-llama, 1 x 16 | float32 | plain | lora | 4000 | 2.00 | 5.0 | 7.0 | 0.3 |" in shown
     assert "| big, 8 x 1200 | float32 | plain | full | too little memory |" in shown
+
+
+def test_what_the_op_and_a_token_consist_of_is_shown(results):
+    rows = [line.split(" | ")[:4] for line in render("cpu-profile", results).splitlines() if line.startswith("| ")]
+    op = [["| 40, 32", dtype, "both", peer] for dtype in ("float32", "bfloat16") for peer in ("products", "torch")]
+    token = [["| tiny-llama, 1 x 16", "bfloat16", "token", peer] for peer in ("frozen", "hycam-torch")]
+    assert rows[2:] == op + token
+
+
+def test_parts_are_multiples_of_the_first_peers_call(results):
+    """Round by round; the rest is what of the call no part holds, and the record beside it keeps the other tables."""
+    record = json.loads((results / "cpu" / "2026-01-01.json").read_text())
+    times = {
+        "products": ([10.0, 20.0, 10.0], {"products": [9.0, 19.0, 9.0], "native": [0.0] * 3, "other": [0.5, 1.0, 0.5]}),
+        "torch": ([15.0, 30.0, 15.0], {"products": [11.0, 22.0, 11.0], "native": [2.0, 4.0, 2.0], "other": [1.0] * 3}),
+    }
+    record["entries"] = [
+        {"group": "profile", "shape": {"tokens": 40, "d": 32}, "dtype": "float32", "beside": list(times),
+         "pass": "both", "peer": peer, "samples_us": call, "profiled_us": [1.1 * us for us in call], "parts_us": parts}
+        for peer, (call, parts) in times.items()
+    ]  # fmt: skip
+    (results / "cpu" / "2026-03-01.json").write_text(json.dumps(record))
+    shown = render("cpu-profile", results)
+    assert "| 40, 32 | float32 | both | products | 1.00 [1.00, 1.00] | 0.90 | 0.00 | 0.05 | 0.05 | 1.10 |" in shown
+    assert "| 40, 32 | float32 | both | torch | 1.50 [1.50, 1.50] | 1.10 | 0.20 | 0.10 | 0.10 | 1.10 |" in shown
+    assert "2026-03-01" in shown
+    names = [name for name in TABLES if name.startswith("cpu-") and name != "cpu-profile"]
+    assert all("2026-01-01" in render(name, results) for name in names)
 
 
 def test_the_newest_record_with_such_a_measurement_is_shown(results):
