@@ -6,8 +6,8 @@ backward) and ``plain`` (whether there is neither a residual stream nor a bias o
 absent one always holds. ``before_triton`` and ``from_triton`` say whose compiler a row is for, since newer ones spill
 registers of some tiles: a table is read without the rows for others. The rest of a row is what the kernel is launched
 with: its block sizes, ``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a
-call: others do their work there. Every other kernel's last row is without limits. A row with ``"candidate": true`` takes
-no call: nothing says yet that it pays, but it is built, tested and measured like the others.
+call: others do their work there. Every other kernel's last row is without limits. A row with ``"candidate": true``
+takes no call: nothing says yet that it pays, but it is built, tested and measured like the others.
 A table of one's own (`hycam_kernels.tune`) in the folder that the variable HYCAM_KERNELS_TABLES names goes before the
 shipped one of its family.
 """
