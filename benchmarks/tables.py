@@ -2,8 +2,8 @@
 
 A table, or the plots of a record, stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Each names the record
 that it is drawn from: the newest file, by name, of each folder of ``benchmarks/results`` (``cpu``, or a GPU's name)
-that has such measurements. Without one it says so. The table of versions is drawn from every file of their folder,
-that of platforms from its one record, those named ``counts-`` from `benchmarks.count`'s.
+that has such measurements. Without one it says so. The tables of versions and of builds are drawn from every file of
+their folder, that of platforms from its one record, those named ``counts-`` from `benchmarks.count`'s.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from benchmarks.harness.pages import fill
 from benchmarks.harness.plots import outdated, redraw
 from benchmarks.harness.record import ROOT
 from benchmarks.harness.tables import TABLES, render, sources
-from benchmarks.harness.versions import platforms, versions
+from benchmarks.harness.versions import builds, platforms, versions
 from benchmarks.machine import pages as counts
 from benchmarks.machine.record import RECORD
 
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(name: str) -> str | None:
     if name == "versions":
         return versions(RESULTS / "versions")
+    if name == "builds":
+        return builds(RESULTS / "builds")
     if name == "platforms":
         return platforms(RESULTS / "platforms.json")
     if name in counts.TABLES:

@@ -46,6 +46,18 @@ def versions(folder: Path) -> str:
     return markdown(["", "promised", *order], [*rows, ["sources, date", "", *origins]])
 
 
+def builds(folder: Path) -> str:
+    """One row for each triton that built all that ships: builds by target, and how many of them have a fault."""
+    records = sorted((load(path) for path in folder.glob("*.json")), key=lambda record: release(record["triton"]))
+    if not records:
+        return NOT_MEASURED
+    rows = []
+    for record in records:
+        cells = [f"{entry['builds']}, {len(entry['faults'])}" for entry in record["entries"]]
+        rows.append([record["triton"], *cells])
+    return markdown(["triton", *(entry["target"] for entry in records[0]["entries"])], rows)
+
+
 def platforms(path: Path) -> str:
     """One row for each system and Python: the versions that would be installed there."""
     if not path.exists():
