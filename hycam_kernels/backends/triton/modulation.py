@@ -275,12 +275,12 @@ def _by_products(
     if d_s is not None and x.shared_weight is not None:
         products.append((d_s, x.shared_weight.to(x.compute_dtype)))
         if need["shared_weight"]:
-            grads["shared_weight"] = d_s.T @ hidden
+            grads["shared_weight"] = _weight_grad(d_s, hidden, x.shared_weight.dtype)
         if need["shared_bias"]:
             grads["shared_bias"] = d_s.sum(0, dtype=torch.float32)
-    if d_v is not None and any(need[name] for name in _FOLDED):
+    if d_v is not None and x.lora_a is not None and any(need[name] for name in _FOLDED):
         d_bias = d_v.sum(0, dtype=torch.float32) if has_bias(x) else None
-        grads |= unfold_grads(x, d_v.T @ hidden, d_bias, need)
+        grads |= unfold_grads(x, _weight_grad(d_v, hidden, x.lora_a.dtype), d_bias, need)
     if need["hidden"]:
         if d_rows is not None:
             products.append((d_rows, fold_router(x)))
@@ -322,6 +322,14 @@ def _used_weights(x: ModulationInputs, probs: Tensor) -> Tensor:
     if not (x.hard and x.num_experts):
         return probs
     return torch.zeros_like(probs).scatter_(1, probs.argmax(-1, keepdim=True), 1) + (probs - probs)
+
+
+def _weight_grad(d_output: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight's gradient, unrounded where the weight is float32: NVIDIA's library writes the product so."""
+    writes_float32 = hidden.device.type != "cpu" and torch.version.hip is None
+    if dtype == torch.float32 and hidden.dtype != dtype and writes_float32:
+        return torch.mm(d_output.T, hidden, out_dtype=torch.float32)
+    return d_output.T @ hidden
 
 
 def _sum_of_products(products: list[tuple[Tensor, Tensor]]) -> Tensor | None:
