@@ -300,7 +300,7 @@ def test_the_search_records_every_candidate_and_stops_in_time(tuner, device, tmp
 
 def test_both_forms_of_the_forward_are_timed_where_s_is_kept_and_not(tuner, device, tmp_path):
     session = dataclasses.replace(make_session(tmp_path / "r.json"), device=device)
-    measure_structures(session, Shape(70, 48, 2, 16), torch.bfloat16, tuner.table)
+    measure_structures(session, Shape(70, 48, 2, 16), torch.bfloat16, tuner.table, inline_assembly=not INTERPRETING)
     forms = forward_forms(tuner.table, inline_assembly=not INTERPRETING)
     assert len(forms) == 4
     assert set(forms) < {entry["what"] for entry in session.record.entries}
