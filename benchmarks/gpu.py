@@ -29,7 +29,7 @@ from benchmarks.harness.processes import end_with, wait
 from benchmarks.harness.record import ROOT, Budget, Record, environment, gpu_state
 from benchmarks.harness.session import Session
 from benchmarks.harness.timing import EventTimer, GraphTimer
-from benchmarks.op.measure import measure_decode_floors, measure_op, measure_overhead, measure_rates
+from benchmarks.op.measure import QUEUED, measure_decode_floors, measure_op, measure_overhead, measure_rates
 from benchmarks.op.shapes import DECODE, LAUNCH, SWEEP, TRAINING, Shape
 
 DTYPE = torch.bfloat16
@@ -48,6 +48,7 @@ def times_phase(
     dtype: torch.dtype = DTYPE,
     copy_bytes: int = COPY_BYTES,
     launch: Shape = LAUNCH,
+    queued: int = QUEUED,
 ) -> None:
     """Rates, floors and the package's peers at every shape, the most telling first."""
     measure_rates(session, dtype, training, copy_bytes)
@@ -59,7 +60,7 @@ def times_phase(
         measure_op(
             decode_session or session, shape, dtype, ("eager", "torch", "fused"), passes=("inference",), group="decode"
         )
-    measure_overhead(session, launch, dtype, ("eager", "torch", "fused"))
+    measure_overhead(session, launch, dtype, ("eager", "torch", "fused"), queued)
 
 
 def sweep_phase(
@@ -88,6 +89,7 @@ def times_on_gpu(
     sweep: Sequence[Shape] = SWEEP,
     launch: Shape = LAUNCH,
     copy_bytes: int = COPY_BYTES,
+    queued: int = QUEUED,
     rounds: int = 25,
 ) -> None:
     from benchmarks.op.kernels import measure_kernels  # imports triton, as below
@@ -95,7 +97,7 @@ def times_on_gpu(
     device = torch.device("cuda", torch.cuda.current_device())
     session = Session(record, budget, device, [GraphTimer(), EventTimer()], rounds)
     chained = Session(record, budget, device, [GraphTimer(chain=4), EventTimer()], rounds)
-    times_phase(session, training, decode, chained, copy_bytes=copy_bytes, launch=launch)
+    times_phase(session, training, decode, chained, copy_bytes=copy_bytes, launch=launch, queued=queued)
     # before what can do without: the one peer that the op is held to
     compiled_phase(session, training[:1])
     measure_kernels(session, DTYPE, training, decode)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness.record import Budget
+from benchmarks.op import structures
 from benchmarks.op.candidates import search
 from benchmarks.op.shapes import TRAINING, Shape
 from benchmarks.op.structures import forward_forms, measure_structures
@@ -296,6 +297,35 @@ def test_the_search_records_every_candidate_and_stops_in_time(tuner, device, tmp
     search(tuner, session, [size], tmp_path / "none.json", torch.float32)
     assert not (tmp_path / "none.json").exists()
     assert "needed" in session.record.entries[-1]["skipped"]
+
+
+def test_a_search_that_is_broken_off_keeps_what_it_measured(tuner, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tuner, "compile_ahead", lambda self, *arguments, **options: None)
+    session = dataclasses.replace(make_session(tmp_path / "r.json"), device=device)
+    times = itertools.count(1.0)
+
+    def measure(run) -> float:
+        if (time := next(times)) > 2:
+            raise KeyboardInterrupt
+        return time
+
+    tuner.measure = measure
+    with pytest.raises(KeyboardInterrupt):
+        search(tuner, session, [Size(4, 48, 2, 16)], tmp_path / "table.json", torch.float32)
+    assert [entry["median_us"] for entry in json.loads((tmp_path / "r.json").read_text())["entries"]] == [1.0, 2.0]
+
+
+def test_a_structure_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fail(**operands):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(structures, "ARRANGEMENTS", {"failing": fail, "S and V, joined": structures._products_joined})
+    monkeypatch.setattr(structures, "forward_forms", lambda *arguments, **options: {})
+    session = make_session(tmp_path / "r.json")
+    measure_structures(session, Shape(70, 48, 2, 16), torch.bfloat16, {}, inline_assembly=False)
+    failed, measured = session.record.entries
+    assert (failed["what"], failed["error"]) == ("failing", "OutOfMemoryError: CUDA out of memory")
+    assert (measured["what"], measured["samples_us"]) == ("S and V, joined", [1.0, 2.0, 3.0])
 
 
 def test_both_forms_of_the_forward_are_timed_where_s_is_kept_and_not(tuner, device, tmp_path):
