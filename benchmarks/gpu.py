@@ -2,10 +2,10 @@
 
 ``python -m benchmarks.gpu --out DIR [--seconds 560] [--commit HASH[+]]``
 
-Writes into DIR: ``record.json`` (all of it), a table in the format of `hycam_kernels/configs`, and ``tests.log``. Each
-phase is a process of its own with a time limit; what doesn't fit is skipped, and the record says so. A failed test
-withholds nothing but success: each peer is compared with the reference before it is timed. Exit status 0 only if the
-tests passed and the times were taken.
+Writes into DIR: ``record.json`` (all of it), a table in the format of `hycam_kernels/backends/triton/configs`, and
+``tests.log``. Each phase is a process of its own with a time limit; what doesn't fit is skipped, and the record says
+so. A failed test withholds nothing but success: each peer is compared with the reference before it is timed. Exit
+status 0 only if the tests passed and the times were taken.
 
 The record has every measurement as soon as it is made, whatever ends the run. ``--phase NAME`` runs one phase again, or
 one that a run didn't come to: its entries in DIR's record are replaced, the others stay.

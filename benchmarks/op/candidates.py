@@ -36,7 +36,7 @@ def measure_candidates(
 
 
 def search(tuner: Tuner, session: Session, sizes: Sequence[Size], table: Path, dtype: torch.dtype = DTYPE) -> None:
-    """Measure every candidate at every size, as far as the budget lasts; after each size, write the winning table."""
+    """Measure every candidate at every size, as far as the budget lasts; after each kernel, write the winning table."""
 
     def call(size: Size):
         return make_call(size, dtype, session.device, training=size.tokens > DECODE_TOKENS)
@@ -48,14 +48,21 @@ def search(tuner: Tuner, session: Session, sizes: Sequence[Size], table: Path, d
             continue
         x = call(size)
         tuner.compile_ahead(size, x, candidates, workers=os.cpu_count() or 1)
-        tuner.run(size, x, candidates, partial(_add, session, shape, dtype))
-        write_whole(table, table_text(winners(tuner.found, tuner.table)))
+        tuner.run(size, x, candidates, partial(_report, session, tuner, shape, dtype, table))
+        _write(tuner, table)
         if not tuner.keep_on():
             session.add("candidate", shape, skipped="out of time: not every candidate was measured")
 
 
-def _add(session: Session, shape: Shape, dtype: torch.dtype, found: Measurement) -> None:
+def _report(session: Session, tuner: Tuner, shape: Shape, dtype: torch.dtype, table: Path, found: Measurement) -> None:
     session.add(
         "candidate", shape, dtype=dtype_name(dtype), **{"pass": found.pass_}, kernel=found.kernel, row=found.row,
         median_us=found.median_us, refusal=found.refusal,
     )  # fmt: skip
+    # a search that is killed leaves the table of the kernels before, too
+    if tuner.found[-2:-1] and tuner.found[-2].kernel != found.kernel:
+        _write(tuner, table)
+
+
+def _write(tuner: Tuner, table: Path) -> None:
+    write_whole(table, table_text(winners(tuner.found, tuner.table)))

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,8 @@ _TESTS = (
 def models_on_gpu(*run) -> None:
     from benchmarks.models.backbones import ModelShape  # imports transformers, as there
 
-    tiny = ModelShape("tiny-llama", 1, 16, num_experts=2, rank=16)
-    wordy = ModelShape("tiny-llama", 1, 16, num_experts=2, rank=16, layers=1, vocabulary=4096)
+    tiny = ModelShape("tiny-llama", 1, 16, num_experts=2, rank=16, layers=1)
+    wordy = replace(tiny, vocabulary=4096)
     gpu.models_on_gpu(*run, models=[tiny], generation=[tiny], new_tokens=4, layers=[tiny], longest=wordy, rounds=2)
 
 
