@@ -156,8 +156,10 @@ def _launch(out: Path, commit: str | None, module: str) -> Launch:
     def launch(name: str, seconds: float) -> int | None:
         command = [sys.executable, "-m", module, "--phase", name, "--out", str(out), "--parent", str(os.getpid())]
         command += ["--seconds", str(seconds - MARGIN)] + ([] if commit is None else ["--commit", commit])
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-        return wait(process, time.monotonic() + seconds)
+        # what it takes to start, which is long from a cold disk, is of its seconds: it must end by itself
+        began = time.monotonic()
+        process = subprocess.Popen([*command, "--began", str(began)], cwd=ROOT, start_new_session=True)
+        return wait(process, began + seconds)
 
     return launch
 
@@ -182,6 +184,7 @@ def main(
     parser.add_argument("--commit", help="of the sources, where there is no repository; a + at its end: changed since")
     parser.add_argument("--phase", choices=PHASES, help="only this phase, in this process, without the tests before it")
     parser.add_argument("--parent", type=int, help="with --phase: end when this process, which started it, has ended")
+    parser.add_argument("--began", type=float, help="with --phase: when its seconds began, by the monotonic clock")
     options = parser.parse_args(arguments)
     if options.parent is not None:
         end_with(options.parent)
@@ -191,8 +194,9 @@ def main(
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.phase:
+        gone = 0.0 if options.began is None else time.monotonic() - options.began
         try:
-            run_phase(options.phase, out, options.seconds, options.commit, measure[options.phase])
+            run_phase(options.phase, out, options.seconds - gone, options.commit, measure[options.phase])
         except OtherSourcesError as error:
             parser.error(f"--out: {error}")
         return 0

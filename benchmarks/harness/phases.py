@@ -9,8 +9,8 @@ from pathlib import Path
 from benchmarks.harness.record import Budget, Entry, Record
 from hycam_kernels.backends.triton.config_tables import INTERPRETER, families
 
-# seconds that stay for the times and the models, whatever the phases before them take; and for starting and ending a
-# process
+# seconds that stay for the times and the models, whatever the phases before them take; and for a process to end when
+# its own are over
 TIMES_SHARE, MODELS_SHARE, MARGIN = 170, 90, 12
 TESTS_LIMIT, CANDIDATES_LIMIT = 190, 110
 
@@ -76,7 +76,7 @@ def _note(record: Record, phase: str, outcome: str) -> None:
 
 
 def _skipped(seconds: float) -> str:
-    return f"skipped: {max(seconds, 0):.0f} s were left for it, {MARGIN} s are for starting and ending it"
+    return f"skipped: {max(seconds, 0):.0f} s were left for it, {MARGIN} s are for its end"
 
 
 def enter(out: Path, phase: str, header: Entry) -> Record:

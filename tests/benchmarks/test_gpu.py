@@ -142,6 +142,26 @@ def test_a_phase_that_dies_leaves_what_it_measured(tmp_path):
     assert held[0]["entries"] == [FUSED | {"phase": "times"}]
 
 
+def test_the_start_of_a_phase_is_of_its_seconds(tmp_path, monkeypatch):
+    """A process that is started is told since when it counts: what it imports may take long."""
+    commands, ends, left = [], [], []
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(gpu, "wait", lambda process, end: ends.append(end))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 1000.0)
+    gpu._launch(tmp_path, "abc", "benchmarks.gpu")("times", 60.0)
+    assert ends == [1060.0]
+    (command,) = commands
+    assert command[1:3] == ["-m", "benchmarks.gpu"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda commit: HEADER)
+    monkeypatch.setattr(gpu, "end_with", lambda parent: left.append(parent))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 1025.0)
+    times = {"times": lambda record, budget, out: left.append(budget.left)}
+    assert main(command[3:], measure=times) == 0
+    assert left == [os.getpid(), pytest.approx(60 - MARGIN - 25, abs=2)]
+
+
 def test_what_an_earlier_run_left_is_not_of_this_one(tmp_path):
     (tmp_path / "sm_90.json").write_text("{}")
     (tmp_path / "record.json").write_text(json.dumps(HEADER | {"phases": {}, "entries": [FUSED]}))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks.op import structures
 from benchmarks.op.candidates import search
 from benchmarks.op.shapes import TRAINING, Shape
 from benchmarks.op.structures import forward_forms, measure_structures
+from hycam_kernels import tune as command
 from hycam_kernels.backends.triton import config_tables as tables
 from hycam_kernels.backends.triton import tuning as tune
 from hycam_kernels.backends.triton.config_tables import launch_parameters, load_table, select
@@ -297,6 +299,32 @@ def test_the_search_records_every_candidate_and_stops_in_time(tuner, device, tmp
     search(tuner, session, [size], tmp_path / "none.json", torch.float32)
     assert not (tmp_path / "none.json").exists()
     assert "needed" in session.record.entries[-1]["skipped"]
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="the interpreter's launcher, which has no assembly, is meant")
+def test_the_command_tunes_with_the_table_and_assembly_that_calls_use(tmp_path, monkeypatch):
+    made = []
+
+    class Noted(Tuner):
+        def __init__(self, table, **options) -> None:
+            super().__init__(table, **options)
+            made.append(self)
+
+        def candidates(self, sizes, calls):
+            return {}
+
+    monkeypatch.setattr(command, "Tuner", Noted)
+    monkeypatch.setattr(command, "family_of", lambda device: "gfx942")
+    monkeypatch.setattr(command, "make_call", lambda *arguments, **options: None)
+    monkeypatch.setattr(Tuner, "compile_ahead", lambda *arguments, **options: None)
+    monkeypatch.setattr(Tuner, "run", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
+    assert command.main(["--out", str(tmp_path)]) == 0
+    (tuner,) = made
+    assert tuner.table == load_table(tables.INTERPRETER)
+    assert (tuner.inline_assembly, tuner.processors) == (False, 3)
 
 
 def test_a_search_that_is_broken_off_keeps_what_it_measured(tuner, device, tmp_path, monkeypatch):
