@@ -201,12 +201,16 @@ def main(
             parser.error(f"--out: {error}")
         return 0
     processes = max(1, min(10, (os.cpu_count() or 2) - 2))
+    header = environment(options.commit)
+    git = header["git"]
+    # whatever is committed during the run, its phases are of the sources that it began with
+    commit = None if git["commit"] is None else git["commit"] + ("+" if git["dirty"] else "")
     done = orchestrate(
         out,
-        environment(options.commit),
+        header,
         Budget(options.seconds),
         lambda seconds: run_tests(seconds, out / "tests.log", processes=processes, folder=tests),
-        _launch(out, options.commit, module),
+        _launch(out, commit, module),
     )
     print(json.dumps(json.loads((out / "record.json").read_text())["phases"], indent=1))
     return 0 if done else 1

@@ -162,6 +162,25 @@ def test_the_start_of_a_phase_is_of_its_seconds(tmp_path, monkeypatch):
     assert left == [os.getpid(), pytest.approx(60 - MARGIN - 25, abs=2)]
 
 
+def test_a_commit_during_the_run_leaves_its_phases(tmp_path, monkeypatch):
+    """They are told which sources the run began with."""
+    commands = []
+
+    def orchestrate_one(out, header, budget, test, launch) -> bool:
+        Record(out / "record.json", header | {"phases": {}}).write()
+        launch("models", 60)
+        return True
+
+    monkeypatch.setattr(gpu, "orchestrate", orchestrate_one)
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(gpu, "wait", lambda process, end: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda commit: {"git": {"commit": "abc", "dirty": True}})
+    assert main(["--out", str(tmp_path)]) == 0
+    (command,) = commands
+    assert command[command.index("--commit") + 1] == "abc+"
+
+
 def test_what_an_earlier_run_left_is_not_of_this_one(tmp_path):
     (tmp_path / "sm_90.json").write_text("{}")
     (tmp_path / "record.json").write_text(json.dumps(HEADER | {"phases": {}, "entries": [FUSED]}))
