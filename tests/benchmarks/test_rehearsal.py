@@ -215,13 +215,13 @@ def test_a_killed_run_leaves_all_that_it_measured(moment, tmp_path, out):
 
 
 def test_what_a_short_time_leaves_out_is_named(out):
-    """40 seconds are none for tests, candidates and times, and too few for a training step."""
-    with rehearsal(out, "--seconds", "40") as process:
+    """37 seconds are none for tests, candidates and times, and too few to measure a model."""
+    with rehearsal(out, "--seconds", "37") as process:
         while not (out / "record.json").exists():
             time.sleep(0.1)
         start = time.monotonic()
         assert process.wait() == 1
-        assert time.monotonic() - start < 40
+        assert time.monotonic() - start < 37
     record = read(out)
     for phase in ("tests", "candidates", "times"):
         assert record["phases"][phase].startswith("skipped: 0 s were left")
