@@ -45,10 +45,15 @@ def measure_on_gpu(
     parts: Sequence[str] = PARTS,
     *,
     liger: bool = False,
+    generation: Sequence[ModelShape] = GENERATION,
+    new_tokens: int = NEW_TOKENS["cuda"],
+    layers: Sequence[ModelShape] = LAYERS,
+    longest: ModelShape = LONGEST,
+    rounds: int = 8,
 ) -> None:
     """The most telling first: what is large may leave no time for the rest."""
     device = torch.device("cuda", torch.cuda.current_device())
-    session = Session(record, budget, device, [GraphTimer(), EventTimer(warmup=1)], rounds=8)
+    session = Session(record, budget, device, [GraphTimer(), EventTimer(warmup=1)], rounds)
     settings = [
         Setting(checkpointing, on) for on in ([False, True] if liger else [False]) for checkpointing in (False, True)
     ]
@@ -58,13 +63,13 @@ def measure_on_gpu(
                 for setting in settings:
                     measure_steps(session, shape, DTYPE, STEP_METHODS, setting)
         elif part == "generation":
-            for shape in GENERATION:
-                measure_generation(session, shape, DTYPE, LAYER_METHODS, NEW_TOKENS["cuda"])
+            for shape in generation:
+                measure_generation(session, shape, DTYPE, LAYER_METHODS, new_tokens)
         elif part == "attention":
-            for shape in LAYERS:
+            for shape in layers:
                 measure_attention(session, shape, DTYPE, LAYER_METHODS)
         else:
-            measure_longest(session, LONGEST, DTYPE, STEP_METHODS, (PLAIN, CHECKPOINTING))
+            measure_longest(session, longest, DTYPE, STEP_METHODS, (PLAIN, CHECKPOINTING))
     record.content["gpu_after"] = gpu_state()
     record.write()
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from hycam_kernels.backends.triton.config_tables import family_of, load_table
+from hycam_kernels.backends.triton import modulation as triton_backend
+from hycam_kernels.backends.triton.config_tables import family_of
 from hycam_kernels.backends.triton.tuned_table import table_text, winners
 from hycam_kernels.backends.triton.tuning import DECODE_TOKENS, Size, Tuner, make_call
 from hycam_kernels.inputs import ModulationInputs
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     sizes = [Size(tokens, d, options.experts, options.rank) for tokens in options.tokens for d in options.dim]
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    tuner = Tuner(load_table(family), processors=processors)
+    launcher = triton_backend.launcher(device)
+    tuner = Tuner(launcher.table, processors=processors, inline_assembly=launcher.inline_assembly)
 
     def call(size: Size) -> ModulationInputs:
         return make_call(size, torch.bfloat16, device, training=size.tokens > DECODE_TOKENS)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.harness.processes import wait
 from benchmarks.harness.record import ROOT, Entry
 
 FOLDER = ROOT / "tests" / "kernels"
@@ -70,16 +71,6 @@ def _finish(running: Sequence[subprocess.Popen], end: float) -> tuple[list[int |
     for process in late:
         os.killpg(process.pid, signal.SIGINT)
     return [wait(process, end) for process in running], not late
-
-
-def wait(process: subprocess.Popen, end: float) -> int | None:
-    """Exit status of the leader of a process group; None where the group had to be stopped at ``end``."""
-    try:
-        return process.wait(max(end - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return None
 
 
 def _count(reports) -> Entry:

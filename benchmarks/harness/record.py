@@ -47,25 +47,45 @@ class Record:
     Args:
         path: of the JSON file.
         header: what goes before the entries, from `environment`.
+
+    Attributes:
+        labels: fields that every entry gets.
     """
 
     def __init__(self, path: Path, header: Entry) -> None:
         self.path = path
         self.content: Entry = header | {"entries": []}
+        self.labels: Entry = {}
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """The record that a file holds, to go on with."""
+        record = cls(path, {})
+        record.content = json.loads(path.read_text())
+        return record
 
     @property
     def entries(self) -> list[Entry]:
         return self.content["entries"]
 
     def add(self, entry: Entry) -> None:
-        self.entries.append(entry)
+        self.entries.append(entry | self.labels)
         self.write()
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        header = {name: value for name, value in self.content.items() if name != "entries"}
+        head = json.dumps(header | {"entries": []}, indent=1).removesuffix("]\n}")
+        # an entry a line: a whole run has a thousand of them, and to indent them would take seconds off its time
+        entries = ",\n  ".join(map(json.dumps, self.entries))
+        write_whole(self.path, f"{head}\n  {entries}\n ]\n}}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: whenever this process is killed, all of the text is there or what was there before."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def environment(commit: str | None = None) -> Entry:

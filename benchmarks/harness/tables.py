@@ -311,7 +311,9 @@ def render(name: str, results: Path) -> str:
 def _origin(record: Entry, name: Path) -> str:
     machine = record["gpu"]["name"] if record["gpu"] else f"{record['cpu']['name']}, {record['cpu']['threads']} threads"
     state = "with uncommitted changes" if record["git"]["dirty"] else "clean"
+    commit = record["git"]["commit"]
+    sources_ = f"sources {commit[:12]} ({state})" if commit else "sources of no known commit"
     return (
-        f"From `benchmarks/results/{name}`: {machine}; torch {record['packages']['torch']}; sources "
-        f"{record['git']['commit'][:12]} ({state}); {record['time']}."
+        f"From `benchmarks/results/{name}`: {machine}; torch {record['packages']['torch']}; {sources_}; "
+        f"{record['time']}."
     )

@@ -16,7 +16,6 @@ from benchmarks.op.peers import make_arguments, peer
 from benchmarks.op.shapes import DECODE, TRAINING, Shape, floor_us
 from hycam_kernels.backends.triton import modulation as triton_backend
 from hycam_kernels.backends.triton import norm_projection as norm_triton_backend
-from hycam_kernels.backends.triton.config_tables import family_of
 from hycam_kernels.backends.triton.kernels.cost import Cost
 from hycam_kernels.backends.triton.kernels.decode import decode_down_cost, decode_forward, decode_fusion_cost
 from hycam_kernels.backends.triton.kernels.fusion_backward import (
@@ -139,7 +138,6 @@ def measure_kernels(
     dtype: torch.dtype,
     training: Sequence[Shape] = TRAINING,
     decode: Sequence[Shape] = DECODE,
-    make_log: Callable[[], LaunchLog] | None = None,
 ) -> None:
     """Time every kernel at every shape, with its cost, its floor at the record's rates and its configuration."""
     plan: list[tuple[Shape, Calls, str]] = [(shape, training_calls, "paper") for shape in training]
@@ -153,7 +151,7 @@ def measure_kernels(
                 inference = check == "inference"
                 arguments = make_arguments(shape, dtype, session.device, noise=not inference)
                 Oracle(arguments, "paper", inference=inference).check(peer("fused"))
-            logs = [(make_log or _device_log)() for _ in range(2)]
+            logs = [_log(session.device) for _ in range(2)]
             for log in logs:
                 calls(log, shape, dtype, session.device)
         except WrongResultError as error:
@@ -168,10 +166,9 @@ def measure_kernels(
             _time_kernel(session, shape, dtype, same_kernel)
 
 
-def _device_log() -> LaunchLog:
-    family = family_of(torch.device("cuda", torch.cuda.current_device()))
-    assert family is not None, "the kernel tests passed, so there is a table"
-    return LaunchLog(family, inline_assembly=family.startswith("sm_"))
+def _log(device: torch.device) -> LaunchLog:
+    launcher = triton_backend.launcher(device)
+    return LaunchLog(launcher.family, inline_assembly=launcher.inline_assembly)
 
 
 def _time_kernel(session: Session, shape: Shape, dtype: torch.dtype, launches: Sequence[Launch]) -> None:

@@ -19,7 +19,8 @@ from benchmarks.op.checks import Oracle, WrongResultError
 from benchmarks.op.peers import Arguments, Outputs, Peer, leaves, make_arguments, peer, upstream, work
 from benchmarks.op.shapes import PASSES, Shape, decode_traffic, floor_us, flops, traffic
 
-_CALLS = 20
+# calls on an idle device, none waited for
+QUEUED = 20
 
 
 def measure_op(
@@ -180,8 +181,10 @@ def _rate(
     return per_second
 
 
-def measure_overhead(session: Session, shape: Shape, dtype: torch.dtype, names: Sequence[str]) -> None:
-    """The host's time for one call on tensors so small that a device only waits: per call over 20 queued calls."""
+def measure_overhead(
+    session: Session, shape: Shape, dtype: torch.dtype, names: Sequence[str], queued: int = QUEUED
+) -> None:
+    """The host's time for one call on tensors so small that a device only waits: per call over the queued ones."""
     if not session.starts(5, "overhead", shape):
         return
     timer = HostTimer(warmup=3)
@@ -191,18 +194,18 @@ def measure_overhead(session: Session, shape: Shape, dtype: torch.dtype, names: 
             candidate = peer(name)
             sets = [make_arguments(shape, dtype, session.device, candidate.variant, noise=pass_ != "inference")]
             try:
-                samplers[name] = timer.prepare(_queued(work(candidate.call, sets, pass_), session.device))
+                samplers[name] = timer.prepare(_queued(work(candidate.call, sets, pass_), session.device, queued))
             except Exception as error:  # as in timing
                 session.add("overhead", shape, **{"pass": pass_}, peer=name, error=describe(error))
         for name, samples in alternate(samplers, session.rounds, session.budget.lasts).items():
-            per_call = [sample / _CALLS for sample in samples]
+            per_call = [sample / queued for sample in samples]
             session.add(
                 "overhead", shape, dtype=dtype_name(dtype), **{"pass": pass_}, peer=name, method="host",
                 samples_us=per_call,
             )  # fmt: skip
 
 
-def _queued(one: Work, device: torch.device) -> Work:
+def _queued(one: Work, device: torch.device, count: int) -> Work:
     """Several calls on an idle device, none waited for."""
 
     def setup(index: int):
@@ -211,7 +214,7 @@ def _queued(one: Work, device: torch.device) -> Work:
         return one.setup(index)
 
     def run(state) -> None:
-        for _ in range(_CALLS):
+        for _ in range(count):
             one.run(state)
 
     return Work(setup, run, one.sets)

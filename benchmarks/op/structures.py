@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness.session import Session, dtype_name
+from benchmarks.harness.session import Session, describe, dtype_name
 from benchmarks.harness.timing import Work, alternate
 from benchmarks.op.shapes import Shape
 from hycam_kernels.backends.triton import modulation as triton_backend
@@ -20,7 +20,9 @@ from hycam_kernels.backends.triton.tuning import RowLauncher, Size, make_call
 from hycam_kernels.inputs import ModulationInputs
 
 
-def measure_structures(session: Session, shape: Shape, dtype: torch.dtype, table: Table) -> None:
+def measure_structures(
+    session: Session, shape: Shape, dtype: torch.dtype, table: Table, *, inline_assembly: bool
+) -> None:
     """Times of the arrangements below at one shape, with a table's block sizes."""
     if not session.starts(4, "structure", shape):
         return
@@ -33,14 +35,19 @@ def measure_structures(session: Session, shape: Shape, dtype: torch.dtype, table
     calls = [make_call(Size(*shape.as_dict().values()), dtype, session.device, training=True) for _ in range(2)]
     forms = {
         name: Work(lambda i: calls[i], form, len(calls))
-        for name, form in forward_forms(table, inline_assembly=session.device.type == "cuda").items()
+        for name, form in forward_forms(table, inline_assembly=inline_assembly).items()
     }
     _time(session, shape, dtype, forms)
 
 
 def _time(session: Session, shape: Shape, dtype: torch.dtype, works: dict[str, Work]) -> None:
     for timer in session.timers:
-        samplers = {name: timer.prepare(work) for name, work in works.items()}
+        samplers = {}
+        for name, work in works.items():
+            try:
+                samplers[name] = timer.prepare(work)
+            except Exception as error:  # triton has no common class for what fails; the others are still measured
+                session.add("structure", shape, dtype=dtype_name(dtype), what=name, error=describe(error))
         for name, samples in alternate(samplers, session.rounds, session.budget.lasts).items():
             session.add("structure", shape, dtype=dtype_name(dtype), what=name, method=timer.method, samples_us=samples)
 

@@ -2,34 +2,40 @@
 
 import itertools
 import json
+import os
 import time
 
 import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import main
+from benchmarks.gpu import main, run_phase
 from benchmarks.harness.kernel_tests import run_tests
-from benchmarks.harness.phases import MARGIN, MODELS_SHARE, TIMES_SHARE, orchestrate
+from benchmarks.harness.phases import MARGIN, MODELS_SHARE, TIMES_SHARE, OtherSourcesError, enter, orchestrate, tables
 from benchmarks.harness.record import Budget, Record
-from benchmarks.op.shapes import TRAINING
+from benchmarks.op.shapes import SWEEP, TRAINING
 
 PASSED = {"passed_all": True, "in_time": True, "passed": 3, "skipped": 0, "failures": [], "last_lines": {}}
 FUSED = {"group": "op", "peer": "fused", "samples_us": [1.0]}
 
 
+HEADER = {"git": {"commit": "abc", "dirty": False}}
+
+
 class Phases:
-    """Stands for the phases' processes: notes what was started, and writes the entries that a phase would."""
+    """Stands for the phases' processes: notes what was started, and adds the entries that a phase would."""
 
     def __init__(self, folder, **outcomes) -> None:
         self.folder = folder
         self.outcomes = outcomes
-        self.started: list[tuple[str, float, dict]] = []
+        self.started: list[tuple[str, float]] = []
 
-    def __call__(self, name, seconds, environ):
-        self.started.append((name, seconds, environ))
+    def __call__(self, name, seconds):
+        self.started.append((name, seconds))
         status, entries = self.outcomes.get(name, (0, []))
-        (self.folder / f"{name}.json").write_text(json.dumps({"entries": entries}))
+        record = enter(self.folder, name, HEADER)
+        for entry in entries:
+            record.add(entry)
         return status
 
 
@@ -40,12 +46,13 @@ def read(folder) -> dict:
 def test_all_phases_in_order(tmp_path):
     step = {"group": "step"}
     phases = Phases(tmp_path, candidates=(0, [{"group": "candidate"}]), times=(0, [FUSED]), models=(0, [step]))
-    assert orchestrate(tmp_path, {"git": "x"}, Budget(560), lambda seconds: PASSED, phases)
+    assert orchestrate(tmp_path, HEADER, Budget(560), lambda seconds: PASSED, phases)
     record = read(tmp_path)
     assert [name for name, *_ in phases.started] == ["candidates", "times", "models"]
     assert record["phases"] == {"tests": "passed", "candidates": "done", "times": "done", "models": "done"}
     assert [entry["group"] for entry in record["entries"]] == ["tests", "candidate", "op", "step"]
-    assert (record["git"], record["table"]) == ("x", "shipped")
+    assert [entry.get("phase") for entry in record["entries"]] == [None, "candidates", "times", "models"]
+    assert record["git"] == HEADER["git"]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +66,7 @@ def test_all_phases_in_order(tmp_path):
 )
 def test_failed_tests_are_named_and_leave_the_times_but_no_success(tests, status, tmp_path, capsys):
     phases = Phases(tmp_path, times=(0, [FUSED]))
-    assert not orchestrate(tmp_path, {}, Budget(560), lambda seconds: tests, phases)
+    assert not orchestrate(tmp_path, HEADER, Budget(560), lambda seconds: tests, phases)
     assert [name for name, *_ in phases.started] == ["candidates", "times", "models"]
     assert read(tmp_path)["phases"]["tests"] == status
     printed = capsys.readouterr().out
@@ -72,46 +79,121 @@ def test_the_compiler_comes_before_what_can_do_without(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     order: list[tuple] = []
     for name in ("times_phase", "compiled_phase", "sweep_phase"):
-        monkeypatch.setattr(gpu, name, lambda session, *shapes, name=name, **_: order.append((name, *shapes)))
+        monkeypatch.setattr(gpu, name, lambda session, *shapes, name=name, **_: order.append((name, *shapes[:1])))
     monkeypatch.setattr("benchmarks.op.kernels.measure_kernels", lambda *_: order.append(("kernels",)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    gpu._times_on_gpu(Record(tmp_path / "r.json", {}), Budget(1), tmp_path)
+    gpu.times_on_gpu(Record(tmp_path / "r.json", {}), Budget(1), tmp_path)
     assert order == [
-        ("times_phase",), ("compiled_phase", TRAINING[:1]), ("kernels",), ("sweep_phase",),
+        ("times_phase", TRAINING), ("compiled_phase", TRAINING[:1]), ("kernels",), ("sweep_phase", SWEEP),
         ("compiled_phase", TRAINING[1:]),
     ]  # fmt: skip
 
 
-def test_times_use_the_table_that_won(tmp_path):
-    phases = Phases(tmp_path, times=(0, [FUSED]))
+@pytest.mark.parametrize("family", ["sm_90", "gfx942"])
+def test_a_phase_uses_the_table_that_won(family, tmp_path, monkeypatch):
+    """But the search itself, which starts anew."""
+    seen = []
 
-    def launch(name, seconds, environ):
-        if name == "candidates":
-            (tmp_path / "sm_90.json").write_text("{}")
-        return phases(name, seconds, environ)
+    def measure(record, budget, out):
+        seen.append((os.environ.get("HYCAM_KERNELS_TABLES"), record.content["table"], tables(out)))
 
-    orchestrate(tmp_path, {}, Budget(560), lambda seconds: PASSED, launch)
-    environments = {name: environ for name, _, environ in phases.started}
-    own = {"HYCAM_KERNELS_TABLES": str(tmp_path)}
-    assert environments == {"candidates": {}, "times": own, "models": own}
-    assert read(tmp_path)["table"] == "tuned"
+    table = tmp_path / f"{family}.json"
+    monkeypatch.setenv("HYCAM_KERNELS_TABLES", "")  # so that it's as before after the test
+    monkeypatch.delenv("HYCAM_KERNELS_TABLES")
+    for name in ("times", "candidates", "models"):
+        table.write_text("{}")
+        run_phase(name, tmp_path, 60, "abc", measure)
+        monkeypatch.delenv("HYCAM_KERNELS_TABLES", raising=False)
+    own = (str(tmp_path), "tuned", [table])
+    assert seen == [own, (None, "shipped", []), own]
+
+
+def test_a_phase_alone_replaces_its_own_entries_and_leaves_the_others(tmp_path):
+    for number in (1, 2):
+        for name in ("times", "models"):
+            run_phase(name, tmp_path, 60, "abc", lambda record, *_, number=number: record.add({"number": number}))
+    run_phase("times", tmp_path, 60, "abc", lambda record, *_: record.add({"number": 3}))
+    record = read(tmp_path)
+    assert record["entries"] == [{"number": 2, "phase": "models"}, {"number": 3, "phase": "times"}]
+    assert record["phases"] == {"times": "done", "models": "done"}
+
+
+def test_a_phase_is_not_added_to_a_record_of_other_sources(tmp_path):
+    run_phase("times", tmp_path, 60, "abc", lambda record, *_: record.add({"group": "op"}))
+    before = read(tmp_path)
+    with pytest.raises(OtherSourcesError, match="commit abc, these sources are def"):
+        run_phase("times", tmp_path, 60, "def", lambda *_: None)
+    assert read(tmp_path) == before
+
+
+def test_a_phase_that_dies_leaves_what_it_measured(tmp_path):
+    """In the record itself, with the phase named as one that began."""
+    held = []
+
+    def measure(record, budget, out):
+        record.add(FUSED)
+        held.append(read(tmp_path))
+        raise RuntimeError("no device any more")
+
+    with pytest.raises(RuntimeError, match="no device"):
+        run_phase("times", tmp_path, 60, "abc", measure)
+    assert held == [read(tmp_path)]
+    assert held[0]["phases"] == {"times": "started"}
+    assert held[0]["entries"] == [FUSED | {"phase": "times"}]
+
+
+def test_the_start_of_a_phase_is_of_its_seconds(tmp_path, monkeypatch):
+    """A process that is started is told since when it counts: what it imports may take long."""
+    commands, ends, left = [], [], []
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(gpu, "wait", lambda process, end: ends.append(end))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 1000.0)
+    gpu._launch(tmp_path, "abc", "benchmarks.gpu")("times", 60.0)
+    assert ends == [1060.0]
+    (command,) = commands
+    assert command[1:3] == ["-m", "benchmarks.gpu"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda commit: HEADER)
+    monkeypatch.setattr(gpu, "end_with", lambda parent: left.append(parent))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 1025.0)
+    times = {"times": lambda record, budget, out: left.append(budget.left)}
+    assert main(command[3:], measure=times) == 0
+    assert left == [os.getpid(), pytest.approx(60 - MARGIN - 25, abs=2)]
+
+
+def test_a_commit_during_the_run_leaves_its_phases(tmp_path, monkeypatch):
+    """They are told which sources the run began with."""
+    commands = []
+
+    def orchestrate_one(out, header, budget, test, launch) -> bool:
+        Record(out / "record.json", header | {"phases": {}}).write()
+        launch("models", 60)
+        return True
+
+    monkeypatch.setattr(gpu, "orchestrate", orchestrate_one)
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(gpu, "wait", lambda process, end: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda commit: {"git": {"commit": "abc", "dirty": True}})
+    assert main(["--out", str(tmp_path)]) == 0
+    (command,) = commands
+    assert command[command.index("--commit") + 1] == "abc+"
 
 
 def test_what_an_earlier_run_left_is_not_of_this_one(tmp_path):
     (tmp_path / "sm_90.json").write_text("{}")
-    (tmp_path / "times.json").write_text(json.dumps({"entries": [FUSED]}))
+    (tmp_path / "record.json").write_text(json.dumps(HEADER | {"phases": {}, "entries": [FUSED]}))
     (tmp_path / "kept.json").write_text("{}")
-    assert not orchestrate(tmp_path, {}, Budget(560), lambda seconds: PASSED, lambda *phase: 1)
-    record = read(tmp_path)
-    assert record["table"] == "shipped"
-    assert [entry["group"] for entry in record["entries"]] == ["tests"]
+    assert not orchestrate(tmp_path, HEADER, Budget(560), lambda seconds: PASSED, lambda *phase: 1)
+    assert [entry["group"] for entry in read(tmp_path)["entries"]] == ["tests"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "record.json"]
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(3, "failed with exit status 3"), (None, "out of time")])
 def test_failed_candidates_leave_the_times(status, outcome, tmp_path):
     phases = Phases(tmp_path, candidates=(status, []), times=(0, [FUSED]))
-    assert orchestrate(tmp_path, {}, Budget(560), lambda seconds: PASSED, phases)
+    assert orchestrate(tmp_path, HEADER, Budget(560), lambda seconds: PASSED, phases)
     assert read(tmp_path)["phases"] == {
         "tests": "passed", "candidates": outcome, "times": "done", "models": "done",
     }  # fmt: skip
@@ -122,24 +204,24 @@ def test_failed_candidates_leave_the_times(status, outcome, tmp_path):
 )
 def test_a_run_without_times_of_the_fused_op_is_no_success(entries, tmp_path):
     phases = Phases(tmp_path, times=(0, entries))
-    assert not orchestrate(tmp_path, {}, Budget(560), lambda seconds: PASSED, phases)
+    assert not orchestrate(tmp_path, HEADER, Budget(560), lambda seconds: PASSED, phases)
 
 
 def test_every_phase_fits_into_what_is_left(tmp_path):
     now = [0.0]
     phases = Phases(tmp_path, times=(0, [FUSED]))
 
-    def launch(name, seconds, environ):
+    def launch(name, seconds):
         now[0] += seconds
-        return phases(name, seconds, environ)
+        return phases(name, seconds)
 
     def tests(seconds):
         now[0] += seconds
         return PASSED
 
-    orchestrate(tmp_path, {}, Budget(560, clock=lambda: now[0]), tests, launch)
+    orchestrate(tmp_path, HEADER, Budget(560, clock=lambda: now[0]), tests, launch)
     assert now[0] <= 560
-    seconds = {name: seconds for name, seconds, _ in phases.started}
+    seconds = dict(phases.started)
     assert seconds["times"] >= TIMES_SHARE
     assert seconds["models"] >= MODELS_SHARE - MARGIN
 
@@ -147,8 +229,18 @@ def test_every_phase_fits_into_what_is_left(tmp_path):
 def test_a_phase_without_time_is_skipped_and_named(tmp_path):
     ticks = itertools.count(0.0, 90.0)
     phases = Phases(tmp_path, times=(0, [FUSED]))
-    orchestrate(tmp_path, {}, Budget(300, clock=lambda: next(ticks)), lambda seconds: PASSED, phases)
+    orchestrate(tmp_path, HEADER, Budget(300, clock=lambda: next(ticks)), lambda seconds: PASSED, phases)
     assert "skipped" in read(tmp_path)["phases"]["candidates"]
+
+
+def test_without_time_for_the_tests_they_are_skipped_and_named(tmp_path):
+    """No process is started that would be stopped at once, and nothing that wasn't tested is a success."""
+    phases = Phases(tmp_path, times=(0, [FUSED]))
+    assert not orchestrate(tmp_path, HEADER, Budget(200), pytest.fail, phases)
+    outcomes = read(tmp_path)["phases"]
+    assert outcomes["tests"] == outcomes["candidates"]
+    assert outcomes["tests"].startswith("skipped: 0 s were left")
+    assert (outcomes["times"], outcomes["models"]) == ("done", "done")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is wanted")

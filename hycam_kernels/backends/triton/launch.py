@@ -71,6 +71,7 @@ class Launcher:
     """
 
     def __init__(self, family: str, *, inline_assembly: bool) -> None:
+        self.family = family
         self.table = load_table(family)
         self.inline_assembly = inline_assembly
         self.has_tf32 = family.startswith("sm_")

@@ -265,8 +265,18 @@ class Tuner:
                         for run in passes:
                             run(launch)
 
-    def run(self, size: Size, x: ModulationInputs, candidates: dict[str, list[Config]]) -> None:
-        """Measure every candidate of the kernels that this size launches, each in the first pass that does."""
+    def run(
+        self,
+        size: Size,
+        x: ModulationInputs,
+        candidates: dict[str, list[Config]],
+        report: Callable[[Measurement], None] = lambda measurement: None,
+    ) -> None:
+        """Measure every candidate of the kernels that this size launches, each in the first pass that does.
+
+        Args:
+            report: called with each measurement as soon as it is made.
+        """
         training = size.tokens > DECODE_TOKENS
         measured: set[str] = set()
         for pass_, run in make_passes(x, training=training).items():
@@ -290,6 +300,7 @@ class Tuner:
                 if not self.keep_on():
                     return
                 self.found.append(self._measure(Measurement(kernel, pass_, size, row), table, run, expected))
+                report(self.found[-1])
 
     def _measure(self, result: Measurement, table: Table, run, expected: list[Tensor]) -> Measurement:
         if result.row != LEFT_OUT:

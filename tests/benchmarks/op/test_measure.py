@@ -170,6 +170,21 @@ def test_a_record_is_whole_after_each_entry(tmp_path):
     assert list(record.path.parent.iterdir()) == [record.path]
 
 
+def test_a_record_goes_on_where_it_was_left(tmp_path):
+    record = Record(tmp_path / "r.json", {"time": "now", "gpu": {"name": "x"}})
+    record.write()
+    assert Record.read(record.path).content == {"time": "now", "gpu": {"name": "x"}, "entries": []}
+    record.add({"group": "x", "samples_us": [1.5, 2.0]})
+    again = Record.read(record.path)
+    again.labels = {"phase": "times"}
+    again.add({"group": "y"})
+    assert Record.read(record.path).content == record.content | {
+        "entries": [{"group": "x", "samples_us": [1.5, 2.0]}, {"group": "y", "phase": "times"}]
+    }
+    # readable: an entry a line
+    assert len(record.path.read_text().splitlines()) == 10
+
+
 def test_environment_names_machine_versions_and_sources():
     found = environment()
     assert found["packages"]["torch"] == torch.__version__

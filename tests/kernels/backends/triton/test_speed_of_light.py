@@ -73,7 +73,7 @@ def session(tmp_path):
 
 
 def test_kernels_are_recorded_with_their_floor(session):
-    measure_kernels(session, torch.float32, [SHAPE], [DECODE], make_log)
+    measure_kernels(session, torch.float32, [SHAPE], [DECODE])
     entries = [entry for entry in session.record.entries if entry["group"] == "kernel"]
     assert not [entry for entry in entries if "error" in entry or "wrong" in entry]
     assert {entry["what"] for entry in entries} >= {
@@ -89,7 +89,7 @@ def test_a_wrong_kernel_is_not_timed(session, monkeypatch):
         raise kernels.WrongResultError("fused: output 0: not timed")
 
     monkeypatch.setattr(kernels.Oracle, "check", broken)
-    measure_kernels(session, torch.float32, [SHAPE], [], make_log)
+    measure_kernels(session, torch.float32, [SHAPE], [])
     entries = [entry for entry in session.record.entries if entry.get("what") == "training_calls"]
     assert [entry["wrong"] for entry in entries] == ["fused: output 0: not timed"]
 

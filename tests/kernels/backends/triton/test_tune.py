@@ -3,14 +3,17 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.harness.record import Budget
+from benchmarks.op import structures
 from benchmarks.op.candidates import search
 from benchmarks.op.shapes import TRAINING, Shape
 from benchmarks.op.structures import forward_forms, measure_structures
+from hycam_kernels import tune as command
 from hycam_kernels.backends.triton import config_tables as tables
 from hycam_kernels.backends.triton import tuning as tune
 from hycam_kernels.backends.triton.config_tables import launch_parameters, load_table, select
@@ -299,9 +302,67 @@ def test_the_search_records_every_candidate_and_stops_in_time(tuner, device, tmp
     assert "needed" in session.record.entries[-1]["skipped"]
 
 
+@pytest.mark.skipif(not INTERPRETING, reason="the interpreter's launcher, which has no assembly, is meant")
+def test_the_command_tunes_with_the_table_and_assembly_that_calls_use(tmp_path, monkeypatch):
+    made = []
+
+    class Noted(Tuner):
+        def __init__(self, table, **options) -> None:
+            super().__init__(table, **options)
+            made.append(self)
+
+        def candidates(self, sizes, calls):
+            return {}
+
+    monkeypatch.setattr(command, "Tuner", Noted)
+    monkeypatch.setattr(command, "family_of", lambda device: "gfx942")
+    monkeypatch.setattr(command, "make_call", lambda *arguments, **options: None)
+    monkeypatch.setattr(Tuner, "compile_ahead", lambda *arguments, **options: None)
+    monkeypatch.setattr(Tuner, "run", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
+    assert command.main(["--out", str(tmp_path)]) == 0
+    (tuner,) = made
+    assert tuner.table == load_table(tables.INTERPRETER)
+    assert (tuner.inline_assembly, tuner.processors) == (False, 3)
+
+
+def test_a_search_that_is_broken_off_keeps_what_it_measured(tuner, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tuner, "compile_ahead", lambda self, *arguments, **options: None)
+    session = dataclasses.replace(make_session(tmp_path / "r.json"), device=device)
+    times = itertools.count(1.0)
+
+    def measure(run) -> float:
+        if (time := next(times)) > 9:
+            raise KeyboardInterrupt
+        return time
+
+    tuner.measure = measure
+    with pytest.raises(KeyboardInterrupt):
+        search(tuner, session, [Size(4, 48, 2, 16)], tmp_path / "table.json", torch.float32)
+    entries = json.loads((tmp_path / "r.json").read_text())["entries"]
+    assert [entry["median_us"] for entry in entries] == list(range(1, 10))
+    assert len({entry["kernel"] for entry in entries}) == 2
+    assert json.loads((tmp_path / "table.json").read_text()).keys() == tuner.table.keys()
+
+
+def test_a_structure_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fail(**operands):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(structures, "ARRANGEMENTS", {"failing": fail, "S and V, joined": structures._products_joined})
+    monkeypatch.setattr(structures, "forward_forms", lambda *arguments, **options: {})
+    session = make_session(tmp_path / "r.json")
+    measure_structures(session, Shape(70, 48, 2, 16), torch.bfloat16, {}, inline_assembly=False)
+    failed, measured = session.record.entries
+    assert (failed["what"], failed["error"]) == ("failing", "OutOfMemoryError: CUDA out of memory")
+    assert (measured["what"], measured["samples_us"]) == ("S and V, joined", [1.0, 2.0, 3.0])
+
+
 def test_both_forms_of_the_forward_are_timed_where_s_is_kept_and_not(tuner, device, tmp_path):
     session = dataclasses.replace(make_session(tmp_path / "r.json"), device=device)
-    measure_structures(session, Shape(70, 48, 2, 16), torch.bfloat16, tuner.table)
+    measure_structures(session, Shape(70, 48, 2, 16), torch.bfloat16, tuner.table, inline_assembly=not INTERPRETING)
     forms = forward_forms(tuner.table, inline_assembly=not INTERPRETING)
     assert len(forms) == 4
     assert set(forms) < {entry["what"] for entry in session.record.entries}
