@@ -201,7 +201,6 @@ def row_grad_kernel(
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(1)
     row_mask = rows < tokens
-    p = load_all_weights(weights, rows, row_mask, NUM_EXPERTS)
     d_v = ()
     d_p = ()
     for _ in tl.static_range(NUM_EXPERTS):
@@ -226,7 +225,9 @@ def row_grad_kernel(
             )
             gate = silu_gate(a, SIGMOID)
             activation = silu(a, gate, SIGMOID)
-            fusion += p[expert][:, None] * activation
+            # read each turn: every expert's would cost registers, which some compilers spill
+            weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
+            fusion += weight[:, None] * activation
             next_d_p = next_d_p + (d_p[expert] + tl.sum(d_fusion * activation, 1),)
             d_z = silu_gradient(d_fusion, a, gate, SIGMOID)
             next_d_v = next_d_v + (tl.dot(d_z.to(b_tile.dtype), b_tile, d_v[expert], input_precision=PRECISION),)
@@ -243,7 +244,8 @@ def row_grad_kernel(
         d_prob = d_p[expert] / silu_unit(SIGMOID)
         tl.store(partial_d_probs + partial_rows * NUM_EXPERTS + expert, d_prob, mask=row_mask)
         offsets = partial_rows[:, None] * (NUM_EXPERTS * RANK) + expert * RANK + ranks[None, :]
-        d_v_tile = d_v[expert] * (p[expert] * scale)[:, None]
+        weight = load_weight(weights, expert, rows, row_mask, NUM_EXPERTS)
+        d_v_tile = d_v[expert] * (weight * scale)[:, None]
         tl.store(partial_d_v + offsets, d_v_tile, mask=row_mask[:, None] & (ranks < RANK)[None, :])
 
 

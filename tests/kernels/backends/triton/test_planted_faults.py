@@ -102,10 +102,10 @@ FAULTS = {
     "forward: first expert's p for all": (FORWARD, "p[expert][:, None]", "p[0][:, None]"),
     "row grad: last expert dropped": (
         BACKWARD,
-        "fusion += p[expert][:, None] * activation\n            next_d_p",
-        "fusion += p[expert][:, None] * activation * (expert < NUM_EXPERTS - 1)\n            next_d_p",
+        "fusion += weight[:, None] * activation\n            next_d_p",
+        "fusion += weight[:, None] * activation * (expert < NUM_EXPERTS - 1)\n            next_d_p",
     ),
-    "row grad: V's scale dropped": (BACKWARD, "(p[expert] * scale)[:, None]", "p[expert][:, None]"),
+    "row grad: V's scale dropped": (BACKWARD, "(weight * scale)[:, None]", "weight[:, None]"),
     "row grad: p's sum of one block": (
         BACKWARD,
         "d_p[expert] + tl.sum(d_fusion * activation, 1),)\n            d_z",
