@@ -214,15 +214,15 @@ def targets(record: Entry) -> str:
     relative, memory_of = relative_samples(record), _memory_of(record, "targets")
     rows = []
     for entry in timed(record, group="targets"):
-        *place, peer = _head(entry)
-        found, cells = memory_of[*place, peer], ["", "", ""]
+        head = _head(entry)
+        found, cells = memory_of[head], ["", "", ""]
         if key(entry) in relative:
-            first = memory_of[*place, entry["beside"][0]]
+            first = memory_of[_head(entry | {"peer": entry["beside"][0]})]
             gains = quartiles([1 / ratio for ratio in relative[key(entry)]])
             difference = abs(found["loss"] / first["loss"] - 1)
             cells = [gains, f"{found['peak_bytes'] / first['peak_bytes']:.2f}", f"{difference:.0e}"]
         rows.append(
-            [*place, peer, entry["method"], f"{found['logits']}", f"{_tokens_per_second(entry):.0f}",
+            [*head, entry["method"], f"{found['logits']}", f"{_tokens_per_second(entry):.0f}",
              f"{found['peak_bytes'] / 1e6:.1f}", *cells]
         )  # fmt: skip
     header = ["shape", "dtype", "method", "peer", "clock", "logits of, tokens", "tokens/s", "peak, MB"]
