@@ -9,9 +9,11 @@ import yaml
 from benchmarks.cpu import measure_targets
 from benchmarks.harness.record import ROOT
 from benchmarks.models import responses
-from benchmarks.models.backbones import ModelShape
-from benchmarks.models.responses import ALL, PROMPT_SHARE, TARGETS, check_responses
+from benchmarks.models.backbones import ModelShape, build
+from benchmarks.models.methods import METHODS
+from benchmarks.models.responses import ALL, PROMPT_SHARE, TARGETS, check_responses, prompt_tokens
 from benchmarks.models.shapes import CPU_RESPONSES
+from benchmarks.models.training import base_model
 from benchmarks.op.checks import WrongResultError
 from hycam.training.trainer import HyCAMTrainer
 from tests.benchmarks.fakes import make_session
@@ -88,6 +90,21 @@ def test_a_wrong_one_leaves_the_other(tmp_path, monkeypatch):
     assert every["samples_us"]
     assert "samples_us" not in wrong
     assert "relative error" in wrong["wrong"]
+
+
+def test_what_is_saved_on_paper_is_the_shapes():
+    model = METHODS["lora"](build(CPU_RESPONSES, torch.bfloat16, torch.device("meta")), CPU_RESPONSES)
+    head = base_model(model).get_output_embeddings().weight.numel()
+    # the embeddings are the head's weights; a norm's are no product's
+    frozen = sum(p.numel() for p in model.parameters() if p.ndim == 2 and not p.requires_grad) - head
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # forward, backward to the activations and, of what is trained, to the weights
+    whole = 4 * (frozen + head) + 6 * trained
+    saved = 4 * head * prompt_tokens(CPU_RESPONSES.length) / CPU_RESPONSES.length
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert f"on paper {100 * 4 * head / whole:.0f} % of all products" in page
+    assert f"without the prompts' {whole / (whole - saved):.2f} times the tokens" in page
+    assert f"without any {whole / (whole - 4 * head):.2f} times" in page
 
 
 def test_rows_are_the_studys():
