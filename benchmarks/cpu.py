@@ -2,7 +2,7 @@
 
 The op beside plain autograd, torch.compile and the released code's formulation; small calls and generation without
 gradients; attention layers, training steps and generation on tiny backbones; the longest row of a 7B shape by count;
-and by profile what the op's time consists of.
+by profile what the op's time consists of; and steps with the logits of all tokens beside those of the targets alone.
 
 Ratios within one record are meaningful as far as their spread says; times of a shared machine are not. Where other
 processes are busy, ``--cpu-time`` counts this process's own processor time, on one thread.
@@ -21,7 +21,15 @@ from benchmarks.harness.timing import HostTimer
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.longest import measure_longest
 from benchmarks.models.measure import measure_attention, measure_generation, measure_steps, measure_token_profile
-from benchmarks.models.shapes import CPU_DECODING, CPU_GENERATION, CPU_MODELS, CPU_STEPS, LONGEST, NEW_TOKENS
+from benchmarks.models.shapes import (
+    CPU_DECODING,
+    CPU_GENERATION,
+    CPU_MODELS,
+    CPU_RESPONSES,
+    CPU_STEPS,
+    LONGEST,
+    NEW_TOKENS,
+)
 from benchmarks.models.training import PLAIN, Setting
 from benchmarks.op.floor import PRODUCTS, measure_products, measure_profile
 from benchmarks.op.measure import measure_op, measure_overhead, measure_rates
@@ -127,6 +135,17 @@ def measure_models(
     measure_longest(session, longest, torch.bfloat16, longest_methods, (PLAIN, Setting(checkpointing=True)))
 
 
+def measure_targets(
+    session: Session, shape: ModelShape = CPU_RESPONSES, methods: Sequence[str] = ("lora", "hycam-torch")
+) -> None:
+    """A training step with the logits of every token, and with those of the responses that its loss reads."""
+    # a trainer needs packages that the other parts don't
+    from benchmarks.models.responses import measure_responses
+
+    for name in methods:
+        measure_responses(session, shape, torch.bfloat16, name)
+
+
 PARTS: dict[str, Callable[[Session], None]] = {
     "op": measure,
     "calls": measure_calls,
@@ -135,6 +154,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "floors": measure_floors,
     "sweep": measure_sweep,
     "profile": measure_profiles,
+    "targets": measure_targets,
 }
 
 

@@ -193,26 +193,53 @@ def attention(record: Entry) -> str:
 
 def steps(record: Entry) -> str:
     """Tokens per second and bytes of a training step by method; without a time, why."""
-    memory_of = {
-        (of_model(entry), entry["dtype"], entry["setting"], entry["peer"]): entry
-        for entry in record["entries"]
-        if entry["group"] == "memory" and entry.get("what") == "step"
-    }
+    memory_of = _memory_of(record, "step")
     rows = []
     for entry in record["entries"]:
         if entry["group"] != "step" or "peer" not in entry:
             continue
-        head = of_model(entry), entry["dtype"], entry["setting"], entry["peer"]
+        head = _head(entry)
         found = memory_of.get(head)
         if "samples_us" not in entry or found is None:
             rows.append([*head, _no_time(entry), "", "", "", ""])
             continue
-        tokens = entry["shape"]["batch"] * entry["shape"]["length"]
         amounts = [f"{found[name] / 1e6:.1f}" for name in ("kept_bytes", "peak_bytes", "optimizer_bytes")]
-        rate = 1e6 * tokens / statistics.median(entry["samples_us"])
-        rows.append([*head, f"{rate:.0f}", _against(record, entry, "frozen"), *amounts])
+        rows.append([*head, f"{_tokens_per_second(entry):.0f}", _against(record, entry, "frozen"), *amounts])
     amounts = ["kept, MB", "peak, MB", "optimizer, MB"]
     return markdown(["shape", "dtype", "setting", "method", "tokens/s", "x frozen's time", *amounts], rows)
+
+
+def targets(record: Entry) -> str:
+    """A step beside the first of its turn, which makes the logits of every token: rate, peak, and the first loss."""
+    relative, memory_of = relative_samples(record), _memory_of(record, "targets")
+    rows = []
+    for entry in timed(record, group="targets"):
+        head = _head(entry)
+        found, cells = memory_of[head], ["", "", ""]
+        if key(entry) in relative:
+            first = memory_of[_head(entry | {"peer": entry["beside"][0]})]
+            gains = quartiles([1 / ratio for ratio in relative[key(entry)]])
+            difference = abs(found["loss"] / first["loss"] - 1)
+            cells = [gains, f"{found['peak_bytes'] / first['peak_bytes']:.2f}", f"{difference:.0e}"]
+        rows.append(
+            [*head, entry["method"], f"{found['logits']}", f"{_tokens_per_second(entry):.0f}",
+             f"{found['peak_bytes'] / 1e6:.1f}", *cells]
+        )  # fmt: skip
+    header = ["shape", "dtype", "method", "peer", "clock", "logits of, tokens", "tokens/s", "peak, MB"]
+    return markdown([*header, "x tokens/s [quartiles]", "x peak", "loss differs by"], rows)
+
+
+def _head(entry: Entry) -> tuple[str, str, str, str]:
+    return of_model(entry), entry["dtype"], entry["setting"], entry["peer"]
+
+
+def _memory_of(record: Entry, what: str) -> dict[tuple[str, str, str, str], Entry]:
+    entries = (entry for entry in record["entries"] if entry["group"] == "memory" and entry.get("what") == what)
+    return {_head(entry): entry for entry in entries}
+
+
+def _tokens_per_second(entry: Entry) -> float:
+    return 1e6 * entry["shape"]["batch"] * entry["shape"]["length"] / statistics.median(entry["samples_us"])
 
 
 def _no_time(entry: Entry) -> str:
@@ -269,6 +296,7 @@ TABLES: dict[str, tuple[Folders, tuple[str, ...], Callable[[Entry], str]]] = {
     "cpu-plots": (cpu_folders, ("sweep",), plots),
     "cpu-attention": (cpu_folders, ("attention",), attention),
     "cpu-steps": (cpu_folders, ("step",), steps),
+    "cpu-targets": (cpu_folders, ("targets",), targets),
     "cpu-generation": (cpu_folders, ("generation",), generation),
     "cpu-longest": (cpu_folders, ("longest",), longest),
     "gpu-op": (gpu_folders, ("op",), shares_of_floor),

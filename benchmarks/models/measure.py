@@ -41,7 +41,7 @@ def measure_attention(
         session.add("memory", shape, **labels, what="attention", peer=name, kept_bytes=kept)
         return [(p, timer, partial(work, layer.call, sets, p)) for timer in session.timers for p in PASSES]
 
-    _measure_methods(session, "attention", shape, labels, names, make, seconds)
+    measure_methods(session, "attention", shape, labels, names, make, seconds)
 
 
 def measure_steps(
@@ -62,7 +62,7 @@ def measure_steps(
         session.add("memory", shape, **labels, what="step", peer=name, **found)
         return [("step", session.timers[-1], step.work)]
 
-    _measure_methods(session, "step", shape, labels, names, make, seconds)
+    measure_methods(session, "step", shape, labels, names, make, seconds)
 
 
 def measure_generation(
@@ -84,7 +84,7 @@ def measure_generation(
             passes.append(("token", session.timers[0], generation.token_work))
         return passes
 
-    _measure_methods(session, "generation", shape, labels, names, make, seconds)
+    measure_methods(session, "generation", shape, labels, names, make, seconds)
 
 
 def measure_token_profile(
@@ -108,7 +108,7 @@ def measure_token_profile(
     measure_parts(session, shape, labels, works)
 
 
-def _measure_methods(
+def measure_methods(
     session: Session,
     group: str,
     shape: ModelShape,

@@ -10,6 +10,8 @@ CPU_MODELS = (ModelShape("tiny-llama", 2, 128, rank=16), ModelShape("tiny-qwen2"
 CPU_GENERATION = (ModelShape("tiny-llama", 1, 32, rank=16),)
 # a step bound by the backbone's products, as on a laptop
 CPU_STEPS = (ModelShape("SmolLM2-135M", 2, 256),)
+# the study's batches
+CPU_RESPONSES = ModelShape("SmolLM2-135M", 4, 192)
 # deep and wide enough that a token is bound by reading weights; the prompt hardly counts
 CPU_DECODING = (ModelShape("SmolLM2-135M", 1, 8),)
 # by the device's type

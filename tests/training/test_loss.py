@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hycam.errors import InputError
 from hycam.evaluation.targets import find_targets, target_nll
@@ -49,6 +50,25 @@ def test_a_step_makes_no_logits_but_the_targets(
         shapes.clear()
     assert 0 < tokens[0] < tokens[1] / 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_layers_below_the_first_adapted_one_have_no_graph(tmp_path: Path, backbone: Path) -> None:
+    """Nothing makes a frozen backbone's embeddings ask for a gradient."""
+    recipe = run_recipe(tmp_path, backbone, trainer={"max_steps": 1}, method={"layers_to_transform": [1]})
+    found: set[tuple[int, bool]] = set()
+
+    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+        # a rehearsal's stand-in is trained whole
+        is_frozen = not all(parameter.requires_grad for parameter in module.parameters())
+        if isinstance(module, LlamaDecoderLayer) and is_frozen and torch.is_grad_enabled():
+            found.add((module.self_attn.layer_idx, output.requires_grad))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        train(recipe, test=False)
+    finally:
+        hook.remove()
+    assert found == {(0, False), (1, True)}
 
 
 def own_forward(

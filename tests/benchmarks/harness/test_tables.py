@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tables as command
-from benchmarks.cpu import measure, measure_calls, measure_models, measure_profiles, measure_sweep
+from benchmarks.cpu import measure, measure_calls, measure_models, measure_profiles, measure_sweep, measure_targets
 from benchmarks.harness import plots
 from benchmarks.harness.pages import NOT_MEASURED, fill
 from benchmarks.harness.record import environment
@@ -81,6 +81,7 @@ def cpu_record(tmp_path_factory):
         session, models, models, replace(models[0], layers=4), longest_methods=("hycam-torch",), trained=models[:1]
     )
     measure_profiles(session, [shape], models)
+    measure_targets(session, models[0], ("lora",))
     return session.record.path
 
 
@@ -160,6 +161,28 @@ def test_parts_are_multiples_of_the_first_peers_call(results):
     assert "2026-03-01" in shown
     names = [name for name in TABLES if name.startswith("cpu-") and name != "cpu-profile"]
     assert all("2026-01-01" in render(name, results) for name in names)
+
+
+def test_target_logits_are_shown_beside_all(results):
+    """Rates round by round, and where the first of the turn has none, without a comparison."""
+    path = results / "cpu" / "2026-01-01.json"
+    record = json.loads(path.read_text())
+    for entry in record["entries"]:
+        first = entry.get("peer") == "all-logits"
+        if entry["group"] == "targets":
+            entry["samples_us"] = [8e3, 6e3, 8e3] if first else [4e3, 4e3, 5e3]
+        if entry.get("what") == "targets":
+            entry |= {"peak_bytes": 10_000_000, "loss": 4.0} if first else {"peak_bytes": 7_000_000, "loss": 4.00008}
+    path.write_text(json.dumps(record))
+    shown = render("cpu-targets", results)
+    place = "| tiny-llama, 1 x 16 | bfloat16 | lora |"
+    assert f"{place} all-logits | count | 16 | 2000 | 10.0 |  |  |  |" in shown
+    assert f"{place} target-logits | count | 10 | 4000 | 7.0 | 1.60 [1.50, 2.00] | 0.70 | 2e-05 |" in shown
+    for entry in record["entries"]:
+        if entry.get("peer") == "all-logits":
+            entry.pop("samples_us", None)
+    path.write_text(json.dumps(record))
+    assert f"{place} target-logits | count | 10 | 4000 | 7.0 |  |  |  |" in render("cpu-targets", results)
 
 
 def test_the_newest_record_with_such_a_measurement_is_shown(results):
