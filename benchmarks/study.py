@@ -1,8 +1,9 @@
 """The studies of the docs, drawn from their committed records: ``python -m benchmarks.study [--check]``.
 
 A folder of `STUDIES` has what `hycam compare` and `hycam report` recorded; figures and tables are drawn from it, and
-the pages' tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of its ``tables``. The home page and
-README have a summary of `docs/study`.
+the pages' tables, between ``<!-- table: NAME -->`` and ``<!-- end -->``, are those of its ``tables``; on a page of two
+studies their names begin with the folder's, ``settings-table5``. The home page and README have a summary of
+`docs/study`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ STUDY = ROOT / "docs" / "study"
 STUDIES = {
     STUDY: (ROOT / "docs" / "study.md", ROOT / "docs" / "index.md", ROOT / "README.md"),
     ROOT / "docs" / "study_small": (ROOT / "docs" / "study-small.md",),
+    ROOT / "docs" / "settings_laptop": (ROOT / "docs" / "choosing.md",),
     ROOT / "docs" / "settings": (ROOT / "docs" / "choosing.md",),
 }
 
@@ -103,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.check:
             write_report(study, study)
         tables = drawn(study)
+        tables |= {f"{study.name}-{name}": table for name, table in tables.items()}
         stale += outdated(study) if options.check else []
         for page in pages:
             before = page.read_text(encoding="utf-8")
@@ -112,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif after != before:
                 stale.append(page.name)
     if stale:
-        print(f"{', '.join(stale)}: not what the records give, run `python -m benchmarks.study`", file=sys.stderr)
+        names = ", ".join(dict.fromkeys(stale))
+        print(f"{names}: not what the records give, run `python -m benchmarks.study`", file=sys.stderr)
     return 1 if stale else 0
 
 
