@@ -42,9 +42,14 @@ _SUMMARY = {
 
 
 def drawn(study: Path) -> dict[str, str]:
-    """Name -> Markdown of the tables that a report wrote, their titles left to the page; and of the `summary`."""
+    """Name -> Markdown of the tables that a report wrote, their titles left to the page; and of the `summary`.
+
+    Each by its name, and by one that begins with the folder's.
+    """
     tables = _tables(study)
-    return tables | ({"summary": _summary(study)} if "forgetting" in tables else {})
+    if "forgetting" in tables:
+        tables["summary"] = _summary(study)
+    return tables | {f"{study.name}-{name}": table for name, table in tables.items()}
 
 
 def _tables(study: Path) -> dict[str, str]:
@@ -105,7 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.check:
             write_report(study, study)
         tables = drawn(study)
-        tables |= {f"{study.name}-{name}": table for name, table in tables.items()}
         stale += outdated(study) if options.check else []
         for page in pages:
             before = page.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from tests.evaluation import metric_tools
 
 
 def test_each_marker_has_one_source():
-    sources = [{*TABLES, "versions", "platforms"}, set(counts.TABLES), set(memory_plan.TABLES)]
+    sources = [{*TABLES, "versions", "builds", "platforms"}, set(counts.TABLES), set(memory_plan.TABLES)]
     sources += [set(study.drawn(folder)) for folder in study.STUDIES]
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text()):
