@@ -401,7 +401,7 @@ def test_rows_are_for_a_compiler(monkeypatch, tmp_path):
         assert taken == [row | {"BLOCK_T": block}, row | {"BLOCK_T": 8}]
 
 
-@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.8.0", "3.9.0"])
 @pytest.mark.parametrize("family", [*families(), "interpreter"])
 def test_every_table_takes_every_call(family, version, monkeypatch):
     monkeypatch.setattr(config_tables, "_triton_version", lambda: version)
