@@ -12,7 +12,7 @@ from benchmarks.machine import calls
 from benchmarks.machine.builds import describe, identity
 from benchmarks.machine.calls import DTYPE, Operation, Use, UseRecorder
 from benchmarks.machine.record import SHOWN, TARGET
-from benchmarks.machine.turns import LOOPS, turns
+from benchmarks.machine.turns import BRANCHES, LOOPS, turns
 from benchmarks.op.kernels import COSTS
 from benchmarks.op.shapes import DECODE, TRAINING, Shape
 from hycam_kernels.backends.triton.config_tables import Table, load_table
@@ -113,7 +113,8 @@ def _launch_entry(use: Use, shape: Shape, builds: Mapping[str, Entry]) -> Entry:
     if build not in builds:
         raise LookupError(f"{build} isn't counted: count every kernel of the target")
     try:
-        executed = turns(LOOPS[name](use.values, use.grid), builds[build]["parts"])
+        branches = BRANCHES[name](use.values) if name in BRANCHES else 1
+        executed = turns(LOOPS[name](use.values, use.grid), builds[build]["parts"], branches)
     except ValueError as error:
         raise ValueError(f"{build}: {error}") from error
     cost = COSTS[name](shape, use.values, DTYPE.itemsize)

@@ -113,8 +113,16 @@ LOOPS: dict[str, Callable[[Values, Grid], list[Loop]]] = {
 }
 
 
-def turns(loops: Sequence[Loop], parts: Sequence[Entry]) -> list[float]:
+# kernel -> of how many alike branches of its code, each with a loop of its own, a program runs one
+BRANCHES: dict[str, Callable[[Values], int]] = {
+    "sum_parts_kernel": lambda values: sum(values[f"programs_{index}"] > 0 for index in range(MAX_SUMS)),
+}
+
+
+def turns(loops: Sequence[Loop], parts: Sequence[Entry], branches: int = 1) -> list[float]:
     """How often a program runs each part of a build, from the loops of its kernel's source.
+
+    Of code outside loops, which no part tells apart by branches, it runs one branch's.
 
     Of an unrolled loop one turn is several, and those that are left may be a loop behind it; of one that is unrolled as
     a whole nothing is left. Of a loop that multiplies by tcgen05, triton's pipeline puts the last turn behind it.
@@ -122,7 +130,7 @@ def turns(loops: Sequence[Loop], parts: Sequence[Entry]) -> list[float]:
     Raises:
         ValueError: the code has other loops.
     """
-    found = [1.0]
+    found = [1 / branches]
     of_code = [part["counts"] for part in parts[1:]]
     if len(of_code) < len(loops):
         loops = [loop for loop in loops if not loop.constant]

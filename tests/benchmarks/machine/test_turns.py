@@ -36,6 +36,11 @@ def test_the_last_turn_of_a_pipelined_tcgen05_product_stands_behind_the_loop():
     assert turns([Loop(5), Loop(8)], parts({"UTCHMMA": 8}, {"HMMA": 4})) == [1, 4, 8]
 
 
+def test_a_program_runs_one_of_several_branches():
+    code = parts({"global": 8}, {"global": 8})
+    assert turns([Loop(8, 0.75), Loop(6, 0.25)], code, branches=2) == [0.5, 6, 1.5]
+
+
 def test_a_loop_of_some_programs_counts_by_their_share():
     assert turns([Loop(8, 0.75), Loop(8, 0.25)], parts({"HMMA": 8}, {"HMMA": 8})) == [1, 6, 2]
 
