@@ -20,7 +20,9 @@ def cpu_folders(results: Path) -> list[Path]:
 
 
 def gpu_folders(results: Path) -> list[Path]:
-    return sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("cpu", "versions"))
+    return sorted(
+        path for path in results.glob("*") if path.is_dir() and path.name not in ("builds", "cpu", "versions")
+    )
 
 
 def quartiles(samples: Sequence[float]) -> str:

@@ -44,7 +44,7 @@ def test_committed_records_are_of_clean_known_sources():
         record = json.loads(path.read_text())
         assert record["git"]["commit"], path
         assert record["git"]["dirty"] is False, path
-        assert (record["gpu"] is None) == (path.parent.name in ("cpu", "versions")), path
+        assert (record["gpu"] is None) == (path.parent.name in ("builds", "cpu", "versions")), path
         if record["gpu"]:
             assert record["phases"]["tests"] == "passed", path
 
