@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -78,8 +79,15 @@ def test_the_compiler_comes_before_what_can_do_without(tmp_path, monkeypatch):
     """The first shape's times, those of torch.compile beside them, then the kernels alone and the sweep."""
     pytest.importorskip("triton")
     order: list[tuple] = []
+    chains = []
+
+    def phase(name, session, *arguments, **_) -> None:
+        order.append((name, *arguments[:1]))
+        if name != "compiled_phase":
+            chains.append(arguments[-1].timers[0].chain)
+
     for name in ("times_phase", "compiled_phase", "sweep_phase"):
-        monkeypatch.setattr(gpu, name, lambda session, *shapes, name=name, **_: order.append((name, *shapes[:1])))
+        monkeypatch.setattr(gpu, name, partial(phase, name))
     monkeypatch.setattr("benchmarks.op.kernels.measure_kernels", lambda *_: order.append(("kernels",)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     gpu.times_on_gpu(Record(tmp_path / "r.json", {}), Budget(1), tmp_path)
@@ -87,6 +95,7 @@ def test_the_compiler_comes_before_what_can_do_without(tmp_path, monkeypatch):
         ("times_phase", TRAINING), ("compiled_phase", TRAINING[:1]), ("kernels",), ("sweep_phase", SWEEP),
         ("compiled_phase", TRAINING[1:]),
     ]  # fmt: skip
+    assert chains == [8, 8], "the products of a rate follow one another"
 
 
 @pytest.mark.parametrize("family", ["sm_90", "gfx942"])
