@@ -86,9 +86,9 @@ def load_table(family: str) -> Table:
 
 
 def _triton_version() -> str:
-    from triton import __version__
+    import triton
 
-    return __version__
+    return triton.__version__
 
 
 def _of_compiler(table: Table, version: str) -> Table:
