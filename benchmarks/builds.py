@@ -14,23 +14,16 @@ import triton
 
 from benchmarks.harness.record import ROOT, Entry, Record, environment
 from hycam_kernels.backends.triton.config_tables import families
-from hycam_kernels.backends.triton.offline_builds import build, fault, one_of_each_configuration, record
+from hycam_kernels.backends.triton.offline_builds import attempts
 
 RESULTS = ROOT / "benchmarks" / "results" / "builds"
 
 
 def count(target: str) -> Entry:
-    """The target's builds, and a line for each that has a fault."""
-    launches = one_of_each_configuration(record(target).launches)
-    faults = []
-    for launch in launches:
-        try:
-            reason = fault(build(launch, target))
-        except Exception as error:  # whatever the compiler raises is a fault of this build alone
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            faults.append(f"{launch.name} {launch.description()}: {reason}")
-    return {"target": target, "builds": len(launches), "faults": faults}
+    """How many builds the target has, and a line for each fault."""
+    found = list(attempts(target, once=True))
+    builds = sum(row is not None for row, _ in found)
+    return {"target": target, "builds": builds, "faults": [reason for _, reason in found if reason]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

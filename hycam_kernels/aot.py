@@ -15,7 +15,7 @@ from pathlib import Path
 import triton
 
 from hycam_kernels.backends.triton.config_tables import families
-from hycam_kernels.backends.triton.offline_builds import build, fault, one_of_each_configuration, record
+from hycam_kernels.backends.triton.offline_builds import attempts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,14 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'target':8}{'kernel':24}{'registers':>10}{'spill':>7}{'shared':>8}  {'mma':8} configuration")
     rows, faults = [], []
     for target in options.targets:
-        recorder = record(target)
-        faults += [f"{target} {kernel}: no call uses row {index}" for kernel, index in recorder.unused_rows()]
-        for launch in one_of_each_configuration(recorder.launches) if options.once else recorder.launches:
-            try:
-                row = build(launch, target)
-            except Exception as error:  # whatever the compiler raises is a fault of this build alone
-                faults.append(f"{target} {launch.name} {launch.description()}: {type(error).__name__}: {error}")
-                print(faults[-1])
+        for row, reason in attempts(target, once=options.once):
+            if reason:
+                faults.append(reason)
+            if row is None:
+                print(reason)
                 continue
             rows.append(row)
             config = " ".join(f"{k}={v}" for k, v in row["config"].items() if k != "absent")
@@ -51,8 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{row['mma']:8} {config}",
                 flush=True,
             )
-            if reason := fault(row):
-                faults.append(f"{target} {row['kernel']} {config}: {reason}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{len(rows)} builds, {len(faults)} faults")

@@ -1,4 +1,4 @@
-"""The record of builds: each target's, with a line for each that has a fault, and the table of all tritons."""
+"""The record of builds: each target's, with a line for each fault, and the table of all tritons."""
 
 import json
 from types import SimpleNamespace
@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 from benchmarks import builds
 from benchmarks.harness.pages import NOT_MEASURED
 from benchmarks.harness.versions import builds as table
+from hycam_kernels.backends.triton import offline_builds
+from hycam_kernels.backends.triton.launch import COMPILER_OPTIONS
 
 
 class Launch(SimpleNamespace):
@@ -24,24 +26,46 @@ def test_faults_are_named_and_end_nothing(tmp_path, monkeypatch, capsys):
         return launch.name
 
     launches = [Launch(name=name) for name in ("whole", "spilling", "broken")]
+    of_target = {"sm_80": (launches[:1], []), "sm_90": (launches, [("v_grad", 3)])}
+
+    def record(target):
+        launches, unused = of_target[target]
+        return SimpleNamespace(launches=launches, unused_rows=lambda: unused)
+
     monkeypatch.setattr(builds, "families", lambda: ["sm_80", "sm_90"])
-    monkeypatch.setattr(
-        builds, "record", lambda target: SimpleNamespace(launches=launches[: 3 if target == "sm_90" else 1])
-    )
-    monkeypatch.setattr(builds, "one_of_each_configuration", lambda launches: launches)
-    monkeypatch.setattr(builds, "build", build)
-    monkeypatch.setattr(builds, "fault", lambda row: "8 bytes are spilled" if row == "spilling" else None)
+    monkeypatch.setattr(offline_builds, "record", record)
+    monkeypatch.setattr(offline_builds, "one_of_each_configuration", lambda launches: launches)
+    monkeypatch.setattr(offline_builds, "build", build)
+    monkeypatch.setattr(offline_builds, "fault", lambda row: "spills 8 bytes" if row == "spilling" else None)
     assert builds.main(["--out", str(tmp_path / "triton-9.json")]) == 1
-    record = json.loads((tmp_path / "triton-9.json").read_text())
-    assert [(entry["target"], entry["builds"]) for entry in record["entries"]] == [("sm_80", 1), ("sm_90", 3)]
-    assert record["entries"][0]["faults"] == []
-    assert record["entries"][1]["faults"] == [
-        "spilling {'dtype': 'bf16'}: 8 bytes are spilled",
-        "broken {'dtype': 'bf16'}: RuntimeError: no layout",
+    entries = json.loads((tmp_path / "triton-9.json").read_text())["entries"]
+    assert [(entry["target"], entry["builds"]) for entry in entries] == [("sm_80", 1), ("sm_90", 2)]
+    assert [entry["faults"] for entry in entries] == [
+        [],
+        [
+            "sm_90 v_grad: no call uses row 3",
+            "sm_90 spilling {'dtype': 'bf16'}: spills 8 bytes",
+            "sm_90 broken {'dtype': 'bf16'}: RuntimeError: no layout",
+        ],
     ]
     assert "spilling" in capsys.readouterr().out
-    launches[1:] = []
+    of_target["sm_90"] = (launches[:1], [])
     assert builds.main(["--out", str(tmp_path / "triton-9.json")]) == 0
+
+
+def test_builds_ask_for_the_arithmetic_of_launches(monkeypatch):
+    """Fused multiply-adds, which triton 3.10 leaves off by default."""
+    asked = []
+
+    def compile_(source, target, options):
+        asked.append(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(offline_builds.triton, "compile", compile_)
+    launch = next(iter(offline_builds.record("sm_90").launches))
+    with pytest.raises(InterruptedError):
+        offline_builds.compile_launch(launch, "sm_90")
+    assert asked == [dict(launch.options) | COMPILER_OPTIONS]
 
 
 def test_the_table_has_a_row_for_each_triton(tmp_path):

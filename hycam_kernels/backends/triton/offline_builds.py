@@ -9,7 +9,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -262,3 +262,25 @@ def fault(row: dict[str, Any]) -> str | None:
     if row["shared_bytes"] > limit:
         return f"needs {row['shared_bytes']} bytes of shared memory of {limit}"
     return None
+
+
+def attempts(target: str, *, once: bool) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    """All that ships for a target: each `build`, and a line on its fault if it has one.
+
+    The line alone where there is no build: of a row that no call uses, or what the compiler refuses.
+
+    Args:
+        once: only `one_of_each_configuration`.
+    """
+    recorder = record(target)
+    for kernel, index in recorder.unused_rows():
+        yield None, f"{target} {kernel}: no call uses row {index}"
+    for launch in one_of_each_configuration(recorder.launches) if once else recorder.launches:
+        at = f"{target} {launch.name} {launch.description()}"
+        try:
+            row = build(launch, target)
+        except Exception as error:  # whatever the compiler raises is a fault of this build alone
+            yield None, f"{at}: {type(error).__name__}: {error}"
+        else:
+            reason = fault(row)
+            yield row, reason and f"{at}: {reason}"
