@@ -3,8 +3,8 @@
 A table maps a kernel's name to rows, tried in order; the first whose limits all hold is used. Limits are ``dtypes`` (a
 list), ``max_tokens``, ``max_dim``, ``max_experts``, ``max_rank``, ``min_rank``, ``kept`` (whether S is kept for the
 backward) and ``plain`` (whether there is neither a residual stream nor a bias of the experts, which take registers); an
-absent one always holds. ``before_triton`` and ``from_triton`` say whose compiler a row is for, since newer ones spill
-registers of some tiles: a table is read without the rows for others. The rest of a row is what the kernel is launched
+absent one always holds. ``before_triton`` and ``from_triton`` say whose compiler a row is for, since each spills
+registers of other tiles: a table is read without the rows for others. The rest of a row is what the kernel is launched
 with: its block sizes, ``num_warps``, ``num_stages``, and the like. The kernels in `OPTIONAL` may have no row for a
 call: others do their work there. Every other kernel's last row is without limits. A row with ``"candidate": true``
 takes no call: nothing says yet that it pays, but it is built, tested and measured like the others.
