@@ -61,9 +61,9 @@ def test_what_ships_builds_without_spills(target, every_call, tmp_path):
 def test_each_configuration_is_built_in_its_hungriest_call():
     """Every row of the table but those that differ in the grid alone; the released code's call where there are two."""
     script = """
-from hycam_kernels import aot
-launches = list(aot.record("sm_80").launches)
-chosen = {launch.configuration(): launch for launch in aot.one_of_each_configuration(launches)}
+from hycam_kernels.backends.triton import offline_builds
+launches = list(offline_builds.record("sm_80").launches)
+chosen = {launch.configuration(): launch for launch in offline_builds.one_of_each_configuration(launches)}
 assert chosen.keys() == {launch.configuration() for launch in launches}
 assert len(chosen) < len(launches) / 2
 for launch in launches:
@@ -79,7 +79,7 @@ def test_a_build_has_one_place_in_triton_s_cache():
     """Whatever the order of a set in this process: a second run compiles nothing."""
     script = """
 import triton
-from hycam_kernels import aot
+from hycam_kernels.backends.triton import offline_builds
 
 class Compiled(Exception):
     pass
@@ -88,9 +88,9 @@ def compile(source, **options):
     raise Compiled(source.hash())
 
 triton.compile = compile
-launch = next(launch for launch in aot.record("sm_90").launches if launch.name == "fusion_forward_kernel")
+launch = next(launch for launch in offline_builds.record("sm_90").launches if launch.name == "fusion_forward_kernel")
 try:
-    aot.build(launch, "sm_90")
+    offline_builds.build(launch, "sm_90")
 except Compiled as place:
     print(place)
 """
@@ -104,12 +104,12 @@ def test_blocks_of_the_logits_are_summed_apart():
     """The block's product starts at 0: of a plain sum the compiler makes the product's accumulator."""
     script = r"""
 import re, triton
-from hycam_kernels import aot
+from hycam_kernels.backends.triton import offline_builds
 compiled, compile = [], triton.compile
 triton.compile = lambda *arguments, **options: compiled.append(compile(*arguments, **options)) or compiled[-1]
-for launch in aot.one_of_each_configuration(aot.record("sm_90").launches):
+for launch in offline_builds.one_of_each_configuration(offline_builds.record("sm_90").launches):
     if launch.name in ("router_kernel", "decode_down_kernel") and launch.dtype == "bf16":
-        aot.build(launch, "sm_90")
+        offline_builds.build(launch, "sm_90")
         apart = re.findall(r"tt\.dot %\S+, %\S+, (%\S+) .*maxNumImpreciseAcc", compiled[-1].asm["ttir"])
         assert len(apart) == 1 and apart[0].startswith("%cst"), (launch, apart)
 assert len(compiled) > 3
