@@ -6,14 +6,14 @@ prompts and padding are read by nothing.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Logits are raised to float32 this many tokens at a time, which bounds the memory beside the model's output.
-_TOKENS_AT_ONCE = 1024
+# So many logits are raised to float32 at once (16 MiB), which bounds the memory beside the model's output.
+_LOGITS_AT_ONCE = 1 << 22
 
 
 class Targets(NamedTuple):
@@ -101,16 +101,46 @@ def at_inputs(values: Tensor, shape: torch.Size) -> Tensor:
 def target_nll(logits: Tensor, ids: Tensor) -> Tensor:
     """Negative log-likelihood of every target given the tokens before it.
 
+    For the gradients nothing as wide as the vocabulary is kept but the logits.
+
     Args:
         logits: [targets, vocabulary], any float dtype.
-        ids: [targets] int64.
+        ids: [targets] int64, -100 where none is wanted.
 
     Returns:
-        [targets] in the logits' dtype, float32 at least.
+        [targets] in the logits' dtype, float32 at least; 0 where none is wanted.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    parts = zip(logits.split(_TOKENS_AT_ONCE), ids.split(_TOKENS_AT_ONCE), strict=True)
-    return torch.cat([F.cross_entropy(part.to(dtype), target, reduction="none") for part, target in parts])
+    return cast("Tensor", _TargetNLL.apply(logits, ids))
+
+
+class _TargetNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, ids)
+        parts = _in_parts(logits, ids)
+        return torch.cat([F.cross_entropy(_raised(part), target, reduction="none") for part, target in parts])
+
+    @staticmethod
+    def backward(ctx: Any, nll_grad: Tensor) -> tuple[Tensor, None]:
+        """d nll / dz = softmax(z) - onehot(target)."""
+        logits, ids = ctx.saved_tensors
+        weights = nll_grad.where(ids != -100, 0)[:, None]
+        grad = torch.empty_like(logits)
+        for part_grad, part, target, weight in _in_parts(grad, logits, ids.clamp(min=0), weights):
+            gaps = torch.softmax(part, -1, dtype=nll_grad.dtype)
+            gaps[torch.arange(len(target), device=target.device), target] -= 1
+            part_grad.copy_(gaps.mul_(weight))
+        return grad, None
+
+
+def _in_parts(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of each tensor [targets, ...] as many targets at once as `_LOGITS_AT_ONCE` allows."""
+    targets = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    return zip(*(tensor.split(targets) for tensor in (logits, *others)), strict=True)
+
+
+def _raised(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def uniform_gaps(logits: Tensor, ids: Tensor) -> Tensor:
@@ -123,5 +153,5 @@ def uniform_gaps(logits: Tensor, ids: Tensor) -> Tensor:
     Returns:
         [targets] in the logits' dtype, float32 at least.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _raised(logits)
     return logits.gather(-1, ids[:, None])[:, 0] - logits.mean(-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hycam.live_bytes import LiveBytes
+from hycam.training.loss import loss_by_parts
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def trace_activations(model: nn.Module, batch: Mapping[str, Tensor], autocast: t
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     precision = torch.autocast("cpu", dtype=autocast) if autocast is not None else contextlib.nullcontext()
     with LiveBytes([*model.parameters(), *model.buffers(), *gradients, *batch.values()]) as count:
-        with precision:
+        with precision, loss_by_parts(model):
             loss = model(**batch, use_cache=False).loss
         saved = count.live
         loss.backward()

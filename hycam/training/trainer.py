@@ -34,7 +34,7 @@ from hycam.training.callbacks import (
 )
 from hycam.training.checkpoints import TRAINER_STATE, UNFINISHED_FOLDER, list_files
 from hycam.training.engines import limit_deepspeed_waits, whole
-from hycam.training.loss import check_loss
+from hycam.training.loss import check_loss, loss_by_parts
 from hycam.training.measure import own_draws, perplexity_metrics
 from hycam.training.progress import ProgressLines, progress_bar
 
@@ -122,7 +122,7 @@ class HyCAMTrainer(Trainer):
             super()._load_best_model()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self.target_logits:
+        with self.target_logits, loss_by_parts(self.adapted):
             return super().train(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:

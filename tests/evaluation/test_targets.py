@@ -7,8 +7,10 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from hycam.evaluation import targets as targets_module
 from hycam.evaluation.perplexity import evaluate_perplexity
 from hycam.evaluation.targets import TargetLogits, find_targets, target_nll, uniform_gaps
+from hycam.live_bytes import LiveBytes
 from tests.adapter.builders import batch
 from tests.adapter.outcomes import FOUND, by_type
 from tests.adapter.test_decoders import QUICK
@@ -39,9 +41,32 @@ def test_the_first_token_of_a_packed_sequence_is_no_target():
     assert positions.tolist() == [0, 2, 3] and ids.tolist() == [2, 4, 5]
 
 
-def test_rows_of_many_tokens_are_scored_in_parts():
-    logits, ids = torch.randn(3000, 5, dtype=torch.float64), torch.randint(0, 5, (3000,))
-    torch.testing.assert_close(target_nll(logits, ids), F.cross_entropy(logits, ids, reduction="none"))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_many_targets_are_scored_in_parts(dtype, monkeypatch):
+    """Losses and gradients are those of all logits at once, and no more is raised to float32 than a part."""
+    monkeypatch.setattr(targets_module, "_LOGITS_AT_ONCE", 70)
+    logits, ids = torch.randn(33, 7).to(dtype), torch.randint(0, 7, (33,))
+    ids[[0, 12, 32]] = -100
+    weights = torch.randn(33).to(torch.promote_types(dtype, torch.float32))
+    before = logits.clone()
+    outcomes = []
+    for score in (target_nll, lambda z, ids: F.cross_entropy(z.to(weights.dtype), ids, reduction="none")):
+        z = logits.requires_grad_()
+        nll = score(z, ids)
+        outcomes.append((nll, *torch.autograd.grad(nll, z, weights)))
+    torch.testing.assert_close(*outcomes)
+    assert torch.equal(logits, before)
+
+
+def test_no_more_than_a_part_is_raised_to_float32():
+    logits = torch.randn(512, 1 << 14, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.zeros(512, dtype=torch.int64)
+    size = logits.nbytes
+    with LiveBytes([logits, ids]) as count:
+        nll = target_nll(logits, ids).sum()
+        assert count.live < size / 100
+        nll.backward()
+    assert size < count.peak < 1.1 * size + 3 * 4 * targets_module._LOGITS_AT_ONCE
 
 
 def test_smoothed_labels_are_those_of_cross_entropy():

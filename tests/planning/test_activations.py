@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hycam.planning.engines import engine_of
 from hycam.planning.plan import plan_memory
+from hycam.training.loss import loss_by_parts
 from hycam.training.prepare import adapted
 from tests.planning.cases import batch, config, recipe
 
@@ -23,7 +24,7 @@ def measured(run, family, checkpointing):
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     inputs = batch()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward, loss_by_parts(model):
         loss = model(**inputs, use_cache=False).loss
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
         loss.backward()

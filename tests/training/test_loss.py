@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hycam.errors import InputError
+from hycam.evaluation import targets
 from hycam.evaluation.targets import find_targets, target_nll
 from hycam.training.callbacks import read_metrics
-from hycam.training.loss import check_loss
+from hycam.training.loss import causal_lm_loss, check_loss, loss_by_parts
 from hycam.training.run import train
 from tests.adapter.builders import batch
 from tests.decoders import tiny_decoder
@@ -117,3 +120,62 @@ def test_another_loss_is_refused(model_type: str, is_refused: bool) -> None:
         return
     with pytest.raises(InputError, match=r"^backbone.name_or_path: BartForCausalLM makes a loss of .*, wanted a model"):
         check_loss(model, outputs, outputs.loss, cross_entropy)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_items_in_batch": 40}, {"num_items_in_batch": torch.tensor(40)}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_by_parts_is_that_of_transformers(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(3, 9, 11, dtype=dtype), torch.randint(0, 11, (3, 9))
+    labels[:, :4] = -100
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-7)
+    for given in ({"labels": labels}, {"labels": None, "shift_labels": shifted, "ignore_index": -7}):
+        if given["labels"] is None:
+            shifted[shifted == -100] = -7
+        outcomes = []
+        for loss_function in (causal_lm_loss, ForCausalLMLoss):
+            z = logits.clone().requires_grad_()
+            loss = loss_function(z, vocab_size=11, **given, **arguments)
+            outcomes.append((loss, *torch.autograd.grad(loss, z)))
+        torch.testing.assert_close(*outcomes)
+
+
+def test_a_model_keeps_its_own_loss() -> None:
+    """After the training, and in it where it is another one than that of causal language models."""
+    model = get_peft_model(tiny_decoder("llama"), LoraConfig(target_modules=["q_proj"]))
+    base = model.get_base_model()
+    with pytest.raises(ValueError, match="stopped"), loss_by_parts(model):
+        assert base.loss_function is causal_lm_loss
+        raise ValueError("stopped")
+    assert base.loss_function is ForCausalLMLoss
+
+    def own_loss(*args: Any, **kwargs: Any) -> Any:
+        return ForCausalLMLoss(*args, **kwargs)
+
+    base.loss_function = own_loss
+    with loss_by_parts(model):
+        assert base.loss_function is own_loss
+
+
+def test_a_compiled_model_makes_its_loss_in_one_pass() -> None:
+    """And needs no graph for every number of parts."""
+    logits, labels = torch.randn(2, 9, 11), torch.randint(0, 11, (2, 9))
+    compiled = torch.compile(causal_lm_loss, backend="eager", fullgraph=True)
+    assert compiled(logits, labels, 11) == ForCausalLMLoss(logits, labels, 11)
+    explanation = torch._dynamo.explain(causal_lm_loss)(logits, labels, 11)
+    assert "split" not in str(explanation.graphs[0].code)
+
+
+def test_training_raises_a_part_of_the_logits_at_a_time(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "_LOGITS_AT_ONCE", 320 * 3)
+    parts: list[int] = []
+    cross_entropy = F.cross_entropy
+
+    def note(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        parts.append(len(logits))
+        return cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", note)
+    train(run_recipe(tmp_path, backbone, trainer={"max_steps": 1}), test=False)
+    assert max(parts) == 3
