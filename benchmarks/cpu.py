@@ -2,7 +2,7 @@
 
 The op beside plain autograd, torch.compile and the released code's formulation; small calls and generation without
 gradients; attention layers, training steps and generation on tiny backbones; the longest row of a 7B shape by count;
-by profile what the op's time consists of; and steps with the logits of all tokens beside those of the targets alone.
+by profile what the op's time consists of; and steps with the logits of all tokens, and as `hycam train` takes them.
 
 Ratios within one record are meaningful as far as their spread says; times of a shared machine are not. Where other
 processes are busy, ``--cpu-time`` counts this process's own processor time, on one thread.
@@ -138,7 +138,7 @@ def measure_models(
 def measure_targets(
     session: Session, shape: ModelShape = CPU_RESPONSES, methods: Sequence[str] = ("lora", "hycam-torch")
 ) -> None:
-    """A training step with the logits of every token, and with those of the responses that its loss reads."""
+    """Training steps with the logits of every token, with those that the loss reads, and on rows alike in length too."""
     # a trainer needs packages that the other parts don't
     from benchmarks.models.responses import measure_responses
 

@@ -212,20 +212,21 @@ def steps(record: Entry) -> str:
 
 
 def targets(record: Entry) -> str:
-    """A step beside the first of its turn, which makes the logits of every token: rate, peak, and the first loss."""
+    """Steps beside the first of the turn, which make the logits of every token: rate and peak; and their own loss."""
     relative, memory_of = relative_samples(record), _memory_of(record, "targets")
     rows = []
     for entry in timed(record, group="targets"):
         head = _head(entry)
-        found, cells = memory_of[head], ["", "", ""]
+        found, cells = memory_of[head], ["", ""]
         if key(entry) in relative:
             first = memory_of[_head(entry | {"peer": entry["beside"][0]})]
-            gains = quartiles([1 / ratio for ratio in relative[key(entry)]])
-            difference = abs(found["loss"] / first["loss"] - 1)
-            cells = [gains, f"{found['peak_bytes'] / first['peak_bytes']:.2f}", f"{difference:.0e}"]
+            gains = quartiles([found["tokens"] / first["tokens"] / ratio for ratio in relative[key(entry)]])
+            cells = [gains, f"{found['peak_bytes'] / first['peak_bytes']:.2f}"]
+        rate = 1e6 * found["tokens"] / statistics.median(entry["samples_us"])
+        difference = abs(found["loss"] / found["all_logits_loss"] - 1)
         rows.append(
-            [*head, entry["method"], f"{found['logits']}", f"{_tokens_per_second(entry):.0f}",
-             f"{found['peak_bytes'] / 1e6:.1f}", *cells]
+            [*head, entry["method"], f"{found['logits']}", f"{rate:.0f}", f"{found['peak_bytes'] / 1e6:.1f}", *cells,
+             f"{difference:.0e}"]
         )  # fmt: skip
     header = ["shape", "dtype", "method", "peer", "clock", "logits of, tokens", "tokens/s", "peak, MB"]
     return markdown([*header, "x tokens/s [quartiles]", "x peak", "loss differs by"], rows)

@@ -1,26 +1,40 @@
-"""A training step whose loss reads responses alone: with the logits of every token, and with those of the targets.
+"""Training steps whose loss reads responses alone, on rows of the study's lengths.
 
-Both losses are a trainer's: transformers' own, and that of `hycam train`.
+With the logits of every token and transformers' own trainer's loss; with those of the targets and the loss of
+`hycam train`; and that on batches of rows alike in length, which the study's recipe makes.
 """
 
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.harness.session import Session, dtype_name, on_threads
+from benchmarks.harness.timing import Work
 from benchmarks.models.backbones import ModelShape
 from benchmarks.models.measure import Timing, measure_methods
-from benchmarks.models.training import TrainingStep, adapted, base_model, token_ids, without_noise
+from benchmarks.models.training import TrainingStep, adapted, base_model, without_noise
 from benchmarks.op.checks import Results, WrongResultError, compare, generator_state, results
 from hycam.data.collation import Collator
+from hycam.data.sampling import EpochSampler
+from hycam.data.tokenization import IGNORED_LABEL
 from hycam.training.callbacks import SaveOnSignal
 from hycam.training.trainer import HyCAMTrainer
 
-# of the tokens of the study's rows, before any is cut: docs/study/data/tokens.json
-PROMPT_SHARE = 0.44
-ALL, TARGETS = "all-logits", "target-logits"
+ALL, TARGETS, GROUPED = "all-logits", "target-logits", "target-logits, grouped"
+PEERS = (ALL, TARGETS, GROUPED)
+
+_ROWS = Path(__file__).with_name("rows.json")
+_MAX_LENGTH = 192  # of the rows
+_STEPS = 10  # of all that the rows make, spread over their lengths
+
+Batch = dict[str, Tensor]
 
 
 class _AllLogits(HyCAMTrainer):
@@ -28,15 +42,19 @@ class _AllLogits(HyCAMTrainer):
 
     compute_loss = Trainer.compute_loss
 
+    @contextmanager
+    def narrow_loss(self) -> Iterator[None]:
+        yield
 
-_TRAINERS = {ALL: _AllLogits, TARGETS: HyCAMTrainer}
+
+_TRAINERS = {ALL: _AllLogits, TARGETS: HyCAMTrainer, GROUPED: HyCAMTrainer}
 
 
 class ResponseLoss:
-    """A trainer's loss of rows that are prompts by `PROMPT_SHARE`, as the mean over their responses' tokens.
+    """A trainer's loss of a batch, as the mean over its responses' tokens.
 
     Args:
-        peer: `ALL` or `TARGETS`, what the model makes the logits of.
+        peer: one of `PEERS`.
     """
 
     def __init__(self, peer: str, model: nn.Module, device: torch.device) -> None:
@@ -50,38 +68,76 @@ class ResponseLoss:
                 prepare_optimizer=lambda optimizer, model: None,
             )
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """The loss of ids [batch, length]."""
-        labels = ids.clone()
-        labels[:, : prompt_tokens(ids.shape[1])] = -100
-        with self._trainer.target_logits:
-            return self._trainer.compute_loss(self._trainer.adapted, {"input_ids": ids, "labels": labels})
+    def __call__(self, batch: Batch) -> Tensor:
+        with self._trainer.narrow_loss():
+            return self._trainer.compute_loss(self._trainer.adapted, dict(batch))
 
 
-def prompt_tokens(length: int) -> int:
-    return round(PROMPT_SHARE * length)
+def batches(peer: str, shape: ModelShape, device: torch.device) -> list[Batch]:
+    """`_STEPS` of the batches that a peer's order makes of the study's rows, from the widest to the narrowest.
+
+    Tokens are random. Lengths are the study's, in proportion to the shape's.
+    """
+    scale = shape.length / _MAX_LENGTH
+    rows = [[round(scale * tokens) for tokens in row] for row in json.loads(_ROWS.read_text())["rows"]]
+    order = EpochSampler(len(rows), 0, lambda: 0, [row[1] for row in rows] if peer == GROUPED else None, shape.batch)
+    shuffled = [rows[index] for index in order]
+    every = sorted(
+        (shuffled[begin : begin + shape.batch] for begin in range(0, len(rows) - shape.batch + 1, shape.batch)),
+        key=lambda group: (max(tokens for _, tokens in group), sum(tokens - prompt for prompt, tokens in group)),
+        reverse=True,
+    )
+    chosen = [every[index * (len(every) - 1) // (_STEPS - 1)] for index in range(_STEPS)]
+    return [_batch(lengths, shape, device, seed) for seed, lengths in enumerate(chosen)]
 
 
-class ResponseStep(TrainingStep):
-    """A training step with a `ResponseLoss`."""
+def _batch(lengths: Sequence[Sequence[int]], shape: ModelShape, device: torch.device, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for prompt, tokens in lengths:
+        ids = torch.randint(shape.config.vocab_size, (tokens,), generator=generator)
+        rows.append({"input_ids": ids, "labels": F.pad(ids[prompt:], (prompt, 0), value=IGNORED_LABEL)})
+    return {name: values.to(device) for name, values in Collator(0)(rows).items()}
+
+
+class ResponseSteps(TrainingStep):
+    """Training steps with a `ResponseLoss`, one on each of the `batches`."""
 
     def __init__(self, peer: str, name: str, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(name, shape, dtype, device)
-        self.targets = shape.batch * (shape.length - prompt_tokens(shape.length))
+        self.inputs = batches(peer, shape, device)
         self._loss = ResponseLoss(peer, self.model, device)
+        self._loss_of_all_logits = ResponseLoss(ALL, self.model, device)
 
     def forward(self, index: int) -> Tensor:
-        return self._loss(self.batches[index % len(self.batches)])
+        return self._loss(self.inputs[index])
 
-    def first(self) -> dict[str, float]:
-        """The ``loss`` of the first batch, and of how many places the model makes ``logits`` for it."""
-        places: list[int] = []
+    def work(self) -> Work:
+        def run(indices: Sequence[int]) -> None:
+            for index in indices:
+                self.run(index)
+
+        return Work(lambda _: range(_STEPS), run, 1)
+
+    def found(self) -> dict[str, float]:
+        """Of all batches the ``tokens``, without padding; of the first its ``targets`` and what a step makes of it.
+
+        That is the ``loss``, what transformers' own is of all logits, and of how many places there are ``logits``.
+        """
+        first, places = self.inputs[0], list[int]()
         projection = base_model(self.model).get_output_embeddings()
+        with generator_state(first["labels"].device):
+            all_logits_loss = self._loss_of_all_logits(first).item()
         note = projection.register_forward_hook(lambda _, args, output: places.append(output.shape[:-1].numel()))
-        with generator_state(self.batches[0].device):
+        with generator_state(first["labels"].device):
             loss = self.forward(0).item()
         note.remove()
-        return {"loss": loss, "logits": sum(places), "targets": self.targets}
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in self.inputs)
+        targets = int((first["labels"] != IGNORED_LABEL).sum())
+        logits = sum(places)
+        return {
+            "tokens": tokens, "targets": targets, "logits": logits, "loss": loss, "all_logits_loss": all_logits_loss
+        }  # fmt: skip
 
 
 def check_responses(peer: str, name: str, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
@@ -91,40 +147,37 @@ def check_responses(peer: str, name: str, shape: ModelShape, dtype: torch.dtype,
         WrongResultError: as `checks.compare`, or logits of other tokens are made than the peer's name says.
     """
     cut = shape.cut()
-    truth = _results(ALL, name, cut, dtype, device, torch.float64)
-    compare(f"{name}, {peer}", _results(peer, name, cut, dtype, device), truth, _results(ALL, name, cut, dtype, device))
-    found = ResponseStep(peer, name, cut, dtype, device).first()
+    batch = batches(peer, cut, device)[0]
+    truth, plain = (_results(ALL, name, cut, dtype, batch, computed_in) for computed_in in (torch.float64, dtype))
+    compare(f"{name}, {peer}", _results(peer, name, cut, dtype, batch, dtype), truth, plain)
+    found = ResponseSteps(peer, name, cut, dtype, device).found()
     # the last place of a row has no next token: it is that of no target, and the trainer's loss asks for one more
-    wanted = {ALL: cut.tokens, TARGETS: found["targets"] + 1}[peer]
+    wanted = batch["labels"].numel() if peer == ALL else found["targets"] + 1
     if found["logits"] != wanted:
         raise WrongResultError(f"{name}, {peer}: logits of {found['logits']} tokens, wanted {wanted}: not timed")
 
 
 def _results(
-    peer: str,
-    name: str,
-    shape: ModelShape,
-    dtype: torch.dtype,
-    device: torch.device,
-    computed_in: torch.dtype | None = None,
+    peer: str, name: str, shape: ModelShape, dtype: torch.dtype, batch: Batch, computed_in: torch.dtype
 ) -> Results:
-    model = without_noise(adapted(name, shape, dtype, device)).to(computed_in or dtype)
-    loss, ids = ResponseLoss(peer, model, device), token_ids(shape, device)
-    return results(lambda _: (loss(ids),), dict(model.named_parameters()))
+    device = batch["labels"].device
+    model = without_noise(adapted(name, shape, dtype, device)).to(computed_in)
+    loss = ResponseLoss(peer, model, device)
+    return results(lambda _: (loss(batch),), dict(model.named_parameters()))
 
 
 def measure_responses(
     session: Session, shape: ModelShape, dtype: torch.dtype, name: str, seconds: float = 50.0
 ) -> None:
-    """A step's time and bytes on one thread by what the model makes logits of; the method is the setting."""
+    """The steps' time and bytes on one thread by peer; the method is the setting. Of bytes, the widest batch's."""
     labels = {"dtype": dtype_name(dtype), "setting": name, "threads": 1}
 
     def make(peer: str) -> list[Timing]:
         check_responses(peer, name, shape, dtype, session.device)
-        step = ResponseStep(peer, name, shape, dtype, session.device)
-        found = step.first() | step.memory()
+        steps = ResponseSteps(peer, name, shape, dtype, session.device)
+        found = steps.found() | steps.memory()
         session.add("memory", shape, **labels, what="targets", peer=peer, **found)
-        return [("step", session.timers[-1], step.work)]
+        return [("steps", session.timers[-1], steps.work)]
 
     with on_threads(1):
-        measure_methods(session, "targets", shape, labels, (ALL, TARGETS), make, seconds)
+        measure_methods(session, "targets", shape, labels, PEERS, make, seconds)

@@ -1,7 +1,8 @@
 """The HF Trainer with exact per-task validation, which stops on a loss that is not finite."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,9 +55,6 @@ class HyCAMTrainer(Trainer):
         prepare_optimizer: is given the optimizer, as soon as it is made, and the model.
         callbacks: more of them.
         **kwargs: what `transformers.Trainer` takes.
-
-    Attributes:
-        target_logits: entered while it trains; `compute_loss` wants it entered.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class HyCAMTrainer(Trainer):
         self.prepare_optimizer = prepare_optimizer
         self._run_folder = Path(self.args.output_dir or "")
         self._saved_step: int | None = None  # the step of the newest checkpoint
-        self.target_logits = TargetLogits(self.adapted)
+        self._target_logits = TargetLogits(self.adapted)
         self._is_loss_known = False
         # the Trainer's way keeps the labels from the model, which then couldn't weigh its balance loss
         self.label_smoother = None
@@ -122,8 +120,14 @@ class HyCAMTrainer(Trainer):
             super()._load_best_model()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self.target_logits, loss_by_parts(self.adapted):
+        with self.narrow_loss():
             return super().train(*args, **kwargs)
+
+    @contextmanager
+    def narrow_loss(self) -> Iterator[None]:
+        """`compute_loss` wants it entered: only targets' logits are made, and raised to float32 a part at a time."""
+        with self._target_logits, loss_by_parts(self.adapted):
+            yield
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -186,11 +190,11 @@ class HyCAMTrainer(Trainer):
         if self.args.use_liger_kernel:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets, shape = find_targets(inputs["labels"], inputs.get("position_ids")), inputs["labels"].shape
-        is_narrow = self.target_logits.is_possible
+        is_narrow = self._target_logits.is_possible
         if is_narrow:
             # the model's own loss compares each place with the next one's label, so the last needs one beyond it
             inputs = {**inputs, "labels": F.pad(targets.ids, (1, 0), value=-100)[None]}
-        with self.target_logits.at(F.pad(targets.positions, (0, 1)), shape):
+        with self._target_logits.at(F.pad(targets.positions, (0, 1)), shape):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         logits = outputs["logits"].flatten(0, -2)
         logits = logits[:-1] if is_narrow else logits[targets.positions.to(logits.device)]

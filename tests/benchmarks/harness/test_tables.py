@@ -164,25 +164,32 @@ def test_parts_are_multiples_of_the_first_peers_call(results):
 
 
 def test_target_logits_are_shown_beside_all(results):
-    """Rates round by round, and where the first of the turn has none, without a comparison."""
+    """Rates round by round of the tokens that each has, and where the first of the turn has none, no comparison."""
     path = results / "cpu" / "2026-01-01.json"
     record = json.loads(path.read_text())
+    peers = {
+        "all-logits": ([8e3, 6e3, 8e3], {"tokens": 80, "peak_bytes": 10_000_000, "loss": 4.0}),
+        "target-logits": ([4e3, 4e3, 5e3], {"tokens": 80, "peak_bytes": 7_000_000, "loss": 4.00008}),
+        "target-logits, grouped": ([4e3, 2e3, 2e3], {"tokens": 60, "peak_bytes": 6_000_000, "loss": 3.0}),
+    }
     for entry in record["entries"]:
-        first = entry.get("peer") == "all-logits"
         if entry["group"] == "targets":
-            entry["samples_us"] = [8e3, 6e3, 8e3] if first else [4e3, 4e3, 5e3]
+            entry["samples_us"] = peers[entry["peer"]][0]
         if entry.get("what") == "targets":
-            entry |= {"peak_bytes": 10_000_000, "loss": 4.0} if first else {"peak_bytes": 7_000_000, "loss": 4.00008}
+            loss = 3.0 if entry["peer"].endswith("grouped") else 4.0
+            entry |= peers[entry["peer"]][1] | {"logits": 10, "all_logits_loss": loss}
     path.write_text(json.dumps(record))
     shown = render("cpu-targets", results)
     place = "| tiny-llama, 1 x 16 | bfloat16 | lora |"
-    assert f"{place} all-logits | count | 16 | 2000 | 10.0 |  |  |  |" in shown
-    assert f"{place} target-logits | count | 10 | 4000 | 7.0 | 1.60 [1.50, 2.00] | 0.70 | 2e-05 |" in shown
+    assert f"{place} all-logits | count | 10 | 10000 | 10.0 |  |  | 0e+00 |" in shown
+    assert f"{place} target-logits | count | 10 | 20000 | 7.0 | 1.60 [1.50, 2.00] | 0.70 | 2e-05 |" in shown
+    grouped = f"{place} target-logits, grouped | count | 10 | 30000 | 6.0 |"
+    assert f"{grouped} 2.25 [1.50, 3.00] | 0.60 | 0e+00 |" in shown
     for entry in record["entries"]:
         if entry.get("peer") == "all-logits":
             entry.pop("samples_us", None)
     path.write_text(json.dumps(record))
-    assert f"{place} target-logits | count | 10 | 4000 | 7.0 |  |  |  |" in render("cpu-targets", results)
+    assert f"{place} target-logits | count | 10 | 20000 | 7.0 |  |  | 2e-05 |" in render("cpu-targets", results)
 
 
 def test_the_newest_record_with_such_a_measurement_is_shown(results):
