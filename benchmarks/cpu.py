@@ -138,7 +138,7 @@ def measure_models(
 def measure_targets(
     session: Session, shape: ModelShape = CPU_RESPONSES, methods: Sequence[str] = ("lora", "hycam-torch")
 ) -> None:
-    """Training steps with the logits of every token, with those that the loss reads, and on rows alike in length too."""
+    """Training steps with the logits of every token, with those that the loss reads, and on rows alike in length."""
     # a trainer needs packages that the other parts don't
     from benchmarks.models.responses import measure_responses
 
