@@ -32,7 +32,7 @@ PEERS = (ALL, TARGETS, GROUPED)
 
 _ROWS = Path(__file__).with_name("rows.json")
 _MAX_LENGTH = 192  # of the rows
-_STEPS = 10  # of all that the rows make, spread over their lengths
+_STEPS = 8  # of all that the rows make
 
 Batch = dict[str, Tensor]
 
@@ -74,7 +74,7 @@ class ResponseLoss:
 
 
 def batches(peer: str, shape: ModelShape, device: torch.device) -> list[Batch]:
-    """`_STEPS` of the batches that a peer's order makes of the study's rows, from the widest to the narrowest.
+    """`_STEPS` of the batches that a peer's order makes of the study's rows, spread over their sizes, the widest first.
 
     Tokens are random. Lengths are the study's, in proportion to the shape's.
     """
@@ -82,13 +82,16 @@ def batches(peer: str, shape: ModelShape, device: torch.device) -> list[Batch]:
     rows = [[round(scale * tokens) for tokens in row] for row in json.loads(_ROWS.read_text())["rows"]]
     order = EpochSampler(len(rows), 0, lambda: 0, [row[1] for row in rows] if peer == GROUPED else None, shape.batch)
     shuffled = [rows[index] for index in order]
-    every = sorted(
-        (shuffled[begin : begin + shape.batch] for begin in range(0, len(rows) - shape.batch + 1, shape.batch)),
-        key=lambda group: (max(tokens for _, tokens in group), sum(tokens - prompt for prompt, tokens in group)),
-        reverse=True,
-    )
-    chosen = [every[index * (len(every) - 1) // (_STEPS - 1)] for index in range(_STEPS)]
+    groups = [shuffled[begin : begin + shape.batch] for begin in range(0, len(rows) - shape.batch + 1, shape.batch)]
+    groups.sort(key=lambda group: sum(tokens for _, tokens in group))
+    chosen = [groups[(2 * index + 1) * len(groups) // (2 * _STEPS)] for index in range(_STEPS)]
+    chosen.sort(key=_width, reverse=True)
     return [_batch(lengths, shape, device, seed) for seed, lengths in enumerate(chosen)]
+
+
+def _width(lengths: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """A batch's length, and its targets."""
+    return max(tokens for _, tokens in lengths), sum(tokens - prompt for prompt, tokens in lengths)
 
 
 def _batch(lengths: Sequence[Sequence[int]], shape: ModelShape, device: torch.device, seed: int) -> Batch:

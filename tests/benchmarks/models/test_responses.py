@@ -81,7 +81,7 @@ def test_every_method_is_recorded_with_all_three(tmp_path):
         # all logits in float32 beside the targets' in 16 bits
         saved = (4 * every["logits"] - 2 * target["logits"]) * SHAPE.vocabulary
         assert every["kept_bytes"] - target["kept_bytes"] == pytest.approx(saved, rel=0.05)
-        assert every["peak_bytes"] - target["peak_bytes"] >= saved
+        assert every["peak_bytes"] - target["peak_bytes"] >= 0.95 * saved
 
 
 def test_grouped_batches_have_less_padding():
@@ -97,7 +97,7 @@ def test_grouped_batches_have_less_padding():
         for batch in found:
             assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     assert shares[ALL] == shares[TARGETS] == pytest.approx(0.185, abs=0.03)
-    assert shares[GROUPED] == pytest.approx(0.02, abs=0.02)
+    assert shares[GROUPED] == pytest.approx(0.01, abs=0.01)
     assert tokens[GROUPED] == pytest.approx(tokens[ALL], rel=0.05)
 
 
@@ -120,14 +120,16 @@ def test_what_is_saved_on_paper_is_the_shapes():
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # forward, backward to the activations and, of what is trained, to the weights
     layers = 4 * frozen + 6 * trained
-    rates = {}
+    rates, padding = {}, {}
     for peer in PEERS:
         found = batches(peer, CPU_RESPONSES, CPU)
         tokens, places = (sum(int(count(batch)) for batch in found) for count in (real_tokens, all_places))
         logits = places if peer == ALL else sum(int((batch["labels"] != -100).sum()) + 1 for batch in found)
         rates[peer] = tokens / (places * layers + logits * 4 * head)
+        padding[peer] = 1 - tokens / places
     page = (ROOT / "docs" / "performance.md").read_text()
     assert f"on paper {100 * 4 * head / (layers + 4 * head):.0f} % of all products" in page
+    assert f"so that {100 * padding[ALL]:.0f} % of their places are padding" in page
     assert f"would be {rates[TARGETS] / rates[ALL]:.2f} and {rates[GROUPED] / rates[ALL]:.2f} times as fast" in page
 
 
