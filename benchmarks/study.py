@@ -34,6 +34,7 @@ STUDIES = {
 _SUMMARY = {
     "backbone alone": "backbone alone",
     "hycam": "HyCAM",
+    "hycam_r52": "HyCAM of rank 52",
     "shared_only": "HyCAM without experts",
     "lora": "LoRA",
     "moelora": "MoE-LoRA",
