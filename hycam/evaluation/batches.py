@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -65,6 +66,11 @@ def place_in_group() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model itself, without the PEFT model around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def device_of(model: nn.Module) -> torch.device:

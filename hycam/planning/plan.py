@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hycam.errors import InputError
+from hycam.evaluation.batches import base_model
 from hycam.planning.activations import Activations, trace_activations
 from hycam.planning.engines import Engine, nbytes, partition
 from hycam.training.backbone import build_model, check_max_length
@@ -183,7 +184,7 @@ def _trace(
     try:
         return trace_activations(model, _longest_batch(recipe, arguments), engine.autocast)
     except RuntimeError as error:  # a family's own code may read values, or call an operator that fake tensors lack
-        name, dtype = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__, model.dtype
+        name, dtype = type(base_model(model)).__name__, model.dtype
         reason = str(error).partition("\n")[0]
         raise InputError(f"backbone: got {name} in {dtype}, which can't be planned: {reason}") from error
 

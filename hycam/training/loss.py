@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hycam.errors import InputError
+from hycam.evaluation.batches import base_model
 from hycam.evaluation.targets import target_nll
 
 
@@ -65,10 +65,6 @@ def causal_lm_loss(
     total = target_nll(logits.reshape(-1, vocab_size), ids).sum()
     items = (ids != -100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return total / items.to(total.device)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def check_loss(model: nn.Module, outputs: Any, loss: torch.Tensor, cross_entropy: torch.Tensor) -> None:

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hycam.data.config import DataConfig
 from hycam.errors import InputError
-from hycam.evaluation.batches import device_of, evaluation_mode
+from hycam.evaluation.batches import base_model, device_of, evaluation_mode
 from hycam.evaluation.rope import longrope_switch
 from hycam.training.backbone import num_embeddings
 from hycam.training.measure import own_draws
@@ -69,7 +68,7 @@ def check_isolation(model: nn.Module, autocast: torch.dtype | None = None) -> No
         model: a causal language model, adapted or not.
         autocast: what its own call computes in, where that is not its weights' dtype.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_model(model)
     vocabulary = num_embeddings(base.config)
     first, second = torch.randint(vocabulary, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
     device = device_of(model)
