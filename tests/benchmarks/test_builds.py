@@ -26,7 +26,8 @@ def test_faults_are_named_and_end_nothing(tmp_path, monkeypatch, capsys):
         return launch.name
 
     launches = [Launch(name=name) for name in ("whole", "spilling", "broken")]
-    of_target = {"sm_80": (launches[:1], []), "sm_90": (launches, [("v_grad", 3)])}
+    again = Launch(name="of a configuration that is there already")
+    of_target = {"sm_80": (launches[:1], []), "sm_90": ([*launches, again], [("v_grad", 3)])}
 
     def record(target):
         launches, unused = of_target[target]
@@ -34,7 +35,9 @@ def test_faults_are_named_and_end_nothing(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(builds, "families", lambda: ["sm_80", "sm_90"])
     monkeypatch.setattr(offline_builds, "record", record)
-    monkeypatch.setattr(offline_builds, "one_of_each_configuration", lambda launches: launches)
+    monkeypatch.setattr(
+        offline_builds, "one_of_each_configuration", lambda found: [each for each in found if each is not again]
+    )
     monkeypatch.setattr(offline_builds, "build", build)
     monkeypatch.setattr(offline_builds, "fault", lambda row: "spills 8 bytes" if row == "spilling" else None)
     assert builds.main(["--out", str(tmp_path / "triton-9.json")]) == 1
