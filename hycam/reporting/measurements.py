@@ -63,6 +63,8 @@ class Measurements:
         """All of a backbone's; without `texts` the forgetting is what is kept."""
         by_method = finished_cells(self.record, backbone)
         cells = [cell for of_method in by_method.values() for cell in of_method]
+        # the backbone alone is measured as the study has it, where any run does
+        cells.sort(key=lambda cell: "backbone" in self.record["study"]["methods"][cell["method"]])
         self._tokens(backbone, cells)
         self._text(backbone, cells, texts)
         study = self.record["study"]

@@ -23,6 +23,8 @@ STUDY_FILE = "study.yaml"
 _BASELINE_METHODS = ("lora", "multilora", "moelora", "riemoe")
 
 # What a method may set for itself: nothing that reaches the rows, their order, the number of steps or what is measured.
+# The dtype is there for `full`, whose weights need more bits than those of a frozen backbone.
+_OWN_BACKBONE_FIELDS = ("dtype",)
 _OWN_DATA_FIELDS = ("train_on_prompt",)
 _OWN_TRAINER_FIELDS = (
     "adam_beta1",
@@ -56,13 +58,14 @@ class StudyMethod:
     Attributes:
         section: the `method` section of its runs.
         learning_rates: its own grid; None: the study's.
-        trainer, data: fields that differ from the study's sections.
+        trainer, data, backbone: fields that differ from the study's sections.
     """
 
     section: dict[str, Any]
     learning_rates: list[float] | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -136,6 +139,10 @@ class Study:
         """The learning rates that are tried for a method."""
         return self.methods[method].learning_rates or self.learning_rates
 
+    def changes_backbone(self, method: str | None) -> bool:
+        """Whether a method's runs have the backbone otherwise than the study does."""
+        return method is not None and bool(self.methods[method].backbone)
+
     def candidates(self) -> list[str]:
         """The methods among which the best is tested against the reference."""
         if self.baselines is not None:
@@ -169,7 +176,7 @@ class Study:
         values = {
             "seed": seed,
             "output_dir": str(Path(self.output_dir) / folder),
-            "backbone": section,
+            "backbone": section | own.backbone,
             "method": own.section,
             "tasks": self.tasks,
             "data": self.data | own.data | {"fold": fold},
@@ -194,7 +201,7 @@ class Study:
 
 
 def _method_values(method: StudyMethod) -> dict[str, Any]:
-    own = {name: getattr(method, name) for name in ("learning_rates", "trainer", "data")}
+    own = {name: getattr(method, name) for name in ("learning_rates", "trainer", "data", "backbone")}
     return method.section | {name: value for name, value in own.items() if value}
 
 
@@ -285,7 +292,8 @@ def _check_own_fields(reader: Reader, study: Study, name: str, method: StudyMeth
     """Refuse what would give one method other tokens, another start, order or number of steps than the rest."""
     if "init_from" in method.section:
         reader.fail(f"methods.{name}.init_from", "every run of a study starts anew: wanted none")
-    for section, known in (("trainer", _OWN_TRAINER_FIELDS), ("data", _OWN_DATA_FIELDS)):
+    own = {"trainer": _OWN_TRAINER_FIELDS, "data": _OWN_DATA_FIELDS, "backbone": _OWN_BACKBONE_FIELDS}
+    for section, known in own.items():
         for key in getattr(method, section):
             if key not in known:
                 wanted = f"one of {', '.join(known)}; the rest is every method's"

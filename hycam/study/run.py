@@ -272,9 +272,10 @@ class _Runner:
         return Order(self.study, unit, recipe, self._base(unit), tuned)
 
     def _base(self, unit: Unit) -> dict[str, Any] | None:
-        """The backbone's own metrics on the unit's test split, from a cell that has measured them."""
+        """The study's backbone on the unit's test split, from a cell that has measured it."""
         for other in cells(self.study):
-            if (other.backbone, other.fold) == (unit.backbone, unit.fold):
+            as_it_is = other.method == unit.method or not self.study.changes_backbone(other.method)
+            if as_it_is and (other.backbone, other.fold) == (unit.backbone, unit.fold):
                 measured = results(self.study, other)
                 if measured is not None:
                     base: dict[str, Any] = measured["test"]["base"]

@@ -168,7 +168,10 @@ class _Tables:
 
     def _base(self, backbone: str, columns: Iterable[tuple[str, str]]) -> list[Number | None]:
         """The backbone alone: one value per fold, which no seed reaches."""
-        of_fold = {cell["fold"]: cell["base"] for cell in _done(self.record) if cell["backbone"] == backbone}
+        measured = [cell for cell in _done(self.record) if cell["backbone"] == backbone]
+        changed = [name for name in self.study.methods if self.study.changes_backbone(name)]
+        measured.sort(key=lambda cell: cell["method"] not in changed)  # the last of a fold stays
+        of_fold = {cell["fold"]: cell["base"] for cell in measured}
         numbers = []
         for metric, scope in columns:
             reports = [base["overall"] if scope == OVERALL else base["tasks"][scope] for base in of_fold.values()]

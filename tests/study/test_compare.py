@@ -17,11 +17,16 @@ import torch
 from hycam.data.splits import part_of
 from hycam.errors import InputError
 from hycam.locks import claim, is_claimed
+from hycam.reporting.report import write_report
+from hycam.reporting.runs import RunFolder, measure_text
 from hycam.study.recipe import Study, load_study
 from hycam.study.record import collect
+from hycam.study.render import shown
 from hycam.study.run import compare
+from hycam.study.tables import study_tables
 from hycam.study.units import Unit, cells, is_done, lock_file, run_folder, tuning, units
 from hycam.training.callbacks import read_metrics
+from hycam.training.recipe import load_recipe
 from hycam.training.run import train
 from hycam.training.trainer import HyCAMTrainer
 from hycam_cli import main
@@ -397,6 +402,30 @@ def test_every_method_sees_the_same_batches(tmp_path: Path, backbone: Path, monk
             assert torch.equal(inputs, other_inputs)
             if method != "released_code":
                 assert torch.equal(labels, other_labels)
+
+
+def test_the_backbone_alone_is_measured_as_the_study_has_it(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method may have the backbone in a dtype of its own, which moves its perplexities a little."""
+    monkeypatch.setattr("hycam.reporting.report.draw_figure", lambda path: [])
+    methods = {"full": {"name": "full", "backbone": {"dtype": "bfloat16"}}, **_ONE_METHOD}
+    methods["late"] = methods["full"]
+    study = _study(tmp_path, backbone, methods=methods, reference="lora", seeds=[0])
+    record = compare(study, lambda line: None)
+    recipes = [load_recipe(str(run_folder(study, unit))) for unit in cells(study)]
+    assert [recipe.backbone.dtype for recipe in recipes] == ["bfloat16", "auto", "bfloat16"]
+    first, lora, late = (cell["base"]["overall"]["perplexity"] for cell in record["cells"])
+    assert first == pytest.approx(lora, rel=1e-2) and first != lora
+    assert late == lora
+    (table,) = (table for table in study_tables(record) if table.name == "table2")
+    assert shown(table.rows[0].cells[1]) == f"{lora:.3f}" != f"{first:.3f}"
+
+    text = save_rows(tmp_path / "text.jsonl", [{"text": row["output"] * 3} for row in rows(8)])
+    write_report(study.output_path, tmp_path / "report", texts=text, announce=lambda line: None)
+    alone = json.loads((tmp_path / "report/data/forgetting.json").read_text())["tiny"]["value"]
+    run = RunFolder(run_folder(study, cells(study)[1]), study.output_path / "backbones")
+    assert alone == measure_text(run, [row["output"] * 3 for row in rows(8)], adapted=False)
 
 
 def test_a_loss_on_prompts_is_measured_on_responses(tmp_path: Path, backbone: Path) -> None:

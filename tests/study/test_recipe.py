@@ -101,6 +101,8 @@ def test_a_study_comes_back_from_its_plain_values() -> None:
         ({"methods": {"hycam": {"learning_rates": []}}}, "methods.hycam.learning_rates: none given"),
         ({"methods": {"hycam": {"trainer": {"max_steps": 9}}}}, "methods.hycam.trainer.max_steps: can't differ"),
         ({"methods": {"hycam": {"data": {"packing": True}}}}, "methods.hycam.data.packing: can't differ"),
+        ({"methods": {"hycam": {"backbone": {"name_or_path": "y"}}}}, "methods.hycam.backbone.name_or_path: can't dif"),
+        ({"methods": {"hycam": {"backbone": {"dtype": "int8"}}}}, "a, hycam: backbone.dtype: got 'int8'"),
         (
             {"methods": {"hycam": {"trainer": {"per_device_train_batch_size": 2}}}},
             "methods.hycam.trainer: a step of 2 rows, wanted 8",
@@ -117,6 +119,18 @@ def test_a_study_comes_back_from_its_plain_values() -> None:
 def test_names_file_and_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         _parsed(**changes)
+
+
+def test_a_method_may_have_a_dtype_of_its_own() -> None:
+    full = {"name": "full", "backbone": {"dtype": "float32"}}
+    study = _parsed(
+        backbones={"a": {"name_or_path": "x", "dtype": "bfloat16"}}, methods={"hycam": {}, "full": full}, baselines=None
+    )
+    for method, dtype in (("hycam", "bfloat16"), ("full", "float32")):
+        recipe = study.recipe("a", method, fold=1, seed=3, learning_rate=1e-4, folder="f")
+        assert (recipe.backbone.dtype, recipe.backbone.name_or_path) == (dtype, "x")
+    assert parse_study(study.to_dict(), "again") == study
+    assert (study.changes_backbone("full"), study.changes_backbone("hycam")) == (True, False)
 
 
 def test_a_step_may_be_parted() -> None:

@@ -95,6 +95,19 @@ def test_methods_and_their_costs() -> None:
     assert _cells(table, "large")["full"][0] == "4.583 ± 0.629"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_backbone_alone_is_not_that_of_a_method_with_its_own_dtype(order: int) -> None:
+    own = _METHODS | {"full": {"name": "full", "backbone": {"dtype": "float32"}}}
+    record = _record(methods=own)
+    for cell in record["cells"]:
+        if cell["method"] == "full":
+            cell["base"] = cell["base"] | {"overall": {"perplexity": 98.0, "bleu4": 2.0}}
+    record["cells"] = record["cells"][::order]
+    assert _cells(_table("table2", record), "small")["backbone alone"][0] == "99.000"
+    record["cells"] = [cell for cell in record["cells"] if cell["method"] == "full"]
+    assert _cells(_table("table2", record), "small")["backbone alone"][0] == "98.000"
+
+
 def test_what_a_run_saved_is_shown_where_it_is_known() -> None:
     record = _record()
     assert "saved, MiB" not in _table("table2", record).columns
