@@ -23,9 +23,10 @@ _ELSEWHERE = ("deepspeed", "fsdp", "fsdp_config", "bf16", "fp16", "tf32", "bf16_
 # Fields that change what a step holds in ways that the trace doesn't see.
 _UNPLANNED = ("torch_compile", "parallelism_config", "optim_target_modules", "auto_find_batch_size")
 
-# What glibc's allocator holds free between activations of many sizes, as a share of them. A GPU's peak is what is
-# allocated, so it has no such part.
-_HELD_FREE = 0.1
+# What glibc's allocator holds free between activations, as a share of them: it fits a tensor into the place of a freed
+# one of the same size only where a neighbour is free too. The share differs from method to method, and from run to run.
+# A GPU's peak is what is allocated, so it has no such part.
+_HELD_FREE = 0.2
 
 
 @dataclass(frozen=True)
