@@ -130,15 +130,18 @@ class EvaluationConfig:
         generation: also BLEU-4 and ROUGE-L of greedy responses on the test split.
         max_new_tokens: longest response.
         max_generation_rows: rows of each task that are generated, None for all.
+        max_validation_rows: rows of each task that a validation during training measures, evenly spaced over its
+            validation split; None for all.
     """
 
     batch_size: int = 8
     generation: bool = False
     max_new_tokens: int = 256
     max_generation_rows: int | None = None
+    max_validation_rows: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_generation_rows"):
+        for name in ("batch_size", "max_new_tokens", "max_generation_rows", "max_validation_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, wanted at least 1")

@@ -197,12 +197,23 @@ def _trainer(
         args=prepared.arguments,
         train_dataset=_training_rows(recipe, prepared),
         data_collator=_training_collator(recipe, prepared),
-        validation=prepared.tokenized["validation"],
+        validation=_validation_rows(prepared.tokenized["validation"], recipe.evaluation.max_validation_rows),
         evaluation_collator=Collator(pad),
         on_signal=on_signal,
         prepare_optimizer=recipe.method.prepare_optimizer,
         callbacks=callbacks,
     )
+
+
+def _validation_rows(tasks: dict[str, Dataset], limit: int | None) -> dict[str, Dataset]:
+    """At most `limit` rows of each task, evenly spaced."""
+    if limit is None:
+        return tasks
+    counts = {name: min(limit, len(rows)) for name, rows in tasks.items()}
+    return {
+        name: rows.select([len(rows) * row // counts[name] for row in range(counts[name])])
+        for name, rows in tasks.items()
+    }
 
 
 def _training_rows(recipe: Recipe, prepared: PreparedRun) -> Dataset | StreamedRows:

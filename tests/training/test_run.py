@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,7 @@ from hycam.training import trainer as trainer_module
 from hycam.training.backbone import load_model, load_tokenizer
 from hycam.training.callbacks import Throughput, read_metrics
 from hycam.training.recipe import Recipe
-from hycam.training.run import train
+from hycam.training.run import _validation_rows, train
 from hycam.training.tasks import load_rows, tokenize_split
 from hycam.training.trainer import HyCAMTrainer
 from hycam_cli import main
@@ -213,6 +214,39 @@ def test_the_saved_adapter_is_the_best_checkpoint(
     last = load_file(recipe.output_path / "checkpoint-8" / "adapter_model.safetensors")
     assert all(torch.equal(saved[name], weight) for name, weight in best.items())
     assert not all(torch.equal(saved[name], weight) for name, weight in last.items())
+
+
+def test_a_validation_measures_some_rows_of_each_task(
+    tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, list[list[int]]]] = []
+
+    def evaluate(model: Any, tasks: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        seen.append({name: dataset["input_ids"][:] for name, dataset in tasks.items()})
+        return evaluate_perplexity(model, tasks, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "evaluate_perplexity", evaluate)
+    recipe = run_recipe(
+        tmp_path, backbone, trainer={"max_steps": 1, "eval_steps": 1}, evaluation={"max_validation_rows": 3}
+    )
+    train(recipe)
+    tokenizer = load_tokenizer(recipe.backbone, str(backbone))
+    whole = tokenize_split(load_rows(recipe.tasks, recipe.data), "validation", tokenizer, recipe.data)
+    (measured,) = seen
+    counts = {name: len(dataset) for name, dataset in whole.items()}
+    assert min(counts.values()) > 5
+    for name, dataset in whole.items():
+        assert measured[name] == [dataset["input_ids"][row] for row in (0, counts[name] // 3, counts[name] * 2 // 3)]
+    # the best checkpoint is chosen on the same rows all the time
+    recipe.evaluation.max_validation_rows = None
+    with pytest.raises(InputError, match=r"evaluation\.max_validation_rows"):
+        train(recipe, resume=True)
+
+
+def test_a_task_of_fewer_validation_rows_is_measured_whole() -> None:
+    rows = {"few": Dataset.from_dict({"i": range(3)}), "many": Dataset.from_dict({"i": range(10)})}
+    chosen = {name: dataset["i"][:] for name, dataset in _validation_rows(rows, 4).items()}
+    assert chosen == {"few": [0, 1, 2], "many": [0, 2, 5, 7]}
 
 
 def test_early_stopping_ends_the_run_and_resuming_keeps_it_ended(
