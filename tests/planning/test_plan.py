@@ -332,7 +332,7 @@ def test_a_run_of_smollm2s_size_holds_what_was_planned(method, limit, dtype, tmp
     tokenizer = save_tokenizer(tmp_path / "backbone")
     shape.eos_token_id, shape.pad_token_id, shape.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
     AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype)).save_pretrained(tmp_path / "backbone")
-    values = recipe_values(tmp_path, tmp_path / "backbone", method={"name": method}, data={"max_length": 192})
+    values = recipe_values(tmp_path, tmp_path / "backbone", data={"max_length": 192})
     values["backbone"] |= {"dtype": dtype, "attn_implementation": "sdpa"}
     values["method"] = {"name": method}
     values["trainer"] |= {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
