@@ -37,14 +37,16 @@ def run(options: Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     here = process_bytes(recipe, arguments_here(recipe))
     plans = _plans(recipe, options)
-    on_cpu = None if here is None else plans[0].on_cpu(here)
+    first = plans[0]
+    on_cpu = None if here is None else first.on_cpu(here)
     if options.json:
         print(json.dumps([plan.to_dict() | {"process": here, "on_cpu": on_cpu} for plan in plans], indent=2))
     else:
         show(memory_table(plans))
         if here is not None and on_cpu is not None:
-            print(f"without a GPU {on_cpu / 2**30:.3f} GiB, {here / 2**30:.3f} of them for packages and tokenizer;")
-        first = plans[0]
+            packages, later = here / 2**30, first.activations / 2**30
+            print(f"without a GPU {on_cpu / 2**30:.3f} GiB in the first steps, {packages:.3f} of them for packages and")
+            print(f"tokenizer; over many steps up to about {later:.3f} more, which the allocator holds free;")
         print(f"{first.trained:,} of {first.total:,} parameters are trained ({first.trained / first.total:.2%});")
         print(f"{', '.join(f'{name} in {dtype}' for name, dtype in first.dtypes.items())};")
         print(_micro_batch(recipe))

@@ -321,6 +321,18 @@ def test_a_run_on_a_cpu_holds_what_was_planned_with_its_packages(tmp_path):
     assert planned["on_cpu"] == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where the system tells what a process holds")
+def test_what_is_held_free_on_a_cpu_is_told(tmp_path, capsys):
+    tiny_config().save_pretrained(tmp_path / "backbone")
+    path = str(save_recipe(tmp_path, recipe_values(tmp_path, tmp_path / "backbone")))
+    assert main(["plan", path, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["on_cpu"] == found["sum"] + found["process"] + int(0.2 * found["activations"])
+    assert main(["plan", path]) == 0
+    said, later = " ".join(capsys.readouterr().out.split()), found["activations"] / 2**30
+    assert f"over many steps up to about {later:.3f} more, which the allocator holds free" in said
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="where the system tells what a process holds")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
