@@ -26,7 +26,7 @@ _UNPLANNED = ("torch_compile", "parallelism_config", "optim_target_modules", "au
 # What glibc's allocator holds free between activations, as a share of them: it fits a tensor into the place of a freed
 # one of the same size only where a neighbour is free too. The share differs from method to method, and from run to run.
 # A GPU's peak is what is allocated, so it has no such part.
-_HELD_FREE = 0.2
+_HELD_FREE = 1 / 6
 
 
 @dataclass(frozen=True)

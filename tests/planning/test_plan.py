@@ -327,7 +327,7 @@ def test_what_is_held_free_on_a_cpu_is_told(tmp_path, capsys):
     path = str(save_recipe(tmp_path, recipe_values(tmp_path, tmp_path / "backbone")))
     assert main(["plan", path, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["on_cpu"] == found["sum"] + found["process"] + int(0.2 * found["activations"])
+    assert found["on_cpu"] - found["sum"] - found["process"] == pytest.approx(found["activations"] / 6, abs=1)
     assert main(["plan", path]) == 0
     said, later = " ".join(capsys.readouterr().out.split()), found["activations"] / 2**30
     assert f"over many steps up to about {later:.3f} more, which the allocator holds free" in said
@@ -336,7 +336,7 @@ def test_what_is_held_free_on_a_cpu_is_told(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="where the system tells what a process holds")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("method", "limit"), [("hycam", 0.07), ("lora", 0.12)])
+@pytest.mark.parametrize(("method", "limit"), [("hycam", 0.07), ("lora", 0.15)])
 def test_a_run_of_smollm2s_size_holds_what_was_planned(method, limit, dtype, tmp_path):
     """What the allocator holds free is no one share: least beside HyCAM in float32, most beside LoRA in it."""
     sizes = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
