@@ -46,7 +46,7 @@ def run(options: Namespace) -> None:
         if here is not None and on_cpu is not None:
             packages, later = here / 2**30, first.activations / 2**30
             print(f"without a GPU {on_cpu / 2**30:.3f} GiB in the first steps, {packages:.3f} of them for packages and")
-            print(f"tokenizer; over many steps up to about {later:.3f} more, which the allocator holds free;")
+            print(f"tokenizer; over many steps up to about {later:.3f} more that glibc's allocator holds free;")
         print(f"{first.trained:,} of {first.total:,} parameters are trained ({first.trained / first.total:.2%});")
         print(f"{', '.join(f'{name} in {dtype}' for name, dtype in first.dtypes.items())};")
         print(_micro_batch(recipe))

@@ -63,11 +63,11 @@ class Measurements:
         """All of a backbone's; without `texts` the forgetting is what is kept."""
         by_method = finished_cells(self.record, backbone)
         cells = [cell for of_method in by_method.values() for cell in of_method]
-        # the backbone alone is measured as the study has it, where any run does
-        cells.sort(key=lambda cell: "backbone" in self.record["study"]["methods"][cell["method"]])
-        self._tokens(backbone, cells)
-        self._text(backbone, cells, texts)
         study = self.record["study"]
+        # the backbone alone is measured as the study has it, where any method does
+        plain = [cell for cell in cells if not study["methods"][cell["method"]].get("backbone")] or cells
+        self._tokens(backbone, plain)
+        self._text(backbone, cells, texts, plain)
         reference = by_method.get(study["reference"])
         if reference and study["methods"][study["reference"]].get("name", "hycam") == "hycam":
             self._reference(reference[0])
@@ -85,7 +85,7 @@ class Measurements:
             if values is not None:
                 of_folds[fold] = values
 
-    def _text(self, backbone: str, cells: list[Cell], texts: list[str] | None) -> None:
+    def _text(self, backbone: str, cells: list[Cell], texts: list[str] | None, plain: list[Cell]) -> None:
         if texts is None:
             kept = self.store.all("forgetting")
             names = [backbone, *map(cell_folder, cells)]
@@ -94,16 +94,18 @@ class Measurements:
                 self.missing.append(f"forgetting of {backbone}: no --text given")
                 return
         else:
-            values = self._measured_text(backbone, cells, texts)
+            values = self._measured_text(backbone, cells, texts, plain)
         for name, value in values.items():
             if value["texts"] == values[backbone]["texts"]:
                 self.text[name] = value
             else:
                 self.missing.append(f"forgetting of {name}: measured on another text")
 
-    def _measured_text(self, backbone: str, cells: list[Cell], texts: list[str]) -> dict[str, Values]:
+    def _measured_text(
+        self, backbone: str, cells: list[Cell], texts: list[str], plain: list[Cell]
+    ) -> dict[str, Values]:
         given = {"texts": digest(texts)}
-        run = self._any_run(cells)
+        run = self._any_run(plain)
         inputs = None if run is None else run.token_inputs["settings"] | given
         base = None if run is None else partial(measure_text, run, texts, adapted=False)
         values = {backbone: self._get("forgetting", backbone, inputs, base)}

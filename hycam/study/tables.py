@@ -168,16 +168,20 @@ class _Tables:
 
     def _base(self, backbone: str, columns: Iterable[tuple[str, str]]) -> list[Number | None]:
         """The backbone alone: one value per fold, which no seed reaches."""
-        measured = [cell for cell in _done(self.record) if cell["backbone"] == backbone]
-        changed = [name for name in self.study.methods if self.study.changes_backbone(name)]
-        measured.sort(key=lambda cell: cell["method"] not in changed)  # the last of a fold stays
-        of_fold = {cell["fold"]: cell["base"] for cell in measured}
+        bases = self._bases(backbone).values()
         numbers = []
         for metric, scope in columns:
-            reports = [base["overall"] if scope == OVERALL else base["tasks"][scope] for base in of_fold.values()]
+            reports = [base["overall"] if scope == OVERALL else base["tasks"][scope] for base in bases]
             values = [report[metric] for report in reports if report.get(metric) is not None]
             numbers.append(Number.of(summarise(values), METRICS[metric][1]))
         return numbers
+
+    def _bases(self, backbone: str) -> dict[int, Mapping[str, Any]]:
+        """Fold -> what the backbone alone measured on it, as the study has it where any method does."""
+        measured = [cell for cell in _done(self.record) if cell["backbone"] == backbone]
+        changed = [name for name in self.study.methods if self.study.changes_backbone(name)]
+        measured.sort(key=lambda cell: cell["method"] not in changed)  # the last of a fold stays
+        return {cell["fold"]: cell["base"] for cell in measured}
 
     def _base_row(
         self, backbone: str, columns: list[tuple[str, str]], *, section: str | None = None, blanks: int = 0
@@ -212,24 +216,29 @@ class _Tables:
 
     def _rules(self) -> list[str]:
         average = [_ROW_AVERAGE] if "row_average" in self.metrics else []
-        bleu = note_on_bleu(report for cell in _done(self.record) for report in (cell["base"], cell["test"]))
+        bases = [base for backbone in self.backbones for base in self._bases(backbone).values()]
+        bleu = note_on_bleu([*bases, *(cell["test"] for cell in _done(self.record))])
         return [*_RULES, *average, *([] if bleu is None else [bleu]), *self._not_finite()]
 
     def _not_finite(self) -> list[str]:
         """What no mean and no test has: metrics that a finished cell has as null."""
-        notes = []
+        measured = [
+            (f"{_BACKBONE_ALONE} on {backbone}, fold {fold}", base)
+            for backbone in self.backbones
+            for fold, base in self._bases(backbone).items()
+        ]
         for cell in _done(self.record):
-            place = f"on {cell['backbone']}, fold {cell['fold']}"
-            measured = [(f"{_BACKBONE_ALONE} {place}", cell["base"])]  # which no seed reaches
-            measured.append((f"{cell['method']} {place}, seed {cell['seed']}", cell["test"]))
-            for name, report in measured:
-                for metric in self.metrics:
-                    scopes = {OVERALL: report["overall"], **report["tasks"]}
-                    lacking = [scope for scope, values in scopes.items() if values.get(metric, 0.0) is None]
-                    if lacking:
-                        label = METRICS[metric][0]
-                        notes.append(f"{name}: {label} is not finite ({', '.join(lacking)}), and in no mean or test.")
-        return list(dict.fromkeys(notes))
+            place = f"on {cell['backbone']}, fold {cell['fold']}, seed {cell['seed']}"
+            measured.append((f"{cell['method']} {place}", cell["test"]))
+        notes = []
+        for name, report in measured:
+            for metric in self.metrics:
+                scopes = {OVERALL: report["overall"], **report["tasks"]}
+                lacking = [scope for scope, values in scopes.items() if values.get(metric, 0.0) is None]
+                if lacking:
+                    label = METRICS[metric][0]
+                    notes.append(f"{name}: {label} is not finite ({', '.join(lacking)}), and in no mean or test.")
+        return notes
 
     def _mark_notes(self) -> list[str]:
         reference = self.study.reference

@@ -145,6 +145,6 @@ def _described(hint: Any) -> str:
         return " | ".join(str(argument) for argument in typing.get_args(hint))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return " | ".join(str(member.value) for member in hint)
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
         return "a mapping of fields"
     return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)

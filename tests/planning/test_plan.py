@@ -330,7 +330,7 @@ def test_what_is_held_free_on_a_cpu_is_told(tmp_path, capsys):
     assert found["on_cpu"] - found["sum"] - found["process"] == pytest.approx(found["activations"] / 6, abs=1)
     assert main(["plan", path]) == 0
     said, later = " ".join(capsys.readouterr().out.split()), found["activations"] / 2**30
-    assert f"over many steps up to about {later:.3f} more, which the allocator holds free" in said
+    assert f"over many steps up to about {later:.3f} more that glibc's allocator holds free" in said
 
 
 @pytest.mark.slow

@@ -426,6 +426,12 @@ def test_the_backbone_alone_is_measured_as_the_study_has_it(
     alone = json.loads((tmp_path / "report/data/forgetting.json").read_text())["tiny"]["value"]
     run = RunFolder(run_folder(study, cells(study)[1]), study.output_path / "backbones")
     assert alone == measure_text(run, [row["output"] * 3 for row in rows(8)], adapted=False)
+    # the only runs left have a dtype of their own: what was kept stays
+    shutil.rmtree(run.path)
+    said: list[str] = []
+    write_report(study.output_path, tmp_path / "report", texts=text, announce=said.append)
+    assert said == []
+    assert json.loads((tmp_path / "report/data/forgetting.json").read_text())["tiny"]["value"] == alone
 
 
 def test_a_loss_on_prompts_is_measured_on_responses(tmp_path: Path, backbone: Path) -> None:

@@ -102,6 +102,10 @@ def test_a_study_comes_back_from_its_plain_values() -> None:
         ({"methods": {"hycam": {"trainer": {"max_steps": 9}}}}, "methods.hycam.trainer.max_steps: can't differ"),
         ({"methods": {"hycam": {"data": {"packing": True}}}}, "methods.hycam.data.packing: can't differ"),
         ({"methods": {"hycam": {"backbone": {"name_or_path": "y"}}}}, "methods.hycam.backbone.name_or_path: can't dif"),
+        (
+            {"methods": {"hycam": {"backbone": "float32"}}},
+            "hycam.backbone: got 'float32' .str., wanted a mapping",
+        ),
         ({"methods": {"hycam": {"backbone": {"dtype": "int8"}}}}, "a, hycam: backbone.dtype: got 'int8'"),
         (
             {"methods": {"hycam": {"trainer": {"per_device_train_batch_size": 2}}}},
