@@ -25,6 +25,8 @@ from tests.planning.cases import config, recipe
 from tests.study.studies import save_study, study_values
 from tests.training.runs import recipe_values, rows, save_backbone, save_recipe, save_rows, save_tokenizer
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only there a process reads what it holds from /proc")
+
 
 def plan(run=None, *, engine=None, world_sizes=(1,), shape=None):
     run = run or recipe()
@@ -312,7 +314,7 @@ def _planned_and_measured(path):
     return planned, max(line.get("peak_bytes", 0) for line in read_metrics(path.parent / "run" / "metrics.jsonl"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="where the system tells what a process holds")
+@on_linux
 def test_a_run_on_a_cpu_holds_what_was_planned_with_its_packages(tmp_path):
     """Most of a small run's memory is that of the process itself."""
     backbone = save_backbone(tmp_path / "backbone")
@@ -321,7 +323,7 @@ def test_a_run_on_a_cpu_holds_what_was_planned_with_its_packages(tmp_path):
     assert planned["on_cpu"] == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="where the system tells what a process holds")
+@on_linux
 def test_what_is_held_free_on_a_cpu_is_told(tmp_path, capsys):
     tiny_config().save_pretrained(tmp_path / "backbone")
     path = str(save_recipe(tmp_path, recipe_values(tmp_path, tmp_path / "backbone")))
@@ -334,7 +336,7 @@ def test_what_is_held_free_on_a_cpu_is_told(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="where the system tells what a process holds")
+@on_linux
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("method", "limit"), [("hycam", 0.07), ("lora", 0.15)])
 def test_a_run_of_smollm2s_size_holds_what_was_planned(method, limit, dtype, tmp_path):
